@@ -1,0 +1,51 @@
+"""Stochastic rounding to 16 bits, cheap enough for every forward: a dither table instead of fresh random numbers.
+
+Drawing a Philox word for each weight takes longer than the matrix product that follows. What the rounding needs is
+only that its errors be unbiased and unrelated to the values, so the words are drawn once into a table and each call
+reads it from a place that the seed gives. Forward and backward share the seed and so rebuild the same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from ..philox import ROUNDING_STREAM, words
+
+_TABLE_SIZE = 1 << 20
+# Mantissa bits that a float32 loses.
+_DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
+
+
+def round_stochastically(exact: torch.Tensor, seed: torch.Tensor | None, out: torch.Tensor) -> None:
+    """Write `exact` (float32, overwritten) to `out` (bfloat16 or float16), up or down with the odds of its distance.
+
+    `seed` None is a fixed seed. NaN and infinities stay what they are. float16 numbers below 2**-14 are rounded to
+    nearest in part, which is exact to their spacing of 2**-24.
+    """
+    bits = _DROPPED_BITS[out.dtype]
+    table = _dither_table(bits, exact.device)
+    start = 0 if seed is None else int(seed) % _TABLE_SIZE
+    integers = exact.view(torch.int32)
+    for piece, dither in _against_table(integers, table, start):
+        piece += dither
+    integers.bitwise_and_(-(1 << bits))
+    out.copy_(exact)
+
+
+def _against_table(integers: torch.Tensor, table: torch.Tensor, start: int):
+    """Pair up the elements of `integers` with consecutive entries of `table` from `start` on, wrapping round."""
+    flat, done = integers.view(-1), 0
+    while done < flat.numel():
+        count = min(flat.numel() - done, table.numel() - start)
+        yield flat[done : done + count], table[start : start + count]
+        done, start = done + count, 0
+
+
+@functools.cache
+def _dither_table(bits: int, device: torch.device) -> torch.Tensor:
+    """Uniform integers in [0, 2**bits), int32 [_TABLE_SIZE]."""
+    counters = torch.arange(_TABLE_SIZE // 4, device=device)
+    key = torch.zeros(1, dtype=torch.int64, device=device)
+    return (words(counters, key, ROUNDING_STREAM).reshape(-1) >> (32 - bits)).to(torch.int32)

@@ -1,0 +1,127 @@
+"""What every entry point asks of its arguments, with errors that name the culprit."""
+
+from __future__ import annotations
+
+import torch
+
+from .config import GeneratorParameters, GenFTConfig
+
+SUPPORTED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_frozen_weight(weight: torch.Tensor, name: str = "weight") -> None:
+    """Raise unless `weight` is a dense, resident, frozen floating-point matrix."""
+    if weight.dim() != 2:
+        raise ValueError(f"{name} must be a matrix [out, in], got shape {tuple(weight.shape)}")
+    if weight.device.type == "meta":
+        raise ValueError(f"{name} is on the meta device: the update is generated from its values, so load them first")
+    if weight.dtype not in SUPPORTED_DTYPES:
+        raise TypeError(
+            f"{name} has dtype {weight.dtype}: quantised weights are not supported, only {_names(SUPPORTED_DTYPES)}"
+        )
+    if weight.layout != torch.strided:
+        raise TypeError(f"{name} has layout {weight.layout}; only dense (strided) weights are supported")
+    if weight.requires_grad:
+        raise ValueError(f"{name} requires grad, but GenFT keeps it frozen: call {name}.requires_grad_(False)")
+
+
+def check_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Raise unless `x [..., in]`, `weight [out, in]` and `bias [out]` make a linear layer with a frozen weight."""
+    check_frozen_weight(weight)
+    out_features, in_features = weight.shape
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"x must be [..., in] with in = {in_features} as in weight, got shape {tuple(x.shape)}")
+    if bias is not None and tuple(bias.shape) != (out_features,):
+        raise ValueError(f"bias must be [out] = [{out_features}], got shape {tuple(bias.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.device != x.device:
+            raise ValueError(f"x is on {x.device} but {name} is on {tensor.device}")
+        if tensor.dtype != x.dtype and not autocasts(x):
+            raise TypeError(f"x has dtype {x.dtype} but {name} has {tensor.dtype}: cast one, or use torch.autocast")
+    if x.dtype not in SUPPORTED_DTYPES:
+        raise TypeError(f"x has dtype {x.dtype}; supported are {_names(SUPPORTED_DTYPES)}")
+
+
+def check_factors(h: torch.Tensor, b: torch.Tensor, weight: torch.Tensor) -> None:
+    """Raise unless `h [in, k]` and `b [out, k]` are the factors of an update of `weight [out, in]`."""
+    out_features, in_features = weight.shape
+    if h.dim() != 2 or h.shape[0] != in_features:
+        raise ValueError(f"h must be [in, k] with in = {in_features} as in weight, got shape {tuple(h.shape)}")
+    if b.dim() != 2 or b.shape[0] != out_features:
+        raise ValueError(f"b must be [out, k] with out = {out_features} as in weight, got shape {tuple(b.shape)}")
+    if h.shape[1] != b.shape[1] or h.shape[1] == 0:
+        raise ValueError(f"h and b must share k of at least 1, got {h.shape[1]} and {b.shape[1]}")
+    _check_floating(("h", h), ("b", b))
+
+
+def check_parameters(params: GeneratorParameters, config: GenFTConfig, out_features: int, in_features: int) -> None:
+    """Raise unless `params` has exactly the tensors that `config` calls for, in the shapes of the layer."""
+    if config.delta_layout == "out_in" and in_features != out_features:
+        raise ValueError(
+            f"delta_layout='out_in' needs a square weight, got [{out_features}, {in_features}]: use 'in_out'"
+        )
+    for name, shape in expected_shapes(config, in_features, out_features, config.hidden_dim).items():
+        tensor = getattr(params, name)
+        if shape is None:
+            if tensor is not None:
+                raise ValueError(f"params.{name} must be None: the configuration has no such tensor")
+        elif tensor is None:
+            raise ValueError(f"params.{name} is missing: the configuration needs it as {list(shape)}")
+        elif tuple(tensor.shape) != shape:
+            raise ValueError(f"params.{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+        else:
+            _check_floating((f"params.{name}", tensor))
+
+
+def expected_shapes(
+    config: GenFTConfig, in_features: int, out_features: int, width: int
+) -> dict[str, tuple[int, ...] | None]:
+    """The shape of every tensor of `GeneratorParameters`, None for one that `config` does not have.
+
+    `width` counts the hidden units of the matrices: k for a layer's concatenated tensors, s for the shared half.
+    Down biases always have all k entries.
+    """
+    columns, rows = config.transform != "row", config.transform != "column"
+    return {
+        "column_down": (width, in_features) if columns else None,
+        "column_up": (in_features, width) if columns else None,
+        "row_down": (width, out_features) if rows else None,
+        "row_up": (out_features, width) if rows else None,
+        "column_down_bias": (config.hidden_dim,) if columns and config.bias else None,
+        "column_up_bias": (in_features,) if columns and config.bias else None,
+        "row_down_bias": (config.hidden_dim,) if rows and config.bias else None,
+        "row_up_bias": (out_features,) if rows and config.bias else None,
+    }
+
+
+def autocasts(x: torch.Tensor) -> bool:
+    """Whether autocast is on for x; as everywhere in PyTorch, it leaves float64 alone."""
+    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+
+
+def seed_tensor(seed: int | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A 64-bit seed as an int64 tensor [1] on `device`; a negative or wider integer raises ValueError."""
+    if isinstance(seed, torch.Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise ValueError(f"seed must be one int64 value, got {seed.dtype} of shape {tuple(seed.shape)}")
+        return seed.reshape(1).to(device)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be an integer in [0, 2**64) or an int64 tensor, got {seed!r}")
+    return torch.tensor([seed - 2**64 if seed >= 2**63 else seed], dtype=torch.int64, device=device)
+
+
+def draw_seed(device: torch.device) -> torch.Tensor:
+    """A fresh seed, int64 [1], from the default generator of `device`."""
+    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+def _check_floating(*named: tuple[str, torch.Tensor]) -> None:
+    for name, tensor in named:
+        if tensor.dtype not in SUPPORTED_DTYPES:
+            raise TypeError(f"{name} has dtype {tensor.dtype}; supported are {_names(SUPPORTED_DTYPES)}")
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

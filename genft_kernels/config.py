@@ -1,0 +1,238 @@
+"""What the method is set to: `GenFTConfig`, its presets, and the parameters a generator consists of."""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from .activations import ACTIVATIONS
+
+TRANSFORMS = ("both", "column", "row")
+RATIO_SCOPES = ("weight", "all")
+DELTA_LAYOUTS = ("in_out", "out_in")
+SHARED_INITS = ("linear", "trunc_normal")
+SPECIFIC_INITS = ("kaiming_uniform", "zeros", "xavier_uniform", "normal")
+# The query and value projections, by the names that transformers models give them: what `target_modules=None` adapts.
+QUERY_AND_VALUE_NAMES = ("query", "value", "q_proj", "v_proj", "q_lin", "v_lin")
+
+
+class GeneratorParameters(NamedTuple):
+    """The trained tensors of one layer's update, shared and specific units concatenated (design section 1).
+
+    `k = shared_dim + specific_dim`; along `k` the shared units come first. A tensor that the configuration does
+    not have is None: the row stage's under `transform="column"`, the column stage's under `"row"`, and every
+    bias without `bias=True`.
+    """
+
+    column_down: torch.Tensor | None  # A1 [k, in]
+    column_up: torch.Tensor | None  # B1 [in, k]
+    row_down: torch.Tensor | None  # A2 [k, out]
+    row_up: torch.Tensor | None  # B2 [out, k]
+    column_down_bias: torch.Tensor | None = None  # a1 [k]
+    column_up_bias: torch.Tensor | None = None  # c1 [in]
+    row_down_bias: torch.Tensor | None = None  # a2 [k]
+    row_up_bias: torch.Tensor | None = None  # c2 [out]
+
+
+@dataclasses.dataclass(frozen=True)
+class GenFTConfig:
+    """The settings of GenFT (arXiv 2506.11042), in the notation of design section 1.
+
+    Args:
+        shared_dim: s, hidden units shared by all layers of one weight shape.
+        specific_dim: r, hidden units of each layer's own. `s + r` is k and must be at least 1.
+        inner_activation: phi, one of identity, relu, leaky_relu (0.01), gelu (exact), silu, tanh.
+        outer_activation: psi, from the same list. Anything but identity needs the tiled form.
+        dropout: p in [0, 1), on the elements of each stage's `in x out` output, in training only.
+        bias: whether the shared halves carry biases.
+        weight_ratio: rho, a number, or "rms" for 1 / root mean square of each W.
+        ratio_scope: "weight" scales W by rho; "all" scales the four matrices, specific units included.
+        scaling: sigma, the factor on the update.
+        transform: "both" stages, or the "column" or "row" stage alone.
+        tie_specific: where in == out and both stages exist, use one specific pair in both of them.
+        delta_layout: "in_out": `dW = sigma * D.T`; "out_in": `dW = sigma * D` (square weights, both stages).
+        init_shared: "linear" (as `nn.Linear`) or "trunc_normal" (std 0.02, biases zero).
+        init_specific_down, init_specific_up: kaiming_uniform, zeros, xavier_uniform or normal (std 0.01).
+        zero_delta: start from a zero update by zeroing the last stage's up matrices and up bias.
+        target_modules: suffixes of module names, or one regular expression that matches whole names (as in PEFT);
+            None stands for the query and value projections and whatever `fused_blocks` names.
+        exclude_modules: the same, for modules to leave alone.
+        modules_to_save: suffixes of modules that are trained in full and saved with the adapter.
+        fused_blocks: name suffix -> (number of row blocks in the fused weight, the blocks to adapt), for example
+            `{"qkv": (3, (0, 2))}`.
+
+    Raises:
+        ValueError: a value is out of its range; the message names the field.
+    """
+
+    shared_dim: int = 32
+    specific_dim: int = 4
+    inner_activation: str = "identity"
+    outer_activation: str = "identity"
+    dropout: float = 0.0
+    bias: bool = False
+    weight_ratio: float | str = 1.0
+    ratio_scope: str = "weight"
+    scaling: float = 1.0
+    transform: str = "both"
+    tie_specific: bool = True
+    delta_layout: str = "in_out"
+    init_shared: str = "linear"
+    init_specific_down: str = "kaiming_uniform"
+    init_specific_up: str = "kaiming_uniform"
+    zero_delta: bool = True
+    target_modules: str | tuple[str, ...] | None = None
+    exclude_modules: str | tuple[str, ...] | None = None
+    modules_to_save: tuple[str, ...] | None = None
+    fused_blocks: Mapping[str, tuple[int, tuple[int, ...]]] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("shared_dim", "specific_dim"):
+            if not _is_integer(getattr(self, name)) or getattr(self, name) < 0:
+                raise ValueError(f"{name} must be an integer of at least 0, got {getattr(self, name)!r}")
+        if self.hidden_dim == 0:
+            raise ValueError("shared_dim + specific_dim must be at least 1: there would be nothing to train")
+        _check_choice("inner_activation", self.inner_activation, ACTIVATIONS)
+        _check_choice("outer_activation", self.outer_activation, ACTIVATIONS)
+        _check_choice("ratio_scope", self.ratio_scope, RATIO_SCOPES)
+        _check_choice("transform", self.transform, TRANSFORMS)
+        _check_choice("delta_layout", self.delta_layout, DELTA_LAYOUTS)
+        _check_choice("init_shared", self.init_shared, SHARED_INITS)
+        _check_choice("init_specific_down", self.init_specific_down, SPECIFIC_INITS)
+        _check_choice("init_specific_up", self.init_specific_up, SPECIFIC_INITS)
+        for name in ("bias", "tie_specific", "zero_delta"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if not _is_finite(self.dropout) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be a number in [0, 1), got {self.dropout!r}")
+        if not _is_finite(self.scaling):
+            raise ValueError(f"scaling must be a finite number, got {self.scaling!r}")
+        if self.weight_ratio != "rms" and not _is_finite(self.weight_ratio):
+            raise ValueError(f"weight_ratio must be a finite number or 'rms', got {self.weight_ratio!r}")
+        if self.delta_layout == "out_in" and self.transform != "both":
+            raise ValueError(f"delta_layout='out_in' needs transform='both', got transform={self.transform!r}")
+        if self.zero_delta and self.outer_activation == "relu":
+            raise ValueError(
+                "zero_delta=True with outer_activation='relu' would never train: relu has no gradient at 0. "
+                "Set zero_delta=False or another outer_activation"
+            )
+        object.__setattr__(self, "target_modules", _names("target_modules", self.target_modules))
+        object.__setattr__(self, "exclude_modules", _names("exclude_modules", self.exclude_modules))
+        if isinstance(self.modules_to_save, str):
+            raise ValueError(f"modules_to_save must be a list of names, got the string {self.modules_to_save!r}")
+        object.__setattr__(self, "modules_to_save", _names("modules_to_save", self.modules_to_save))
+        object.__setattr__(self, "fused_blocks", _fused_blocks(self.fused_blocks))
+        if self.specific_dim and self.init_specific_down == "zeros" and self._specific_ups_start_at_zero():
+            warnings.warn(
+                "the specific units can never train: init_specific_down='zeros' and their up matrices start at zero "
+                "too, so each one's gradient is zero for ever",
+                stacklevel=3,
+            )
+
+    @property
+    def hidden_dim(self) -> int:
+        """k = s + r, the width of each stage."""
+        return self.shared_dim + self.specific_dim
+
+    def ties_specific(self, in_features: int, out_features: int) -> bool:
+        """Whether a layer of this shape uses one pair of specific matrices in both stages."""
+        return self.tie_specific and in_features == out_features and self.transform == "both"
+
+    def _specific_ups_start_at_zero(self) -> bool:
+        # Untied, zero_delta leaves the column stage's up matrix as it was initialised.
+        return self.init_specific_up == "zeros" or (self.zero_delta and (self.tie_specific or self.transform != "both"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-compatible values; `from_dict` is the inverse."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            if isinstance(values[name], tuple):
+                values[name] = list(values[name])
+        if self.fused_blocks is not None:
+            values["fused_blocks"] = {name: [n, list(blocks)] for name, (n, blocks) in self.fused_blocks.items()}
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GenFTConfig:
+        """Build a configuration from `to_dict`'s output; an unknown name raises ValueError."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"unknown configuration fields: {', '.join(unknown)}")
+        return cls(**values)
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> GenFTConfig:
+        """The official settings "glue", "vtab" and "llama" (design section 1), or "fast", the package's own.
+
+        The official three are true to the published runs and so start from a non-zero update. For GQA models
+        override `delta_layout="in_out"`, because their v_proj is not square.
+        """
+        _check_choice("preset", name, PRESETS)
+        return cls(**{**PRESETS[name], **overrides})
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "glue": dict(
+        shared_dim=24, specific_dim=2, weight_ratio=0.5, dropout=0.1, scaling=0.05, bias=True, delta_layout="out_in",
+        zero_delta=False,
+    ),
+    "vtab": dict(
+        shared_dim=32, specific_dim=5, weight_ratio=1.4, ratio_scope="all", outer_activation="leaky_relu", dropout=0.1,
+        init_specific_down="zeros", init_specific_up="zeros", init_shared="trunc_normal", zero_delta=False,
+    ),
+    "llama": dict(
+        shared_dim=4, specific_dim=4, inner_activation="gelu", outer_activation="gelu", bias=True,
+        delta_layout="out_in", zero_delta=False,
+    ),
+    "fast": dict(shared_dim=24, specific_dim=4, weight_ratio=16.0, inner_activation="tanh"),
+}  # fmt: skip
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_finite(value: object) -> bool:
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return number and float("-inf") < value < float("inf")
+
+
+def _check_choice(field: str, value: object, choices: Sequence[str] | Mapping[str, Any]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{field} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def _names(field: str, value: object) -> str | tuple[str, ...] | None:
+    """One regular expression stays a string; a collection of names becomes a tuple."""
+    if value is None or (isinstance(value, str) and value):
+        return value
+    if not isinstance(value, str) and isinstance(value, (Sequence, set, frozenset)):
+        names = tuple(sorted(value)) if isinstance(value, (set, frozenset)) else tuple(value)
+        if names and all(isinstance(name, str) and name for name in names):
+            return names
+    raise ValueError(f"{field} must be None, a non-empty string or a non-empty list of names, got {value!r}")
+
+
+def _fused_blocks(value: object) -> dict[str, tuple[int, tuple[int, ...]]] | None:
+    if value is None:
+        return None
+    problem = f"fused_blocks must map a name to (number of blocks, blocks to adapt), got {value!r}"
+    if not isinstance(value, Mapping) or not value:
+        raise ValueError(problem)
+    checked = {}
+    for name, entry in value.items():
+        if not isinstance(name, str) or not isinstance(entry, Sequence) or isinstance(entry, str) or len(entry) != 2:
+            raise ValueError(problem)
+        count, blocks = entry
+        if not _is_integer(count) or count < 1 or not isinstance(blocks, Sequence) or not blocks:
+            raise ValueError(problem)
+        if not all(_is_integer(block) and 0 <= block < count for block in blocks) or len(set(blocks)) != len(blocks):
+            raise ValueError(f"fused_blocks[{name!r}]: blocks must be distinct numbers in 0..{count - 1}, got {blocks!r}")
+        checked[name] = (int(count), tuple(sorted(int(block) for block in blocks)))
+    return checked

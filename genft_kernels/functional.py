@@ -1,0 +1,199 @@
+"""The functional interface: one layer's update generated and applied, on a chosen backend.
+
+`generate_factors` is the weight side of design section 2 and does not depend on x; `factored_linear` is the token
+side. `genft_linear` is both.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from . import backends, ops, reference
+from .activations import ACTIVATIONS
+from .checks import autocasts, check_factors, check_linear, check_parameters, draw_seed, seed_tensor
+from .config import GeneratorParameters, GenFTConfig
+from .philox import COLUMN_STREAM, ROW_STREAM
+
+__all__ = ["Factors", "factored_linear", "generate_factors", "genft_linear"]
+
+
+class Factors(NamedTuple):
+    """What is left of a generated update: dW = scale * drop(psi(b h^T)), mask drawn from `stream`."""
+
+    h: torch.Tensor  # [in, k], one more column with bias
+    b: torch.Tensor  # [out, k], likewise
+    stream: int
+
+
+def genft_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    params: GeneratorParameters,
+    config: GenFTConfig,
+    *,
+    training: bool = False,
+    seed: int | torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """A frozen linear layer with its generated update: y = x (W + dW)^T + bias (design section 1).
+
+    Args:
+        x: [..., in], any leading shape, zero tokens included, any strides.
+        weight: the frozen W [out, in], any strides.
+        bias: [out] or None.
+        params: the layer's tensors; cast to x's dtype and device, gradients come back in their own.
+        config: the method's settings; `params` must fit it.
+        training: whether dropout is active.
+        seed: 64-bit seed of the dropout masks and of stochastic rounding; None draws one, in training and where it
+            is needed, from the default generator of x's device.
+        backend: "auto", "eager" or "reference".
+
+    Returns:
+        y [..., out] in x's dtype, or in autocast's.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        RuntimeError: the backend asked for cannot run on x's device.
+    """
+    check_linear(x, weight, bias)
+    check_parameters(params, config, *weight.shape)
+    chosen = backends.choose(backend, x.device)
+    if chosen == "reference":
+        return reference.genft_linear(x, weight, bias, params, config, training=training, seed=seed)
+    dtype = _compute_dtype(x)
+    dropout = config.dropout if training else 0.0
+    seed = _seed(seed, x.device, training, dropout, config.outer_activation, dtype)
+    factors = generate_factors(weight, params, config, dtype=dtype, dropout=dropout, seed=seed, backend=chosen)
+    return _linear(x, weight, bias, factors, config.scaling, config.outer_activation, dropout, seed, chosen)
+
+
+def factored_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    h: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    scale: float = 1.0,
+    activation: str = "identity",
+    dropout: float = 0.0,
+    training: bool = False,
+    seed: int | torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """A frozen linear layer with a factored update: y = x (W + scale * drop(psi(b h^T)))^T + bias.
+
+    With `activation="identity"` and no dropout it is LoRA with h = A^T, b = B (design section 2).
+
+    Args:
+        h: [in, k]; b: [out, k]; cast to x's dtype, gradients come back in their own.
+        activation: psi, one of identity, relu, leaky_relu, gelu, silu, tanh.
+        dropout: p in [0, 1), on the elements of the update, active only with `training=True`.
+        x, weight, bias, seed, backend: as in `genft_linear`; returns and raises as there.
+    """
+    check_linear(x, weight, bias)
+    check_factors(h, b, weight)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
+    chosen = backends.choose(backend, x.device)
+    if chosen == "reference":
+        return reference.factored_linear(
+            x, weight, bias, h, b, scale=scale, activation=activation, dropout=dropout, training=training, seed=seed
+        )
+    dtype = _compute_dtype(x)
+    dropout = dropout if training else 0.0
+    seed = _seed(seed, x.device, training, dropout, activation, dtype)
+    factors = Factors(h.to(x.device, dtype), b.to(x.device, dtype), ROW_STREAM)
+    return _linear(x, weight, bias, factors, scale, activation, dropout, seed, chosen)
+
+
+def generate_factors(
+    weight: torch.Tensor,
+    params: GeneratorParameters,
+    config: GenFTConfig,
+    *,
+    dtype: torch.dtype,
+    dropout: float,
+    seed: torch.Tensor | None,
+    backend: str,
+) -> Factors:
+    """The update's thin factors in `dtype`, from the frozen `weight` [out, in] (design section 2, "generate").
+
+    rho goes into thin matrices: rho * W A^T = W (rho * A)^T. `backend` names an operation backend.
+    """
+    rho = _weight_ratio(weight, config)
+    matrix_ratio = rho if config.ratio_scope == "all" else None
+    phi = config.inner_activation
+
+    def cast(tensor: torch.Tensor | None, ratio: float | torch.Tensor | None = None) -> torch.Tensor | None:
+        # Scaled before the cast, which may round.
+        return None if tensor is None else (tensor if ratio is None else tensor * ratio).to(weight.device, dtype)
+
+    row_up, row_up_bias = cast(params.row_up, matrix_ratio), cast(params.row_up_bias)
+    row_down_bias = cast(params.row_down_bias)
+    if config.transform == "row":
+        h, _ = ops.column(weight.t(), cast(params.row_down, rho), row_down_bias, phi, backend)  # [in, k]
+        return Factors(*_with_bias_unit(h, row_up, row_up_bias), ROW_STREAM)
+    h1, _ = ops.column(weight, cast(params.column_down, rho), cast(params.column_down_bias), phi, backend)  # [out, k]
+    left, right = _with_bias_unit(h1, cast(params.column_up, matrix_ratio), cast(params.column_up_bias))
+    if config.transform == "column":
+        return Factors(right, left, COLUMN_STREAM)
+    row_down = cast(params.row_down, matrix_ratio)
+    h, _ = ops.row(
+        left, right, row_down, row_down_bias, seed, config.outer_activation, dropout, phi, backend
+    )  # [in, k]
+    h, b = _with_bias_unit(h, row_up, row_up_bias)
+    # dW = sigma * D instead of sigma * D^T: the factors change places.
+    return Factors(b, h, ROW_STREAM) if config.delta_layout == "out_in" else Factors(h, b, ROW_STREAM)
+
+
+def _with_bias_unit(
+    hidden: torch.Tensor, up: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A bias is one more hidden unit that is always one: hidden | 1 and up | bias."""
+    if bias is None:
+        return hidden, up
+    return torch.cat([hidden, hidden.new_ones((hidden.shape[0], 1))], 1), torch.cat([up, bias[:, None]], 1)
+
+
+def _linear(x, weight, bias, factors, scale, activation, dropout, seed, backend) -> torch.Tensor:
+    dtype = _compute_dtype(x)
+    bias = None if bias is None else bias.to(dtype)
+    h, b, stream = factors
+    y, _ = ops.linear(x.to(dtype), weight, bias, h, b, seed, float(scale), activation, dropout, stream, backend)
+    return y
+
+
+def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
+
+
+def _weight_ratio(weight: torch.Tensor, config: GenFTConfig) -> float | torch.Tensor:
+    """rho: the configured number, or 1 / root mean square of W as a 0-dimensional tensor (no host sync)."""
+    if config.weight_ratio != "rms":
+        return config.weight_ratio
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return weight.numel() ** 0.5 / torch.linalg.vector_norm(weight, dtype=wide)
+
+
+def _seed(
+    seed: int | torch.Tensor | None,
+    device: torch.device,
+    training: bool,
+    dropout: float,
+    outer_activation: str,
+    dtype: torch.dtype,
+) -> torch.Tensor | None:
+    """The seed as a tensor, drawn where none is given but dropout or stochastic rounding will want one.
+
+    Outside training no seed is drawn: rounding then takes a fixed one, so that evaluation is repeatable.
+    """
+    if seed is not None:
+        return seed_tensor(seed, device)
+    rounds = outer_activation != "identity" and dtype.itemsize == 2
+    return draw_seed(device) if training and (dropout > 0 or rounds) else None

@@ -1,0 +1,212 @@
+"""The operations as `torch.library` custom ops with fakes and gradients: one schema for every backend.
+
+    column:  h = phi(W A^T + a)                               W [out, in], A [k, in]          -> h [out, k]
+    row:     h = phi(drop(psi(left right^T))^T A^T + a)       left [out, k1], right [in, k1], A [k, out] -> h [in, k]
+    linear:  y = x (W + scale * drop(psi(b h^T)))^T + bias    x [..., in], h [in, k], b [out, k]  -> y [..., out]
+
+(design sections 2 and 4). A gradient that nobody asked for is not computed and comes back as None; an op returns
+an empty tensor for it, because an op must return tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import backends
+
+
+def _on_backend(operation: str, device_of: Tensor, backend: str) -> Callable:
+    function = getattr(backends.load(backend), operation)
+
+    def call(*args):
+        # The dtypes are settled by now; autocast must not settle them anew inside a product.
+        with torch.autocast(device_of.device.type, enabled=False):
+            return function(*args)
+
+    return call
+
+
+# --- column ---------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("genft::column", mutates_args=())
+def column(weight: Tensor, down: Tensor, bias: Tensor | None, activation: str, backend: str) -> tuple[Tensor, Tensor]:
+    """(h [out, k], what the activation was applied to [out, k]; empty if the activation is the identity)."""
+    return _on_backend("column", weight, backend)(weight, down, bias, activation)
+
+
+@column.register_fake
+def _(weight, down, bias, activation, backend):
+    h = down.new_empty((weight.shape[0], down.shape[0]))
+    return h, torch.empty_like(h) if activation != "identity" else h.new_empty(0)
+
+
+@torch.library.custom_op("genft::column_backward", mutates_args=())
+def column_backward(
+    grad: Tensor, weight: Tensor, pre: Tensor, activation: str, needs: list[bool], backend: str
+) -> tuple[Tensor, Tensor]:
+    """Gradients of (down, bias), those that `needs` names."""
+    return _on_backend("column_backward", weight, backend)(grad, weight, pre, activation, needs)
+
+
+@column_backward.register_fake
+def _(grad, weight, pre, activation, needs, backend):
+    shapes = ((grad.shape[1], weight.shape[1]), (grad.shape[1],))
+    return tuple(grad.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True))
+
+
+def _column_setup(ctx, inputs, output):
+    weight, _, _, ctx.activation, ctx.backend = inputs
+    ctx.save_for_backward(weight, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _column_grad(ctx, grad, _):
+    if grad is None:
+        return (None,) * 5
+    needs = list(ctx.needs_input_grad[1:3])
+    grads = column_backward(grad, *ctx.saved_tensors, ctx.activation, needs, ctx.backend)
+    return None, *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
+
+
+column.register_autograd(_column_grad, setup_context=_column_setup)
+
+
+# --- row ------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("genft::row", mutates_args=())
+def row(
+    left: Tensor, right: Tensor, down: Tensor, bias: Tensor | None, seed: Tensor | None, outer: str, dropout: float,
+    inner: str, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(h [in, k], what the inner activation was applied to [in, k]; empty if that is the identity)."""
+    return _on_backend("row", left, backend)(left, right, down, bias, seed, outer, dropout, inner)
+
+
+@row.register_fake
+def _(left, right, down, bias, seed, outer, dropout, inner, backend):
+    h = down.new_empty((right.shape[0], down.shape[0]))
+    return h, torch.empty_like(h) if inner != "identity" else h.new_empty(0)
+
+
+@torch.library.custom_op("genft::row_backward", mutates_args=())
+def row_backward(
+    grad: Tensor, left: Tensor, right: Tensor, down: Tensor, pre: Tensor, seed: Tensor | None, outer: str,
+    dropout: float, inner: str, needs: list[bool], backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of (left, right, down, bias), those that `needs` names."""
+    call = _on_backend("row_backward", left, backend)
+    return call(grad, left, right, down, pre, seed, outer, dropout, inner, needs)
+
+
+@row_backward.register_fake
+def _(grad, left, right, down, pre, seed, outer, dropout, inner, needs, backend):
+    shapes = (left.shape, right.shape, down.shape, down.shape[:1])
+    return tuple(grad.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True))
+
+
+def _row_setup(ctx, inputs, output):
+    left, right, down, _, seed, ctx.outer, ctx.dropout, ctx.inner, ctx.backend = inputs
+    ctx.save_for_backward(left, right, down, output[1], seed)
+    ctx.set_materialize_grads(False)
+
+
+def _row_grad(ctx, grad, _):
+    if grad is None:
+        return (None,) * 9
+    needs = list(ctx.needs_input_grad[:4])
+    grads = row_backward(grad, *ctx.saved_tensors, ctx.outer, ctx.dropout, ctx.inner, needs, ctx.backend)
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None, None
+
+
+row.register_autograd(_row_grad, setup_context=_row_setup)
+
+
+# --- linear ---------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("genft::linear", mutates_args=())
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, b: Tensor, seed: Tensor | None, scale: float,
+    activation: str, dropout: float, stream: int, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(y [..., out], x h [tokens, k] in the factored form; empty in the tiled form).
+
+    `weight` may have another dtype than `x` (autocast): it is cast here and again in backward, so that no copy of
+    it is kept.
+    """
+    call = _on_backend("linear", x, backend)
+    return call(x, weight, bias, h, b, seed, scale, activation, dropout, stream)
+
+
+@linear.register_fake
+def _(x, weight, bias, h, b, seed, scale, activation, dropout, stream, backend):
+    factored = is_factored(activation, dropout)
+    tokens = x.shape[:-1].numel() if x.dim() > 1 else 1
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return y, x.new_empty((tokens, h.shape[1]) if factored else 0)
+
+
+@torch.library.custom_op("genft::linear_backward", mutates_args=())
+def linear_backward(
+    grad: Tensor, x: Tensor | None, weight: Tensor | None, h: Tensor | None, b: Tensor | None, xh: Tensor | None,
+    seed: Tensor | None, scale: float, activation: str, dropout: float, stream: int, needs: list[bool], backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of (x, bias, h, b), those that `needs` names.
+
+    What they do not take may be None: dx takes (weight, h, b), dbias nothing, and in the factored form dh takes
+    (x, b) and db (xh); in the tiled form dh and db each take (x, h, b).
+    """
+    call = _on_backend("linear_backward", grad, backend)
+    return call(grad, x, weight, h, b, xh, seed, scale, activation, dropout, stream, needs)
+
+
+@linear_backward.register_fake
+def _(grad, x, weight, h, b, xh, seed, scale, activation, dropout, stream, needs, backend):
+    need_x, need_bias, need_h, need_b = needs
+    out_features, left = grad.shape[-1], xh if is_factored(activation, dropout) else h
+    return (
+        grad.new_empty((*grad.shape[:-1], weight.shape[1]) if need_x else 0),
+        grad.new_empty(out_features if need_bias else 0),
+        grad.new_empty((x.shape[-1], b.shape[1]) if need_h else 0),
+        grad.new_empty((out_features, left.shape[1]) if need_b else 0),
+    )
+
+
+def _linear_setup(ctx, inputs, output):
+    x, weight, _, h, b, seed, ctx.scale, ctx.activation, ctx.dropout, ctx.stream, ctx.backend = inputs
+    need_x, _, need_bias, need_h, need_b = ctx.needs_input_grad[:5]
+    ctx.needs = [need_x, need_bias, need_h, need_b]
+    tiled = not is_factored(ctx.activation, ctx.dropout)
+    tiled_factors = tiled and (need_h or need_b)
+    keep = (
+        (x, need_h or tiled_factors),
+        (weight, need_x),
+        (h, need_x or tiled_factors),
+        (b, need_x or need_h or tiled_factors),
+        (output[1], need_b and not tiled),
+        (seed, need_x or tiled_factors),
+    )
+    ctx.save_for_backward(*(tensor if needed else None for tensor, needed in keep))
+    ctx.set_materialize_grads(False)
+
+
+def _linear_grad(ctx, grad, _):
+    if grad is None:
+        return (None,) * 11
+    settings = ctx.scale, ctx.activation, ctx.dropout, ctx.stream, ctx.needs, ctx.backend
+    grads = linear_backward(grad, *ctx.saved_tensors, *settings)
+    dx, dbias, dh, db = (g if need else None for g, need in zip(grads, ctx.needs, strict=True))
+    return dx, None, dbias, dh, db, None, None, None, None, None, None
+
+
+linear.register_autograd(_linear_grad, setup_context=_linear_setup)
+
+
+def is_factored(activation: str, dropout: float) -> bool:
+    """Whether the update is the low-rank product itself (design section 2)."""
+    return activation == "identity" and dropout == 0
