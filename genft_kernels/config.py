@@ -194,6 +194,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def is_factored(outer_activation: str, dropout: float) -> bool:
+    """Whether an update stays the low-rank product itself: the factored form of design section 2, else the tiled."""
+    return outer_activation == "identity" and dropout == 0
+
+
 def _is_integer(value: object) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 

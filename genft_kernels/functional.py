@@ -13,7 +13,7 @@ import torch
 from . import backends, ops, reference
 from .activations import ACTIVATIONS
 from .checks import autocasts, check_factors, check_linear, check_parameters, draw_seed, seed_tensor
-from .config import GeneratorParameters, GenFTConfig
+from .config import GeneratorParameters, GenFTConfig, is_factored
 from .philox import COLUMN_STREAM, ROW_STREAM
 
 __all__ = ["Factors", "factored_linear", "generate_factors", "genft_linear"]
@@ -195,5 +195,5 @@ def _seed(
     """
     if seed is not None:
         return seed_tensor(seed, device)
-    rounds = outer_activation != "identity" and dtype.itemsize == 2
+    rounds = not is_factored(outer_activation, dropout) and dtype.itemsize == 2
     return draw_seed(device) if training and (dropout > 0 or rounds) else None

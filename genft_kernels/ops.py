@@ -4,29 +4,26 @@
     row:     h = phi(drop(psi(left right^T))^T A^T + a)       left [out, k1], right [in, k1], A [k, out] -> h [in, k]
     linear:  y = x (W + scale * drop(psi(b h^T)))^T + bias    x [..., in], h [in, k], b [out, k]  -> y [..., out]
 
-(design sections 2 and 4). A gradient that nobody asked for is not computed and comes back as None; an op returns
-an empty tensor for it, because an op must return tensors.
+(design sections 2 and 4). A gradient that nobody asked for is not computed: a backend returns None for it, an op
+an empty tensor, because an op must return tensors.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from . import backends
+from .config import is_factored
 
 
-def _on_backend(operation: str, device_of: Tensor, backend: str) -> Callable:
-    function = getattr(backends.load(backend), operation)
-
-    def call(*args):
-        # The dtypes are settled by now; autocast must not settle them anew inside a product.
-        with torch.autocast(device_of.device.type, enabled=False):
-            return function(*args)
-
-    return call
+def _run(backend: str, operation: str, *args) -> tuple[Tensor, ...]:
+    """The operation's results from a backend, an empty tensor for each None."""
+    first = args[0]
+    # The dtypes are settled by now; autocast must not settle them anew inside a product.
+    with torch.autocast(first.device.type, enabled=False):
+        results = getattr(backends.load(backend), operation)(*args)
+    return tuple(first.new_empty(0) if result is None else result for result in results)
 
 
 # --- column ---------------------------------------------------------------------------------------------------------
@@ -35,7 +32,7 @@ def _on_backend(operation: str, device_of: Tensor, backend: str) -> Callable:
 @torch.library.custom_op("genft::column", mutates_args=())
 def column(weight: Tensor, down: Tensor, bias: Tensor | None, activation: str, backend: str) -> tuple[Tensor, Tensor]:
     """(h [out, k], what the activation was applied to [out, k]; empty if the activation is the identity)."""
-    return _on_backend("column", weight, backend)(weight, down, bias, activation)
+    return _run(backend, "column", weight, down, bias, activation)
 
 
 @column.register_fake
@@ -49,7 +46,7 @@ def column_backward(
     grad: Tensor, weight: Tensor, pre: Tensor, activation: str, needs: list[bool], backend: str
 ) -> tuple[Tensor, Tensor]:
     """Gradients of (down, bias), those that `needs` names."""
-    return _on_backend("column_backward", weight, backend)(grad, weight, pre, activation, needs)
+    return _run(backend, "column_backward", grad, weight, pre, activation, needs)
 
 
 @column_backward.register_fake
@@ -84,7 +81,7 @@ def row(
     inner: str, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(h [in, k], what the inner activation was applied to [in, k]; empty if that is the identity)."""
-    return _on_backend("row", left, backend)(left, right, down, bias, seed, outer, dropout, inner)
+    return _run(backend, "row", left, right, down, bias, seed, outer, dropout, inner)
 
 
 @row.register_fake
@@ -99,8 +96,7 @@ def row_backward(
     dropout: float, inner: str, needs: list[bool], backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of (left, right, down, bias), those that `needs` names."""
-    call = _on_backend("row_backward", left, backend)
-    return call(grad, left, right, down, pre, seed, outer, dropout, inner, needs)
+    return _run(backend, "row_backward", grad, left, right, down, pre, seed, outer, dropout, inner, needs)
 
 
 @row_backward.register_fake
@@ -139,8 +135,7 @@ def linear(
     `weight` may have another dtype than `x` (autocast): it is cast here and again in backward, so that no copy of
     it is kept.
     """
-    call = _on_backend("linear", x, backend)
-    return call(x, weight, bias, h, b, seed, scale, activation, dropout, stream)
+    return _run(backend, "linear", x, weight, bias, h, b, seed, scale, activation, dropout, stream)
 
 
 @linear.register_fake
@@ -161,8 +156,8 @@ def linear_backward(
     What they do not take may be None: dx takes (weight, h, b), dbias nothing, and in the factored form dh takes
     (x, b) and db (xh); in the tiled form dh and db each take (x, h, b).
     """
-    call = _on_backend("linear_backward", grad, backend)
-    return call(grad, x, weight, h, b, xh, seed, scale, activation, dropout, stream, needs)
+    settings = seed, scale, activation, dropout, stream
+    return _run(backend, "linear_backward", grad, x, weight, h, b, xh, *settings, needs)
 
 
 @linear_backward.register_fake
@@ -205,8 +200,3 @@ def _linear_grad(ctx, grad, _):
 
 
 linear.register_autograd(_linear_grad, setup_context=_linear_setup)
-
-
-def is_factored(activation: str, dropout: float) -> bool:
-    """Whether the update is the low-rank product itself (design section 2)."""
-    return activation == "identity" and dropout == 0

@@ -1,0 +1,123 @@
+"""The layer-shared half of GenFT: one `GenFTGenerator` for all adapted layers of a weight shape."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+from torch import nn
+
+from .checks import expected_shapes
+from .config import GeneratorParameters, GenFTConfig
+
+
+class GenFTGenerator(nn.Module):
+    """The shared units and biases of both stages (design section 1).
+
+    Parameters, by the names of `GeneratorParameters`: `column_down [s, in]`, `column_up [in, s]`,
+    `row_down [s, out]`, `row_up [out, s]` and, with bias, `column_down_bias [k]`, `column_up_bias [in]`,
+    `row_down_bias [k]`, `row_up_bias [out]`. What the configuration does not have is None.
+
+    Args:
+        in_features, out_features: the shape of the weights that it serves.
+        config: the method's settings.
+        device, dtype: of the parameters; the dtype defaults to PyTorch's default.
+
+    Raises:
+        ValueError: `delta_layout="out_in"` for a shape that is not square, or a dimension below 1.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        config: GenFTConfig,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_layer_shape(in_features, out_features, config)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.config = config
+        shapes = expected_shapes(config, in_features, out_features, config.shared_dim)
+        for name, shape in shapes.items():
+            absent = shape is None or 0 in shape
+            parameter = None if absent else nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+            self.register_parameter(name, parameter)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw initial values: U(±1/sqrt(fan in)) or trunc_normal(0.02), and zeros where `zero_delta` asks."""
+        for name, parameter in self.named_parameters():
+            if self.config.init_shared == "linear":
+                fan_in = self.config.shared_dim if "_up" in name else self._stage_width(name)
+                bound = 1 / math.sqrt(max(fan_in, 1))
+                nn.init.uniform_(parameter, -bound, bound)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.trunc_normal_(parameter, std=0.02)
+        if self.config.zero_delta:
+            for name in last_stage_names(self.config):
+                parameter = getattr(self, name)
+                if parameter is not None:
+                    nn.init.zeros_(parameter)
+
+    def concatenated(self, specific: dict[str, torch.Tensor], device: torch.device) -> GeneratorParameters:
+        """One layer's parameters on `device`: the shared units followed by its `specific` ones.
+
+        `specific` maps the names of the four matrices to the layer's own units, in the shapes of
+        `GeneratorParameters` with r in place of k.
+        """
+
+        def along_units(name: str) -> torch.Tensor | None:
+            shared = getattr(self, name)
+            shared = None if shared is None else shared.to(device)
+            halves = [half for half in (shared, specific.get(name)) if half is not None]
+            if not halves or name.endswith("bias"):
+                return shared
+            return halves[0] if len(halves) == 1 else torch.cat(halves, 1 if name.endswith("up") else 0)
+
+        return GeneratorParameters(**{name: along_units(name) for name in GeneratorParameters._fields})
+
+    def extra_repr(self) -> str:
+        config = self.config
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, shared_dim={config.shared_dim}, "
+            f"bias={config.bias}, transform={config.transform!r}"
+        )
+
+    def _stage_width(self, name: str) -> int:
+        return self.in_features if name.startswith("column") else self.out_features
+
+
+def check_layer_shape(in_features: int, out_features: int, config: GenFTConfig) -> None:
+    """Raise, or warn, where `config` does not suit layers of this shape."""
+    for name, value in (("in_features", in_features), ("out_features", out_features)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if config.delta_layout == "out_in" and in_features != out_features:
+        raise ValueError(
+            f"delta_layout='out_in' needs a square weight, got [{out_features}, {in_features}]: use 'in_out'"
+        )
+    if config.hidden_dim > min(in_features, out_features):
+        warnings.warn(
+            f"k = shared_dim + specific_dim = {config.hidden_dim} exceeds min(in, out) = "
+            f"{min(in_features, out_features)}: the update is not low-rank",
+            stacklevel=3,
+        )
+    tied_up_is_all = config.shared_dim == 0 and not config.bias and config.ties_specific(in_features, out_features)
+    if config.zero_delta and tied_up_is_all:
+        warnings.warn(
+            "the specific units can never train: with shared_dim=0, tied specific units and zero_delta=True both "
+            "stages start at zero; set tie_specific=False or zero_delta=False",
+            stacklevel=3,
+        )
+
+
+def last_stage_names(config: GenFTConfig) -> tuple[str, str]:
+    """What `zero_delta` zeroes: the up matrix and up bias of the stage that makes the update."""
+    stage = "column" if config.transform == "column" else "row"
+    return f"{stage}_up", f"{stage}_up_bias"

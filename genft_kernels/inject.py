@@ -1,0 +1,254 @@
+"""Adapting a whole model in place: `apply_genft`, `remove_genft` and what acts on all its adapted layers."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from . import backends
+from .config import GenFTConfig
+from .generator import GenFTGenerator, check_layer_shape
+from .modules import GenFTLinear, adapter_dtype
+from .targets import Target, find_modules_to_save, find_targets
+
+GENERATORS = "genft_generators"
+_STATE = "_genft_state"
+
+
+@dataclasses.dataclass
+class AdapterState:
+    """What an adapted model remembers, so that it can be undone exactly. It is not part of the state dict."""
+
+    config: GenFTConfig
+    required_grad: dict[str, bool]  # by parameter name, as it was before
+    saved_modules: dict[str, nn.Module]  # the originals of `modules_to_save`, by path
+
+
+def apply_genft(model: nn.Module, config: GenFTConfig, *, backend: str = "auto") -> nn.Module:
+    """Adapt `model` in place and return it.
+
+    Every targeted `nn.Linear` (or transformers `Conv1D`) becomes a `GenFTLinear` that shares its weight; layers of
+    one weight shape share one generator, registered on the model as `genft_generators.{in}x{out}`. All else is
+    frozen, but for copies of `modules_to_save`.
+
+    Args:
+        config: the method's settings and the choice of modules.
+        backend: for every adapted layer; "auto", or one by name.
+
+    Raises:
+        ValueError, TypeError: nothing is targeted, or a layer cannot be adapted; the message names it.
+        RuntimeError: the model is adapted already. In each case the model is as it was.
+    """
+    backends.check_name(backend)
+    if is_adapted(model) or any(isinstance(module, GenFTLinear) for module in model.modules()):
+        raise RuntimeError("the model has GenFT layers already: call remove_genft(model) first")
+    if hasattr(model, GENERATORS):
+        raise ValueError(f"the model has an attribute {GENERATORS!r} of its own")
+    targets = find_targets(model, config)
+    to_save = find_modules_to_save(model, config, targets)
+    required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    # Adapting freezes a weight, so what can fail is done before the first layer is touched.
+    generators = _make_generators(targets, config)
+    saved = {name: model.get_submodule(name) for name in to_save}
+    trained = {name: copy.deepcopy(module).requires_grad_(True) for name, module in saved.items()}
+
+    model.requires_grad_(False)
+    for target in targets:
+        layer = GenFTLinear.from_linear(
+            target.module, generators[_shape_key(target)], blocks=target.blocks, backend=backend, register_generator=False
+        )
+        for name in target.names:
+            _set_submodule(model, name, layer)
+    for name, module in trained.items():
+        _set_submodule(model, name, module)
+    setattr(model, GENERATORS, generators)
+    setattr(model, _STATE, AdapterState(config, required_grad, saved))
+    return model
+
+
+def remove_genft(model: nn.Module) -> nn.Module:
+    """Undo `apply_genft` exactly, merged or not, and return the model.
+
+    Raises:
+        RuntimeError: the model is not adapted.
+    """
+    state = adapter_state(model)
+    for name, layer in adapted_layers(model, remove_duplicate=False).items():
+        if layer.merged:
+            layer.unmerge()
+        original = layer.__dict__["_original"]
+        original.weight, original.bias = layer.weight, layer.bias
+        _set_submodule(model, name, original.train(layer.training))
+    for name, original in state.saved_modules.items():
+        _set_submodule(model, name, _beside(original, model.get_submodule(name)))
+    delattr(model, GENERATORS)
+    delattr(model, _STATE)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(state.required_grad.get(name, parameter.requires_grad))
+    return model
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether `apply_genft` has been called on this very module."""
+    return hasattr(model, _STATE)
+
+
+def adapter_state(model: nn.Module) -> AdapterState:
+    """The state that `apply_genft` left on `model`; RuntimeError if there is none."""
+    state = getattr(model, _STATE, None)
+    if state is None:
+        raise RuntimeError("the model has no GenFT adapter: call apply_genft(model, config) first")
+    return state
+
+
+def adapted_layers(model: nn.Module, remove_duplicate: bool = True) -> dict[str, GenFTLinear]:
+    """The adapted layers by path."""
+    modules = model.named_modules(remove_duplicate=remove_duplicate)
+    return {name: module for name, module in modules if isinstance(module, GenFTLinear)}
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Merge the update into the weight of every adapted layer (`GenFTLinear.merge`), or of none on failure.
+
+    Raises:
+        RuntimeError: the model has no adapter, or a layer is merged already; the message names it.
+    """
+    layers = _layers_of_an_adapted_model(model)
+    for name, layer in layers.items():
+        if layer.merged:
+            raise RuntimeError(f"{name!r} is merged already: call unmerge(model) first")
+    done: list[GenFTLinear] = []
+    try:
+        for layer in layers.values():
+            layer.merge()
+            done.append(layer)
+    except BaseException:
+        for layer in done:
+            layer.unmerge()
+        raise
+    return model
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Give every adapted layer its frozen weight back, bit for bit.
+
+    Raises:
+        RuntimeError: the model has no adapter, or a layer is not merged; the message names it.
+    """
+    layers = _layers_of_an_adapted_model(model)
+    for name, layer in layers.items():
+        if not layer.merged:
+            raise RuntimeError(f"{name!r} is not merged")
+    for layer in layers.values():
+        layer.unmerge()
+    return model
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the context the frozen model answers, `modules_to_save` included (the reference policy of DPO).
+
+    Raises:
+        RuntimeError: the model has no adapter.
+    """
+    layers = _layers_of_an_adapted_model(model).values()
+    saved = adapter_state(model).saved_modules
+    enabled = [layer._enabled for layer in layers]
+    trained = {name: model.get_submodule(name) for name in saved}
+    try:
+        for layer in layers:
+            layer._enabled = False
+        for name, original in saved.items():
+            _set_submodule(model, name, _beside(original, trained[name]))
+        yield model
+    finally:
+        for layer, was in zip(layers, enabled, strict=True):
+            layer._enabled = was
+        for name, module in trained.items():
+            _set_submodule(model, name, module)
+
+
+class TrainableSummary(dict):
+    """Numbers of parameters: "generators", "specific", "modules_to_save", "other", "trainable" and "total"."""
+
+    def __str__(self) -> str:
+        share = 100 * self["trainable"] / max(self["total"], 1)
+        parts = ", ".join(
+            f"{self[part]:,} {part}" for part in ("generators", "specific", "modules_to_save", "other") if self[part]
+        )
+        return f"trainable {self['trainable']:,} of {self['total']:,} parameters ({share:.3f} %): {parts}"
+
+
+def trainable_summary(model: nn.Module) -> TrainableSummary:
+    """How many parameters of an adapted model train, and where they are.
+
+    Raises:
+        RuntimeError: the model has no adapter.
+    """
+    saved = tuple(name + "." for name in adapter_state(model).saved_modules)
+    layers = tuple(name + "." for name in adapted_layers(model))
+    summary = TrainableSummary.fromkeys(("generators", "specific", "modules_to_save", "other", "trainable", "total"), 0)
+    for name, parameter in model.named_parameters():
+        summary["total"] += parameter.numel()
+        if not parameter.requires_grad:
+            continue
+        summary["trainable"] += parameter.numel()
+        if name.startswith(GENERATORS + "."):
+            summary["generators"] += parameter.numel()
+        elif name.startswith(layers):
+            summary["specific"] += parameter.numel()
+        elif saved and name.startswith(saved):
+            summary["modules_to_save"] += parameter.numel()
+        else:
+            summary["other"] += parameter.numel()
+    return summary
+
+
+def _make_generators(targets: list[Target], config: GenFTConfig) -> nn.ModuleDict:
+    """One generator for each shape, on the device of its first layer, in the adapter dtype of its widest."""
+    generators = nn.ModuleDict()
+    for target in targets:
+        in_features, out_features = _block_shape(target)
+        try:
+            check_layer_shape(in_features, out_features, config)
+        except ValueError as error:
+            raise ValueError(f"target module {target.name!r}: {error}") from None
+        key, weight = _shape_key(target), target.module.weight
+        if key not in generators:
+            dtype = adapter_dtype(weight.dtype)
+            generators[key] = GenFTGenerator(in_features, out_features, config, weight.device, dtype)
+    return generators
+
+
+def _block_shape(target: Target) -> tuple[int, int]:
+    weight, (count, _) = target.module.weight, target.blocks
+    in_features, out_features = reversed(weight.shape) if isinstance(target.module, nn.Linear) else weight.shape
+    if out_features % count:
+        raise ValueError(f"target module {target.name!r}: its {out_features} rows cannot be cut into {count} blocks")
+    return in_features, out_features // count
+
+
+def _shape_key(target: Target) -> str:
+    return "{}x{}".format(*_block_shape(target))
+
+
+def _layers_of_an_adapted_model(model: nn.Module) -> dict[str, GenFTLinear]:
+    adapter_state(model)
+    return adapted_layers(model)
+
+
+def _set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    # Not setattr: the name keeps its place among its siblings.
+    model.get_submodule(parent)._modules[name] = module
+
+
+def _beside(original: nn.Module, trained: nn.Module) -> nn.Module:
+    """The original of a saved module, on the device and in the mode of the copy that took its place."""
+    device = next((parameter.device for parameter in trained.parameters()), None)
+    return original.to(device).train(trained.training) if device is not None else original.train(trained.training)

@@ -1,0 +1,109 @@
+"""Which modules of a model a configuration names, by PEFT's rules, and what to say when it names none."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from torch import nn
+
+from .config import QUERY_AND_VALUE_NAMES, GenFTConfig
+from .modules import GenFTLinear, check_adaptable
+
+
+class Target(NamedTuple):
+    """A linear layer to adapt."""
+
+    names: tuple[str, ...]  # every path at which the model holds it
+    module: nn.Module
+    blocks: tuple[int, tuple[int, ...]]  # (number of row blocks, those to adapt)
+
+    @property
+    def name(self) -> str:
+        """The first of the paths, under which its parameters are listed."""
+        return self.names[0]
+
+
+def find_targets(model: nn.Module, config: GenFTConfig) -> list[Target]:
+    """The layers that `config` adapts, in the model's order.
+
+    A string in `target_modules` or `exclude_modules` is a regular expression for whole paths; in a list, each entry
+    is a path or its dotted end (as in PEFT).
+
+    Raises:
+        ValueError: nothing matches, a matched module cannot be adapted, or an entry of `fused_blocks` is unused.
+        TypeError: a matched module is of a kind that cannot be adapted. Each message names the module.
+    """
+    wanted = config.target_modules
+    if wanted is None:
+        wanted = (*QUERY_AND_VALUE_NAMES, *(config.fused_blocks or ()))
+    paths: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name and _matches(wanted, name) and not _matches(config.exclude_modules, name):
+            paths.setdefault(module, []).append(name)
+    if not paths:
+        raise ValueError(_nothing_matched(model, config, wanted))
+    fused = config.fused_blocks or {}
+    targets = []
+    for module, names in paths.items():
+        try:
+            check_adaptable(module)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"target module {names[0]!r}: {error}") from None
+        entry = next((entry for entry in fused if _matches((entry,), names[0])), None)
+        targets.append(Target(tuple(names), module, fused[entry] if entry else (1, (0,))))
+    unused = [entry for entry in fused if not any(_matches((entry,), target.name) for target in targets)]
+    if unused:
+        raise ValueError(f"fused_blocks[{unused[0]!r}] names no target module; targets are {_listing(targets)}")
+    return targets
+
+
+def find_modules_to_save(model: nn.Module, config: GenFTConfig, targets: Iterable[Target]) -> list[str]:
+    """Paths of the modules that `config` trains in full.
+
+    Raises:
+        ValueError: an entry matches nothing, or a match overlaps a target or another match.
+    """
+    found: list[str] = []
+    for entry in config.modules_to_save or ():
+        matches = [name for name, _ in model.named_modules() if name and _matches((entry,), name)]
+        if not matches:
+            raise ValueError(f"modules_to_save: {entry!r} matches no module of the model")
+        found += [name for name in matches if name not in found]
+    for name in found:
+        inside = [other for other in found if other.startswith(name + ".")]
+        adapted = [path for target in targets for path in target.names if (path + ".").startswith(name + ".")]
+        if inside or adapted:
+            raise ValueError(f"modules_to_save: {name!r} contains {(inside or adapted)[0]!r}, which is chosen as well")
+    return found
+
+
+def _matches(wanted: str | Iterable[str] | None, name: str) -> bool:
+    if wanted is None:
+        return False
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == entry or name.endswith("." + entry) for entry in wanted)
+
+
+def _nothing_matched(model: nn.Module, config: GenFTConfig, wanted: str | Iterable[str]) -> str:
+    candidates = Counter()
+    for name, module in model.named_modules():
+        if isinstance(module, GenFTLinear):
+            continue
+        try:
+            check_adaptable(module)
+        except (TypeError, ValueError):
+            continue
+        candidates[name.rpartition(".")[2] or "(the model itself, which has no name)"] += 1
+    listed = ", ".join(f"{name} ({count})" for name, count in sorted(candidates.items())) or "none"
+    patterns = wanted if isinstance(wanted, str) else ", ".join(wanted)
+    excluded = f" outside exclude_modules={config.exclude_modules!r}" if config.exclude_modules else ""
+    return f"target_modules matched nothing: {patterns}{excluded}. The model's linear layers are: {listed}"
+
+
+def _listing(targets: list[Target]) -> str:
+    names = [target.name for target in targets]
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
