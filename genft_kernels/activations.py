@@ -10,39 +10,50 @@ LEAKY_SLOPE = 0.01
 ACTIVATIONS = ("identity", "relu", "leaky_relu", "gelu", "silu", "tanh")
 
 _aten = torch.ops.aten
+_FUNCTIONS = {
+    "relu": F.relu,
+    "leaky_relu": lambda z: F.leaky_relu(z, LEAKY_SLOPE),
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+_IN_PLACE = {
+    "relu": torch.relu_,
+    "leaky_relu": lambda z: F.leaky_relu_(z, LEAKY_SLOPE),
+    "gelu": _aten.gelu_,
+    "silu": _aten.silu_,
+    "tanh": torch.tanh_,
+}
 
 
 def activate(name: str, z: torch.Tensor) -> torch.Tensor:
     """The activation of z, same shape and dtype. GELU is the exact one, leaky_relu has slope 0.01."""
-    match name:
-        case "identity":
-            return z
-        case "relu":
-            return F.relu(z)
-        case "leaky_relu":
-            return F.leaky_relu(z, LEAKY_SLOPE)
-        case "gelu":
-            return F.gelu(z)
-        case "silu":
-            return F.silu(z)
-        case "tanh":
-            return torch.tanh(z)
-    raise ValueError(f"unknown activation {name!r}; there are {', '.join(ACTIVATIONS)}")
+    return z if name == "identity" else _FUNCTIONS[name](z)
+
+
+def activate_(name: str, z: torch.Tensor) -> torch.Tensor:
+    """`activate` in place."""
+    return z if name == "identity" else _IN_PLACE[name](z)
 
 
 def activation_backward(name: str, grad: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     """grad * activation'(z), where z is what the activation was applied to."""
+    return grad if name == "identity" else activation_backward_(name, grad.clone(), z)
+
+
+def activation_backward_(name: str, grad: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """`activation_backward` in place, on `grad`."""
     match name:
         case "identity":
             return grad
         case "relu":
-            return _aten.threshold_backward(grad, z, 0)
+            return _aten.threshold_backward.grad_input(grad, z, 0, grad_input=grad)
         case "leaky_relu":
-            return _aten.leaky_relu_backward(grad, z, LEAKY_SLOPE, False)
+            return _aten.leaky_relu_backward.grad_input(grad, z, LEAKY_SLOPE, False, grad_input=grad)
         case "gelu":
-            return _aten.gelu_backward(grad, z)
+            return _aten.gelu_backward.grad_input(grad, z, grad_input=grad)
         case "silu":
-            return _aten.silu_backward(grad, z)
+            return _aten.silu_backward.grad_input(grad, z, grad_input=grad)
         case "tanh":
-            return _aten.tanh_backward(grad, torch.tanh(z))
+            return _aten.tanh_backward.grad_input(grad, torch.tanh(z), grad_input=grad)
     raise ValueError(f"unknown activation {name!r}; there are {', '.join(ACTIVATIONS)}")

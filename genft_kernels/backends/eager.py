@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..activations import activate, activation_backward
+from ..activations import activate, activate_, activation_backward, activation_backward_
 from ..config import is_factored
 from ..philox import COLUMN_STREAM, keep_mask
+from .scratch import scratch
 from .stochastic_rounding import round_stochastically
 
 # Elements of a tile: large enough that its products run at full speed, small enough to stay in cache.
@@ -23,29 +24,45 @@ _TILE_ELEMENTS = 1 << 20
 
 
 class _UpdateTile:
-    """Rows of U = drop(psi(left right^T)): the tile itself, and the way of a gradient back through drop and psi."""
+    """Rows of U = drop(psi(left right^T)), made and taken back in scratch memory.
+
+    First `backward_` where a gradient has to pass, then `value_`: it overwrites what the gradient needs.
+    """
 
     def __init__(self, left: Tensor, right: Tensor, rows: slice, activation: str, dropout: float, seed, stream: int):
         self.activation = activation
-        self.pre = left[rows] @ right.t()  # [tile, in]
+        out_features, left = left.shape[0], left[rows]
+        self.pre = _product("pre", left, right.t())  # [tile, in]
         self.keep = None  # 0 or 1 / (1 - p), [tile, in]
         if dropout > 0:
-            keep = keep_mask(seed, stream, right.shape[0], left.shape[0], dropout, rows)
+            keep = keep_mask(seed, stream, right.shape[0], out_features, dropout, rows)
             self.keep = keep.to(left.dtype).mul_(1 / (1 - dropout))
 
-    def value(self) -> Tensor:
-        value = activate(self.activation, self.pre)
-        return value if self.keep is None else value * self.keep
+    def backward_(self, grad: Tensor) -> Tensor:
+        """grad of U -> grad of left right^T, in place."""
+        grad = grad if self.keep is None else grad.mul_(self.keep)
+        return activation_backward_(self.activation, grad, self.pre)
 
-    def backward(self, grad: Tensor) -> Tensor:
-        grad = grad if self.keep is None else grad * self.keep
-        return activation_backward(self.activation, grad, self.pre)
+    def value_(self) -> Tensor:
+        """U itself, in the place of left right^T."""
+        value = activate_(self.activation, self.pre)
+        return value if self.keep is None else value.mul_(self.keep)
 
 
 def _row_tiles(rows: int, columns: int) -> Iterator[slice]:
     """Slices that cut `rows` into tiles of about `_TILE_ELEMENTS`; each starts at a multiple of 4, as masks ask."""
     height = max(64, _TILE_ELEMENTS // columns // 4 * 4)
     return (slice(start, min(start + height, rows)) for start in range(0, rows, height))
+
+
+def _product(slot: str, left: Tensor, right: Tensor) -> Tensor:
+    """left @ right in scratch memory."""
+    return torch.mm(left, right, out=scratch(slot, (left.shape[0], right.shape[1]), left.dtype, left.device))
+
+
+def _thin_product(matrix: Tensor, thin: Tensor, out: Tensor | None = None) -> Tensor:
+    """matrix [m, n] @ thin [n, k]. With `thin` column-major, BLAS takes up to half the time where k is odd."""
+    return torch.mm(matrix, thin.t().contiguous().t(), out=out)
 
 
 def _is_16_bit(tensor: Tensor) -> bool:
@@ -55,6 +72,11 @@ def _is_16_bit(tensor: Tensor) -> bool:
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """What sums over tiles and over tokens are kept in."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def _sum(total: Tensor | None, part: Tensor) -> Tensor:
+    """total + part, at least in float32 from the second part on."""
+    return part if total is None else total.to(_wide(part.dtype)).add_(part)
 
 
 def _sum_of_rows(matrix: Tensor) -> Tensor:
@@ -88,12 +110,12 @@ def row(left, right, down, bias, seed, outer: str, dropout: float, inner: str):
     """h = phi(Y^T A^T + a)  [in, k], Y = drop(psi(left right^T))  [out, in]."""
     if is_factored(outer, dropout):
         return _activated(F.linear(right, down @ left, bias), inner)  # the stages meet in a core [k, k1]
-    z = torch.zeros((right.shape[0], down.shape[0]), dtype=_wide(down.dtype), device=down.device)
+    z = None  # [k, in]
     for rows in _row_tiles(left.shape[0], right.shape[0]):
-        y = _UpdateTile(left, right, rows, outer, dropout, seed, COLUMN_STREAM).value()
-        z += (down[:, rows] @ y).t()
-    z = z if bias is None else z + bias
-    return _activated(z.to(down.dtype), inner)
+        y = _UpdateTile(left, right, rows, outer, dropout, seed, COLUMN_STREAM).value_()
+        z = _sum(z, down[:, rows] @ y)
+    z = z.t() if bias is None else z.t() + bias
+    return _activated(z.to(down.dtype).contiguous(), inner)
 
 
 def row_backward(grad, left, right, down, pre, seed, outer: str, dropout: float, inner: str, needs: list[bool]):
@@ -118,19 +140,19 @@ def _factored_row_backward(dz, left, right, down, need_left, need_right, need_do
 def _tiled_row_backward(dz, left, right, down, seed, outer, dropout, need_left, need_right, need_down):
     """As in flash attention: a tile of Y is made again, and dY = (dZ A)^T is formed for the tile and used up."""
     dleft = torch.empty_like(left) if need_left else None
-    dright = torch.zeros_like(right, dtype=_wide(right.dtype)) if need_right else None
+    dright = None  # [k1, in]
     ddown = torch.empty_like(down) if need_down else None
     for rows in _row_tiles(left.shape[0], right.shape[0]):
         tile = _UpdateTile(left, right, rows, outer, dropout, seed, COLUMN_STREAM)
-        if need_down:
-            ddown[:, rows] = (tile.value() @ dz).t()
         if need_left or need_right:
-            q = tile.backward(down[:, rows].t() @ dz.t())  # d(left right^T)  [tile, in]
+            q = tile.backward_(_product("grad", down[:, rows].t(), dz.t()))  # d(left right^T)  [tile, in]
         if need_left:
-            torch.mm(q, right, out=dleft[rows])
+            _thin_product(q, right, out=dleft[rows])
         if need_right:
-            dright += (left[rows].t() @ q).t()
-    return dleft, dright.to(right.dtype) if need_right else None, ddown
+            dright = _sum(dright, left[rows].t() @ q)
+        if need_down:
+            ddown[:, rows] = _thin_product(tile.value_(), dz).t()
+    return dleft, dright.t().to(right.dtype).contiguous() if need_right else None, ddown
 
 
 # --- linear ---------------------------------------------------------------------------------------------------------
@@ -142,9 +164,9 @@ def linear(x, weight, bias, h, b, seed, scale: float, activation: str, dropout: 
     if is_factored(activation, dropout):
         y, xh = _factored_forward(tokens, weight, bias, h, b, scale)
     else:
-        folded = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+        folded = scratch("folded", weight.shape, weight.dtype, weight.device)
         for rows in _row_tiles(*weight.shape):
-            update = _UpdateTile(b, h, rows, activation, dropout, seed, stream).value()
+            update = _UpdateTile(b, h, rows, activation, dropout, seed, stream).value_()
             _fold(weight[rows], update, scale, seed, out=folded[rows])
         y, xh = F.linear(tokens, folded, bias), None
     return y.reshape(*x.shape[:-1], weight.shape[0]), xh
@@ -167,7 +189,7 @@ def linear_backward(grad, x, weight, h, b, xh, seed, scale, activation, dropout,
 
 
 def _factored_forward(tokens, weight, bias, h, b, scale):
-    xh = tokens @ h  # [T, k]
+    xh = _thin_product(tokens, h)  # [T, k]
     if not _is_16_bit(weight):
         return F.linear(tokens, weight, bias).addmm_(xh, b.t(), alpha=scale), xh
     # Extended K: both products share one float32 accumulator. Added to a y rounded to 16 bits, the update would be
@@ -180,7 +202,7 @@ def _factored_backward(dy, tokens, weight, h, b, xh, scale, need_x, need_h, need
     if need_b:
         db = (xh.t() @ dy).t().mul(scale).contiguous()  # [out, k]
     if need_x or need_h:
-        dyb = dy @ b  # [T, k]
+        dyb = _thin_product(dy, b)  # [T, k]
     if need_h:
         dh = (dyb.t() @ tokens).t().mul(scale).contiguous()  # [in, k]
     if need_x and _is_16_bit(weight):
@@ -192,22 +214,22 @@ def _factored_backward(dy, tokens, weight, h, b, xh, scale, need_x, need_h, need
 
 def _tiled_backward(dy, tokens, weight, h, b, seed, scale, activation, dropout, stream, need_x, need_h, need_b):
     """A tile of G = dy^T x is formed, contracted with the factors, and dropped; W is folded again for dx."""
-    folded = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if need_x else None
-    dh = torch.zeros_like(h, dtype=_wide(h.dtype)) if need_h else None
+    folded = scratch("folded", weight.shape, weight.dtype, weight.device) if need_x else None
+    dh = None  # [k, in]
     db = torch.empty_like(b) if need_b else None
     for rows in _row_tiles(b.shape[0], h.shape[0]):
         tile = _UpdateTile(b, h, rows, activation, dropout, seed, stream)
-        if need_x:
-            _fold(weight[rows], tile.value(), scale, seed, out=folded[rows])
         if need_h or need_b:
-            p = tile.backward(dy[:, rows].t() @ tokens)  # d(b h^T) / scale  [tile, in]
+            p = tile.backward_(_product("grad", dy[:, rows].t(), tokens))  # d(b h^T) / scale  [tile, in]
         if need_b:
-            torch.mm(p, h, out=db[rows])
+            _thin_product(p, h, out=db[rows])
         if need_h:
-            dh += (b[rows].t() @ p).t()
+            dh = _sum(dh, b[rows].t() @ p)
+        if need_x:
+            _fold(weight[rows], tile.value_(), scale, seed, out=folded[rows])
     return (
         dy @ folded if need_x else None,
-        dh.mul_(scale).to(h.dtype) if need_h else None,
+        dh.t().mul(scale).to(h.dtype).contiguous() if need_h else None,
         db.mul_(scale) if need_b else None,
     )
 
@@ -215,6 +237,7 @@ def _tiled_backward(dy, tokens, weight, h, b, seed, scale, activation, dropout, 
 def _fold(weight: Tensor, update: Tensor, scale: float, seed: Tensor | None, out: Tensor) -> None:
     """out = weight + scale * update, rounded so that a 16-bit weight does not swallow a small update."""
     if _is_16_bit(weight):
-        round_stochastically(weight.float().add_(update, alpha=scale), seed, out=out)
+        exact = scratch("exact", weight.shape, torch.float32, weight.device).copy_(weight)
+        round_stochastically(exact.add_(update, alpha=scale), seed, out=out)
     else:
         torch.add(weight, update, alpha=scale, out=out)
