@@ -49,11 +49,12 @@ class Fingerprint(NamedTuple):
         if self.shape != other.shape:
             return f"its shape is {list(other.shape)}, not {list(self.shape)}"
         tolerance = 1e-6 if self.dtype == other.dtype else 2**-7
-        if abs(self.norm - other.norm) > tolerance * max(self.norm, other.norm):
+        # Comparisons that a NaN on either side fails.
+        if not abs(self.norm - other.norm) <= tolerance * max(self.norm, other.norm):
             return f"its norm is {other.norm:.6g}, not {self.norm:.6g}"
         small = tolerance * self.norm / (self.shape[0] * self.shape[1]) ** 0.5
         for mine, theirs in zip(self.samples, other.samples, strict=True):
-            if abs(mine - theirs) > small + tolerance * abs(mine):
+            if not abs(mine - theirs) <= small + tolerance * abs(mine):
                 return "its values differ"
         return None
 
@@ -103,7 +104,9 @@ def read_adapter_file(directory: str | os.PathLike) -> AdapterFile:
     directory = Path(directory)
     description = read_json(directory / CONFIG_FILE)
     if description.get("format") != FORMAT:
-        raise ValueError(f"{directory / CONFIG_FILE} is not an adapter of {FORMAT}: format={description.get('format')!r}")
+        raise ValueError(
+            f"{directory / CONFIG_FILE} is not an adapter of {FORMAT}: format={description.get('format')!r}"
+        )
     if description.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{directory / CONFIG_FILE} has format_version={description.get('format_version')!r}; "
@@ -111,14 +114,16 @@ def read_adapter_file(directory: str | os.PathLike) -> AdapterFile:
         )
     payload = (directory / TENSORS_FILE).read_bytes()
     if hashlib.sha256(payload).hexdigest() != description.get("tensors_sha256"):
-        raise ValueError(f"{directory / TENSORS_FILE} is truncated, or not the file that {CONFIG_FILE} was written with")
+        raise ValueError(
+            f"{directory / TENSORS_FILE} is truncated, or not the file that {CONFIG_FILE} was written with"
+        )
     try:
         config = GenFTConfig.from_dict(description["config"])
         fingerprints = {
             name: Fingerprint(tuple(entry["shape"]), entry["dtype"], entry["norm"], tuple(entry["samples"]))
             for name, entry in description["fingerprints"].items()
         }
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{directory / CONFIG_FILE} is damaged: {error!r}") from error
     return AdapterFile(config, parse_tensors(payload, directory / TENSORS_FILE), fingerprints)
 

@@ -97,7 +97,11 @@ def _fingerprints(model: nn.Module) -> dict[str, Fingerprint]:
 
 def _check_same_config(mine: GenFTConfig, theirs: GenFTConfig) -> None:
     mine, theirs = mine.to_dict(), theirs.to_dict()
-    differing = [f"{name}: {mine[name]!r} in the model, {theirs[name]!r} in the file" for name in mine if mine[name] != theirs[name]]
+    differing = [
+        f"{name}: {mine[name]!r} in the model, {theirs[name]!r} in the file"
+        for name in mine
+        if mine[name] != theirs[name]
+    ]
     if differing:
         raise ValueError(f"the model is adapted with another configuration ({'; '.join(differing)})")
 
@@ -121,11 +125,15 @@ def _check_base(model: nn.Module, fingerprints: dict[str, Fingerprint] | None) -
 def _check_tensors(wanted: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> None:
     missing, extra = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
     if missing or extra:
-        problems = [f"missing {', '.join(missing[:3])}"] * bool(missing) + [f"unexpected {', '.join(extra[:3])}"] * bool(extra)
+        problems = [f"missing {', '.join(missing[:3])}"] * bool(missing) + [
+            f"unexpected {', '.join(extra[:3])}"
+        ] * bool(extra)
         count = f" ({len(missing)} missing, {len(extra)} unexpected)"
         raise ValueError(f"the adapter's tensors do not fit the model: {'; '.join(problems)}{count}")
     for name, tensor in found.items():
         if tensor.shape != wanted[name].shape:
-            raise ValueError(f"tensor {name!r} has shape {list(tensor.shape)}, the model wants {list(wanted[name].shape)}")
+            raise ValueError(
+                f"tensor {name!r} has shape {list(tensor.shape)}, the model wants {list(wanted[name].shape)}"
+            )
         if tensor.is_floating_point() != wanted[name].is_floating_point():
             raise ValueError(f"tensor {name!r} has dtype {tensor.dtype}, the model wants {wanted[name].dtype}")

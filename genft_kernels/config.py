@@ -238,6 +238,8 @@ def _fused_blocks(value: object) -> dict[str, tuple[int, tuple[int, ...]]] | Non
         if not _is_integer(count) or count < 1 or not isinstance(blocks, Sequence) or not blocks:
             raise ValueError(problem)
         if not all(_is_integer(block) and 0 <= block < count for block in blocks) or len(set(blocks)) != len(blocks):
-            raise ValueError(f"fused_blocks[{name!r}]: blocks must be distinct numbers in 0..{count - 1}, got {blocks!r}")
+            raise ValueError(
+                f"fused_blocks[{name!r}]: blocks must be distinct numbers in 0..{count - 1}, got {blocks!r}"
+            )
         checked[name] = (int(count), tuple(sorted(int(block) for block in blocks)))
     return checked

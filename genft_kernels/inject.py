@@ -7,12 +7,11 @@ import copy
 import dataclasses
 from collections.abc import Iterator
 
-import torch
 from torch import nn
 
 from . import backends
 from .config import GenFTConfig
-from .generator import GenFTGenerator, check_layer_shape
+from .generator import GenFTGenerator
 from .modules import GenFTLinear, adapter_dtype
 from .targets import Target, find_modules_to_save, find_targets
 
@@ -52,16 +51,19 @@ def apply_genft(model: nn.Module, config: GenFTConfig, *, backend: str = "auto")
     targets = find_targets(model, config)
     to_save = find_modules_to_save(model, config, targets)
     required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    # Adapting freezes a weight, so what can fail is done before the first layer is touched.
+    # What can fail is done before the model is touched, but that adapting freezes a weight.
     generators = _make_generators(targets, config)
     saved = {name: model.get_submodule(name) for name in to_save}
-    trained = {name: copy.deepcopy(module).requires_grad_(True) for name, module in saved.items()}
+    memo = {}  # what the saved modules share, their copies share
+    trained = {name: copy.deepcopy(module, memo).requires_grad_(True) for name, module in saved.items()}
+    try:
+        layers = [_make_layer(target, generators, backend) for target in targets]
+    except BaseException:
+        _restore_required_grad(model, required_grad)
+        raise
 
     model.requires_grad_(False)
-    for target in targets:
-        layer = GenFTLinear.from_linear(
-            target.module, generators[_shape_key(target)], blocks=target.blocks, backend=backend, register_generator=False
-        )
+    for target, layer in zip(targets, layers, strict=True):
         for name in target.names:
             _set_submodule(model, name, layer)
     for name, module in trained.items():
@@ -88,22 +90,22 @@ def remove_genft(model: nn.Module) -> nn.Module:
         _set_submodule(model, name, _beside(original, model.get_submodule(name)))
     delattr(model, GENERATORS)
     delattr(model, _STATE)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(state.required_grad.get(name, parameter.requires_grad))
+    _restore_required_grad(model, state.required_grad)
     return model
 
 
 def is_adapted(model: nn.Module) -> bool:
     """Whether `apply_genft` has been called on this very module."""
-    return hasattr(model, _STATE)
+    return _STATE in vars(model)  # not hasattr: wrappers such as torch.compile's answer for what they wrap
 
 
 def adapter_state(model: nn.Module) -> AdapterState:
     """The state that `apply_genft` left on `model`; RuntimeError if there is none."""
-    state = getattr(model, _STATE, None)
-    if state is None:
-        raise RuntimeError("the model has no GenFT adapter: call apply_genft(model, config) first")
-    return state
+    if not is_adapted(model):
+        raise RuntimeError(
+            "the model has no GenFT adapter: call apply_genft(model, config) first, and pass that very model, no wrapper"
+        )
+    return vars(model)[_STATE]
 
 
 def adapted_layers(model: nn.Module, remove_duplicate: bool = True) -> dict[str, GenFTLinear]:
@@ -210,19 +212,25 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
 
 
 def _make_generators(targets: list[Target], config: GenFTConfig) -> nn.ModuleDict:
-    """One generator for each shape, on the device of its first layer, in the adapter dtype of its widest."""
+    """One generator for each shape, on the device and in the adapter dtype of its first layer."""
     generators = nn.ModuleDict()
     for target in targets:
-        in_features, out_features = _block_shape(target)
+        key, weight = _shape_key(target), target.module.weight
+        if key in generators:
+            continue
         try:
-            check_layer_shape(in_features, out_features, config)
+            dtype = adapter_dtype(weight.dtype)
+            generators[key] = GenFTGenerator(*_block_shape(target), config, weight.device, dtype)
         except ValueError as error:
             raise ValueError(f"target module {target.name!r}: {error}") from None
-        key, weight = _shape_key(target), target.module.weight
-        if key not in generators:
-            dtype = adapter_dtype(weight.dtype)
-            generators[key] = GenFTGenerator(in_features, out_features, config, weight.device, dtype)
     return generators
+
+
+def _make_layer(target: Target, generators: nn.ModuleDict, backend: str) -> GenFTLinear:
+    generator = generators[_shape_key(target)]
+    return GenFTLinear.from_linear(
+        target.module, generator, blocks=target.blocks, backend=backend, register_generator=False
+    )
 
 
 def _block_shape(target: Target) -> tuple[int, int]:
@@ -248,7 +256,16 @@ def _set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
     model.get_submodule(parent)._modules[name] = module
 
 
+def _restore_required_grad(model: nn.Module, required_grad: dict[str, bool]) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(required_grad.get(name, parameter.requires_grad))
+
+
 def _beside(original: nn.Module, trained: nn.Module) -> nn.Module:
-    """The original of a saved module, on the device and in the mode of the copy that took its place."""
-    device = next((parameter.device for parameter in trained.parameters()), None)
-    return original.to(device).train(trained.training) if device is not None else original.train(trained.training)
+    """The original of a saved module, with the devices, dtypes and modes of the copy that took its place."""
+    for tensors in (nn.Module.parameters, nn.Module.buffers):
+        for mine, theirs in zip(tensors(original), tensors(trained), strict=True):
+            mine.data = mine.data.to(theirs)
+    for mine, theirs in zip(original.modules(), trained.modules(), strict=True):
+        mine.training = theirs.training
+    return original

@@ -75,12 +75,15 @@ class GenFTLinear(nn.Linear):
             register_generator: False where another module owns the shared generator.
 
         Raises:
-            TypeError: not a plain linear layer, or a quantised weight.
+            TypeError: not a plain linear layer, or a weight that is quantised or computed.
             ValueError: a meta weight, or a generator of another shape.
         """
         check_adaptable(linear)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
+        # The same dictionaries, so that hooks on the original go on working, and their handles too.
+        hooks = {name: value for name, value in vars(linear).items() if "_hooks" in name}
+        layer.__dict__.update(hooks, _is_full_backward_hook=linear._is_full_backward_hook)
         layer.weight, layer.bias = linear.weight, linear.bias
         layer._fan_in_fan_out = _is_conv1d(linear)
         out_features, in_features = layer.frozen_weight.shape
@@ -105,7 +108,9 @@ class GenFTLinear(nn.Linear):
             raise ValueError(f"out_features={self.out_features} cannot be cut into {count} equal blocks")
         shape, wanted = (generator.in_features, generator.out_features), (self.in_features, self.out_features // count)
         if shape != wanted:
-            raise ValueError(f"the generator is for in x out = {shape[0]}x{shape[1]}, the layer is {wanted[0]}x{wanted[1]}")
+            raise ValueError(
+                f"the generator is for in x out = {shape[0]}x{shape[1]}, the layer is {wanted[0]}x{wanted[1]}"
+            )
         self.backend = backend
         self.weight.requires_grad_(False)
         if self.bias is not None:
@@ -264,6 +269,8 @@ def check_adaptable(linear: nn.Module) -> None:
     plain = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
     if isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear) or not (plain or _is_conv1d(linear)):
         raise TypeError(f"{type(linear).__name__} cannot be adapted: only nn.Linear and transformers' Conv1D can")
+    if linear._parameters.get("weight") is None:
+        raise TypeError("its weight is not a parameter but computed (by a parametrization, weight or spectral norm)")
     check_frozen_weight(linear.weight.detach())
 
 

@@ -107,9 +107,7 @@ def _dropout_masks(
     return {stream: _mask(weight, stream, dropout, seed) for stream in (COLUMN_STREAM, ROW_STREAM)}
 
 
-def _mask(
-    weight: torch.Tensor, stream: int, dropout: float, seed: int | torch.Tensor | None
-) -> torch.Tensor | float:
+def _mask(weight: torch.Tensor, stream: int, dropout: float, seed: int | torch.Tensor | None) -> torch.Tensor | float:
     if dropout == 0:
         return 1.0
     seed = draw_seed(weight.device) if seed is None else seed_tensor(seed, weight.device)

@@ -68,7 +68,8 @@ def find_modules_to_save(model: nn.Module, config: GenFTConfig, targets: Iterabl
     """
     found: list[str] = []
     for entry in config.modules_to_save or ():
-        matches = [name for name, _ in model.named_modules() if name and _matches((entry,), name)]
+        paths = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+        matches = [name for name in paths if _matches((entry,), name)]
         if not matches:
             raise ValueError(f"modules_to_save: {entry!r} matches no module of the model")
         found += [name for name in matches if name not in found]

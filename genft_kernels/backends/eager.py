@@ -109,7 +109,10 @@ def column_backward(grad: Tensor, weight: Tensor, pre: Tensor, activation: str, 
 def row(left, right, down, bias, seed, outer: str, dropout: float, inner: str):
     """h = phi(Y^T A^T + a)  [in, k], Y = drop(psi(left right^T))  [out, in]."""
     if is_factored(outer, dropout):
-        return _activated(F.linear(right, down @ left, bias), inner)  # the stages meet in a core [k, k1]
+        # The stages meet in a core [k, k1]; it is tiny, so its rounding to 16 bits can be spared.
+        wide_left, wide_right, wide_down = (matrix.to(_wide(matrix.dtype)) for matrix in (left, right, down))
+        z = F.linear(wide_right, wide_down @ wide_left, None if bias is None else bias.to(wide_right.dtype))
+        return _activated(z.to(down.dtype), inner)
     z = None  # [k, in]
     for rows in _row_tiles(left.shape[0], right.shape[0]):
         y = _UpdateTile(left, right, rows, outer, dropout, seed, COLUMN_STREAM).value_()
@@ -129,11 +132,13 @@ def row_backward(grad, left, right, down, pre, seed, outer: str, dropout: float,
 
 
 def _factored_row_backward(dz, left, right, down, need_left, need_right, need_down):
+    dtype = dz.dtype
+    dz, left, right, down = (matrix.to(_wide(dtype)) for matrix in (dz, left, right, down))
     core_grad = dz.t() @ right if need_left or need_down else None  # [k, k1]
     return (
-        down.t() @ core_grad if need_left else None,
-        dz @ (down @ left) if need_right else None,
-        core_grad @ left.t() if need_down else None,
+        (down.t() @ core_grad).to(dtype) if need_left else None,
+        (dz @ (down @ left)).to(dtype) if need_right else None,
+        (core_grad @ left.t()).to(dtype) if need_down else None,
     )
 
 

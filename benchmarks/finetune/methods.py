@@ -1,0 +1,84 @@
+"""What is compared: every method freezes the model and returns it with its own part trainable."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from .encoder import HEAD, TARGETS
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to adapt a TextClassifier, and the words the report uses for it."""
+
+    title: str
+    adapt: Callable[[nn.Module], nn.Module]
+
+
+def genft(preset: str, **overrides) -> Callable[[nn.Module], nn.Module]:
+    """GenFT with a preset of the package, changed by ``overrides``."""
+
+    def adapt(model: nn.Module) -> nn.Module:
+        from genft_kernels import GenFTConfig, apply_genft
+
+        places = {"target_modules": list(TARGETS), "modules_to_save": [HEAD]}
+        return apply_genft(model, GenFTConfig.preset(preset, **places, **overrides))
+
+    return adapt
+
+
+def lora_as_large_as(other: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
+    """PEFT LoRA on the same linears, of the rank whose trainable size is nearest to that of ``other``."""
+
+    def adapt(model: nn.Module) -> nn.Module:
+        from peft import LoraConfig, get_peft_model
+
+        rank = nearest_rank(model, trainable_parameters(other(copy.deepcopy(model))))
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=2 * rank,
+            target_modules=list(TARGETS),
+            modules_to_save=[HEAD],
+            lora_dropout=0.0,
+        )
+        return get_peft_model(model, config)
+
+    return adapt
+
+
+def linear_probe(model: nn.Module) -> nn.Module:
+    """Only the head trains."""
+    model.requires_grad_(False)
+    model.get_submodule(HEAD).requires_grad_(True)
+    return model
+
+
+def nearest_rank(model: nn.Module, size: int) -> int:
+    """The LoRA rank that comes nearest to ``size`` trainable parameters, head included."""
+    head = sum(parameter.numel() for parameter in model.get_submodule(HEAD).parameters())
+    a_rank = sum(
+        module.in_features + module.out_features
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in TARGETS
+    )
+    return max(1, round((size - head) / a_rank))
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    """How many numbers the optimizer will see."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+_fast = genft("fast")
+
+METHODS = {
+    "fast": Method("GenFT fast (factored form)", _fast),
+    "tiled": Method("GenFT leaky_relu (tiled form)", genft("fast", outer_activation="leaky_relu")),
+    "lora": Method("PEFT LoRA", lora_as_large_as(_fast)),
+    "probe": Method("linear probe", linear_probe),
+    "fast-rms": Method("GenFT fast, rho from the weights", genft("fast", weight_ratio="rms")),
+    "glue": Method("GenFT glue preset (tiled form)", genft("glue")),
+}
+DEFAULT_METHODS = ("fast", "tiled", "lora", "probe")

@@ -1,0 +1,53 @@
+"""Carry a trained GenFT adapter through a file into a fresh model, merge and unmerge, comparing logits."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .encoder import Encoded
+from .training import logits_of
+
+# Merging rounds W + delta to float32 once more: a few units in the last place of W, seen through six layers.
+MERGE_TOLERANCE = 2e-5
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison of logits, in words, and whether it came out as it must."""
+
+    what: str
+    passed: bool
+
+
+def check_adapter(trained: nn.Module, fresh: nn.Module, data: Encoded, folder: Path) -> list[Check]:
+    """Save the adapter of ``trained``, load it into ``fresh`` (unadapted, with another head) and compare."""
+    from genft_kernels import load_adapter, merge, save_adapter, unmerge
+
+    expected = logits_of(trained, data)
+    untrained = logits_of(fresh, data)
+    save_adapter(trained, folder)
+    load_adapter(fresh, folder)
+    loaded = logits_of(fresh, data)
+    merge(fresh)
+    merged = logits_of(fresh, data)
+    unmerge(fresh)
+    unmerged = logits_of(fresh, data)
+
+    def apart(logits: Tensor) -> float:
+        return ((logits - expected).abs().max() / expected.abs().max()).item()
+
+    flips = (merged.argmax(-1) != expected.argmax(-1)).sum().item()
+    merge_gap = (
+        f"{apart(merged):.1e} of the largest logit, at most {MERGE_TOLERANCE:g}; {flips} answers differ"
+    )
+    return [
+        Check(
+            f"before loading, the fresh model answers otherwise ({apart(untrained):.2f})",
+            apart(untrained) > 0.1,
+        ),
+        Check("adapter saved and loaded: logits equal bit for bit", torch.equal(loaded, expected)),
+        Check(f"merged: logits equal but for rounding ({merge_gap})", apart(merged) <= MERGE_TOLERANCE),
+        Check("unmerged: logits equal bit for bit again", torch.equal(unmerged, expected)),
+    ]

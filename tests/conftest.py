@@ -1,0 +1,28 @@
+"""Every test runs with NaN in uninitialised memory, a fixed seed, and a report of GPU tests that did not run."""
+
+import pytest
+import torch
+
+from genft_kernels.backends import scratch
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """`torch.empty` and its kin return NaN (and all-ones integers), so nothing that was not written can pass."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(scratch, "_slots", scratch._Slots())
+    fill, deterministic = (
+        torch.utils.deterministic.fill_uninitialized_memory,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(deterministic)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and this machine has none"))

@@ -1,0 +1,116 @@
+"""Every operation backend against the specification, on the shared cases; and how a backend is chosen."""
+
+import dataclasses
+import statistics
+from collections import defaultdict
+
+import pytest
+import torch
+from cases import CASES, make_data, relative_error, run
+
+from genft_kernels import backends, reference
+from genft_kernels.functional import genft_linear
+
+BACKENDS = backends.OPERATION_BACKENDS
+LOW_PRECISION = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_float64_equals_the_reference(case, backend):
+    data, options = make_data(case), dict(training=True, seed=case.seed)
+    expected = run(reference.genft_linear, data, case.config, **options)
+    actual = run(genft_linear, data, case.config, backend=backend, **options)
+    for name, exact in expected.items():
+        assert actual[name].shape == exact.shape and actual[name].dtype == exact.dtype, name
+        assert relative_error(actual[name], exact) <= 1e-12, name
+
+
+def errors(function, case, dtype, **options):
+    """Relative error of y and each gradient against float64, as the median over random data.
+
+    The median, because at a kink of the activation one rounding changes one gradient by its whole size.
+    """
+    found = defaultdict(list)
+    for seed in range(5):
+        data = make_data(dataclasses.replace(case, seed=seed)).to(dtype)
+        exact = run(reference.genft_linear, data.to(torch.float64), case.config, training=True, seed=seed)
+        for name, actual in run(function, data, case.config, training=True, seed=seed, **options).items():
+            assert actual.dtype == dtype and actual.isfinite().all(), name
+            found[name].append(relative_error(actual, exact[name]))
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+@pytest.mark.parametrize(
+    # The rounding of a single number is luck.
+    "case",
+    [case for case in CASES if case.in_features * case.out_features > 1],
+    ids=lambda case: case.name,
+)
+def test_error_is_at_most_twice_plain_pytorchs(case, dtype, backend):
+    plain = errors(reference.genft_linear, case, dtype)
+    for name, error in errors(genft_linear, case, dtype, backend=backend).items():
+        allowed = 2 * plain[name] + torch.finfo(dtype).eps
+        assert error <= allowed, f"{name}: {error:.3g} > {allowed:.3g}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["dropout-square", "dropout-tiled-bias-out_in", "column-tiled-bias", "row-tiled"])
+def test_dropout_follows_the_seed(name, backend):
+    case = next(case for case in CASES if case.name == name)
+    data = make_data(case)
+
+    def outputs(seed):
+        return run(genft_linear, data, case.config, backend=backend, training=True, seed=seed)["y"]
+
+    assert torch.equal(outputs(3), outputs(3))
+    assert torch.equal(outputs(3), outputs(torch.tensor([3])))
+    assert not torch.allclose(outputs(3), outputs(4))
+    evaluated = run(genft_linear, data, case.config, backend=backend, seed=3)["y"]
+    assert not torch.allclose(evaluated, outputs(3))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_a_seed_one_is_drawn_from_torchs_generator(backend):
+    case = next(case for case in CASES if case.name == "dropout-square")
+    data = make_data(case)
+    results = []
+    for seed in (4, 4, 5):
+        torch.manual_seed(seed)
+        results.append(run(genft_linear, data, case.config, backend=backend, training=True)["y"])
+    assert torch.equal(results[0], results[1]) and not torch.allclose(results[0], results[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["tiled-tall-bias", "dropout-tall", "column-tiled-bias"])
+def test_eager_tiles_have_no_seams(name, dtype, monkeypatch):
+    case = next(case for case in CASES if case.name == name)
+    case = dataclasses.replace(case, out_features=270)
+    data = make_data(case).to(dtype)
+    whole = run(genft_linear, data, case.config, backend="eager", training=True, seed=1)
+    monkeypatch.setattr(backends.load("eager"), "_TILE_ELEMENTS", 1)  # tiles of 64 rows
+    tiled = run(genft_linear, data, case.config, backend="eager", training=True, seed=1)
+    for key, expected in whole.items():
+        assert relative_error(tiled[key], expected) <= 16 * torch.finfo(dtype).eps, key
+
+
+def test_auto_takes_the_first_that_can_run():
+    cpu = torch.device("cpu")
+    assert backends.choose("auto", cpu) == "eager"
+    assert backends.choose("reference", cpu) == "reference"
+
+
+def test_an_explicit_backend_never_becomes_another(monkeypatch):
+    monkeypatch.setattr(backends, "unavailable", lambda name, device: "it is broken today")
+    with pytest.raises(RuntimeError, match="backend 'eager' cannot run on cpu: it is broken today"):
+        backends.choose("eager", torch.device("cpu"))
+    with pytest.raises(ValueError, match="backend must be one of auto, eager, reference; got 'cutlass'"):
+        backends.choose("cutlass", torch.device("cpu"))
+
+
+def test_explain_names_every_backend_and_the_choice():
+    text = backends.explain("cpu")
+    assert text.startswith('backend="auto" on cpu: eager')
+    assert all(f"  {name}: available" in text for name in (*BACKENDS, "reference"))

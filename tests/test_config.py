@@ -1,0 +1,104 @@
+import json
+import warnings
+
+import pytest
+
+from genft_kernels import GenFTConfig
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("shared_dim", -1),
+        ("shared_dim", 2.5),
+        ("specific_dim", True),
+        ("inner_activation", "elu"),
+        ("outer_activation", None),
+        ("dropout", 1.0),
+        ("dropout", -0.1),
+        ("dropout", float("nan")),
+        ("bias", "true"),
+        ("weight_ratio", "mean"),
+        ("weight_ratio", float("inf")),
+        ("ratio_scope", "some"),
+        ("scaling", "1"),
+        ("scaling", float("nan")),
+        ("transform", "none"),
+        ("tie_specific", 1),
+        ("delta_layout", "out"),
+        ("init_shared", "zeros"),
+        ("init_specific_down", "zero"),
+        ("init_specific_up", "ones"),
+        ("zero_delta", 0),
+        ("target_modules", []),
+        ("target_modules", [1]),
+        ("exclude_modules", ""),
+        ("modules_to_save", "classifier"),
+        ("fused_blocks", {}),
+        ("fused_blocks", {"qkv": 3}),
+        ("fused_blocks", {"qkv": (3, (0, 3))}),
+        ("fused_blocks", {"qkv": (3, (0, 0))}),
+        ("fused_blocks", {"qkv": (3, ())}),
+    ],
+)
+def test_a_bad_value_raises_and_names_its_field(field, value):
+    with pytest.raises(ValueError, match=field):
+        GenFTConfig(**{field: value})
+
+
+def test_there_must_be_something_to_train():
+    with pytest.raises(ValueError, match="shared_dim . specific_dim"):
+        GenFTConfig(shared_dim=0, specific_dim=0)
+
+
+def test_relu_outside_with_zero_delta_would_never_train():
+    with pytest.raises(ValueError, match="zero_delta.*relu"):
+        GenFTConfig(outer_activation="relu")
+    GenFTConfig(outer_activation="relu", zero_delta=False)
+
+
+def test_out_in_needs_both_stages():
+    with pytest.raises(ValueError, match="delta_layout.*transform"):
+        GenFTConfig(delta_layout="out_in", transform="column")
+
+
+def test_specific_units_that_cannot_train_warn():
+    with pytest.warns(UserWarning, match="specific units can never train"):
+        GenFTConfig.preset("vtab")
+    with pytest.warns(UserWarning, match="never train"):
+        GenFTConfig(init_specific_down="zeros")  # tied: zero_delta zeroes the up matrix of both stages
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        GenFTConfig(init_specific_down="zeros", tie_specific=False)
+
+
+def test_config_is_immutable_and_survives_json():
+    config = GenFTConfig.preset("llama", target_modules=["q_proj"], modules_to_save={"b", "a"},
+                                fused_blocks={"qkv": [3, [2, 0]]}, weight_ratio="rms")  # fmt: skip
+    assert config.modules_to_save == ("a", "b") and config.fused_blocks == {"qkv": (3, (0, 2))}
+    assert GenFTConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(AttributeError):
+        config.shared_dim = 3
+    with pytest.raises(ValueError, match="unknown configuration fields: rank"):
+        GenFTConfig.from_dict({"rank": 3})
+
+
+def test_presets_are_those_of_the_table():
+    glue, llama, fast = (GenFTConfig.preset(name) for name in ("glue", "llama", "fast"))
+    with pytest.warns(UserWarning):
+        vtab = GenFTConfig.preset("vtab")
+    table = {
+        "glue": (24, 2, 0.5, "weight", "identity", "identity", 0.1, 0.05, True, "out_in", "kaiming_uniform", "linear"),
+        "vtab": (32, 5, 1.4, "all", "identity", "leaky_relu", 0.1, 1.0, False, "in_out", "zeros", "trunc_normal"),
+        "llama": (4, 4, 1.0, "weight", "gelu", "gelu", 0.0, 1.0, True, "out_in", "kaiming_uniform", "linear"),
+    }
+    for name, c in (("glue", glue), ("vtab", vtab), ("llama", llama)):
+        assert table[name] == (
+            c.shared_dim, c.specific_dim, c.weight_ratio, c.ratio_scope, c.inner_activation, c.outer_activation,
+            c.dropout, c.scaling, c.bias, c.delta_layout, c.init_specific_down, c.init_shared,
+        )  # fmt: skip
+        assert c.init_specific_up == c.init_specific_down and not c.zero_delta
+    assert fast.inner_activation == "tanh" and fast.outer_activation == "identity" and fast.zero_delta
+    assert GenFTConfig.preset("glue", dropout=0.0).dropout == 0
+    with pytest.raises(ValueError, match="preset must be one of glue, vtab, llama, fast"):
+        GenFTConfig.preset("cola")
