@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,12 +84,22 @@ def write_adapter_file(directory: str | os.PathLike, adapter: AdapterFile) -> No
         "fingerprints": {name: fingerprint._asdict() for name, fingerprint in (adapter.fingerprints or {}).items()},
     }
     contents = {TENSORS_FILE: payload, CONFIG_FILE: (json.dumps(description, indent=2) + "\n").encode()}
-    temporary = {name: directory / f".{name}.{os.getpid()}" for name in contents}
+    temporary = {name: directory / f".{name}.{os.getpid()}" for name in (*contents, "previous")}
+    tensors_path, previous = directory / TENSORS_FILE, temporary["previous"]
     try:
         for name, content in contents.items():
             temporary[name].write_bytes(content)
-        for name in contents:
-            os.replace(temporary[name], directory / name)
+        if tensors_path.exists():
+            shutil.copyfile(tensors_path, previous)
+        os.replace(temporary[TENSORS_FILE], tensors_path)
+        try:
+            os.replace(temporary[CONFIG_FILE], directory / CONFIG_FILE)
+        except BaseException:  # the two files belong together
+            if previous.exists():
+                os.replace(previous, tensors_path)
+            else:
+                tensors_path.unlink()
+            raise
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)

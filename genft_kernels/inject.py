@@ -103,7 +103,7 @@ def adapter_state(model: nn.Module) -> AdapterState:
     """The state that `apply_genft` left on `model`; RuntimeError if there is none."""
     if not is_adapted(model):
         raise RuntimeError(
-            "the model has no GenFT adapter: call apply_genft(model, config) first, and pass that very model, no wrapper"
+            "the model has no GenFT adapter: call apply_genft(model, config), and pass that very model, no wrapper"
         )
     return vars(model)[_STATE]
 

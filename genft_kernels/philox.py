@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import torch
 
+from .scratch import scratch
+
 COLUMN_STREAM = 0
 ROW_STREAM = 1
 ROUNDING_STREAM = 2
 
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
-_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
+_WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
 _ROUNDS = 10
 # Counters are worked on in pieces: large enough for two threads, small enough for their caches.
@@ -33,8 +35,9 @@ def words(counters: torch.Tensor, seed: torch.Tensor, stream: int) -> torch.Tens
         int64 [n, 4], each in [0, 2**32).
     """
     out = torch.empty((counters.numel(), 4), dtype=torch.int64, device=counters.device)
+    keys = _key_schedule(seed)
     for piece, target in zip(counters.split(_PIECE), out.split(_PIECE), strict=True):
-        for index, word in enumerate(_rounds(piece, seed, stream)):
+        for index, word in enumerate(_rounds(piece, keys, stream)):
             torch.bitwise_and(word, _LOW, out=target[:, index])
     return out
 
@@ -58,28 +61,41 @@ def keep_mask(
     inputs = torch.arange(in_features, device=seed.device) * -(-out_features // 4)
     keep = torch.empty((blocks.numel(), 4, in_features), dtype=torch.bool, device=seed.device)
     threshold = int(dropout * 2**32)
+    keys = _key_schedule(seed)
     step = max(1, _PIECE // max(1, in_features))
     for piece, target in zip(blocks.split(step), keep.split(step), strict=True):
-        for index, word in enumerate(_rounds((piece[:, None] + inputs).reshape(-1), seed, stream)):
+        for index, word in enumerate(_rounds((piece[:, None] + inputs).reshape(-1), keys, stream)):
             torch.ge(word.bitwise_and_(_LOW).view(-1, in_features), threshold, out=target[:, index])
     return keep.view(-1, in_features)[: stop - start]
 
 
-def _rounds(counters: torch.Tensor, seed: torch.Tensor, stream: int) -> tuple[torch.Tensor, ...]:
+def _key_schedule(seed: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The two key words of each round, as 0-dimensional tensors: no value leaves the device."""
+    rounds = torch.arange(_ROUNDS, device=seed.device)
+    halves = (seed.reshape(()) & _LOW, (seed.reshape(()) >> 32) & _LOW)
+    columns = [((half + rounds * weyl) & _LOW).unbind() for half, weyl in zip(halves, _WEYL, strict=True)]
+    return list(zip(*columns, strict=True))
+
+
+def _rounds(
+    counters: torch.Tensor, keys: list[tuple[torch.Tensor, torch.Tensor]], stream: int
+) -> tuple[torch.Tensor, ...]:
     """The four words of every counter [n], each [n], with garbage in the upper 32 bits of their int64.
 
-    Works in place. Only a word about to be multiplied needs clean upper bits; the other two carry the full
+    Works in scratch memory. Only a word about to be multiplied needs clean upper bits; the other two carry the full
     products. The first round is written out because there `c2` and `c3` are the same for every counter.
     """
-    key_0, key_1 = seed.reshape(()) & _LOW, (seed.reshape(()) >> 32) & _LOW
-    stream_product = stream * _MULTIPLIER_1
-    c3 = (counters & _LOW).mul_(_MULTIPLIER_0)
-    c2 = (c3 >> 32).bitwise_xor_(key_1).bitwise_and_(_LOW)
-    c0 = (counters >> 32).bitwise_xor_(key_0 ^ (stream_product >> 32)).bitwise_and_(_LOW)
-    c1 = torch.full_like(c0, stream_product)
-    product_0, product_1 = torch.empty_like(c0), torch.empty_like(c0)
-    for _ in range(_ROUNDS - 1):
-        key_0, key_1 = (key_0 + _WEYL_0) & _LOW, (key_1 + _WEYL_1) & _LOW
+    c0, c1, c2, c3, product_0, product_1 = (
+        scratch(f"philox {index}", counters.shape, torch.int64, counters.device) for index in range(6)
+    )
+    (key_0, key_1), *later_keys = keys
+    c1.fill_(stream * _MULTIPLIER_1)
+    torch.bitwise_and(counters, _LOW, out=c3).mul_(_MULTIPLIER_0)
+    torch.bitwise_right_shift(c3, 32, out=c2).bitwise_xor_(key_1).bitwise_and_(_LOW)
+    torch.bitwise_right_shift(counters, 32, out=c0).bitwise_xor_(key_0 ^ (stream * _MULTIPLIER_1 >> 32)).bitwise_and_(
+        _LOW
+    )
+    for key_0, key_1 in later_keys:
         torch.mul(c0, _MULTIPLIER_0, out=product_0)
         torch.mul(c2, _MULTIPLIER_1, out=product_1)
         torch.bitwise_right_shift(product_1, 32, out=c0).bitwise_xor_(key_0).bitwise_xor_(c1).bitwise_and_(_LOW)

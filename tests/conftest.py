@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from genft_kernels.backends import scratch
+from genft_kernels import scratch
 
 
 @pytest.fixture(autouse=True)

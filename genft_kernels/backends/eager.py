@@ -16,7 +16,7 @@ from torch import Tensor
 from ..activations import activate, activate_, activation_backward, activation_backward_
 from ..config import is_factored
 from ..philox import COLUMN_STREAM, keep_mask
-from .scratch import scratch
+from ..scratch import scratch
 from .stochastic_rounding import round_stochastically
 
 # Elements of a tile: large enough that its products run at full speed, small enough to stay in cache.
