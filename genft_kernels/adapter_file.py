@@ -50,12 +50,11 @@ class Fingerprint(NamedTuple):
         if self.shape != other.shape:
             return f"its shape is {list(other.shape)}, not {list(self.shape)}"
         tolerance = 1e-6 if self.dtype == other.dtype else 2**-7
-        # Comparisons that a NaN on either side fails.
-        if not abs(self.norm - other.norm) <= tolerance * max(self.norm, other.norm):
+        if not abs(self.norm - other.norm) <= tolerance * min(self.norm, other.norm):  # nor if one is NaN or infinite
             return f"its norm is {other.norm:.6g}, not {self.norm:.6g}"
         small = tolerance * self.norm / (self.shape[0] * self.shape[1]) ** 0.5
         for mine, theirs in zip(self.samples, other.samples, strict=True):
-            if not abs(mine - theirs) <= small + tolerance * abs(mine):
+            if abs(mine - theirs) > small + tolerance * abs(mine):
                 return "its values differ"
         return None
 

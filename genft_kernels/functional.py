@@ -60,7 +60,7 @@ def genft_linear(
     """
     check_linear(x, weight, bias)
     check_parameters(params, config, *weight.shape)
-    chosen = backends.choose(backend, x.device)
+    chosen = backends.choose(backend, x.device, _compute_dtype(x))
     if chosen == "reference":
         return reference.genft_linear(x, weight, bias, params, config, training=training, seed=seed)
     dtype = _compute_dtype(x)
@@ -100,7 +100,7 @@ def factored_linear(
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
-    chosen = backends.choose(backend, x.device)
+    chosen = backends.choose(backend, x.device, _compute_dtype(x))
     if chosen == "reference":
         return reference.factored_linear(
             x, weight, bias, h, b, scale=scale, activation=activation, dropout=dropout, training=training, seed=seed

@@ -55,7 +55,7 @@ class Data:
 
 
 FACTORED = dict(inner_activation="tanh")
-TILED = dict(inner_activation="silu", outer_activation="leaky_relu")
+TILED = dict(inner_activation="silu", outer_activation="gelu")
 DROPOUT = dict(inner_activation="gelu", dropout=0.3)
 
 CASES = [
@@ -80,6 +80,9 @@ CASES = [
     Case("in-one", 1, 63, TILED),
     Case("out-one", 63, 1, {**TILED, "dropout": 0.4}),
     Case("one-by-one", 1, 1, FACTORED),
+    Case("tiled-many-tokens", 40, 70, {**TILED, "bias": True, "dropout": 0.2}, leading=(2, 75)),
+    Case("factored-many-tokens", 70, 40, {**FACTORED, "bias": True}, leading=(150,)),
+    Case("wide-k", 90, 70, {**TILED, "shared_dim": 50, "specific_dim": 7}),
     Case("zero-tokens", 12, 8, TILED, leading=(0,)),
     Case("zero-tokens-factored", 12, 8, FACTORED, leading=(2, 0)),
     Case("vector-x", 12, 8, {**TILED, "dropout": 0.1}, leading=()),
@@ -87,7 +90,7 @@ CASES = [
     *(Case(f"inner-{name}", 24, 12, {"inner_activation": name}) for name in ("identity", "leaky_relu", "gelu", "silu")),
     *(
         Case(f"outer-{name}", 12, 24, {"outer_activation": name, "inner_activation": name})
-        for name in ("relu", "gelu", "silu", "tanh")
+        for name in ("relu", "leaky_relu", "silu", "tanh")
     ),
 ]
 

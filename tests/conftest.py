@@ -1,9 +1,16 @@
 """Every test runs with NaN in uninitialised memory, a fixed seed, and a report of GPU tests that did not run."""
 
+import os
+
 import pytest
 import torch
 
 from genft_kernels import scratch
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import triton_interpreter
+
+    triton_interpreter.install()
 
 
 @pytest.fixture(autouse=True)

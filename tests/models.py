@@ -99,6 +99,17 @@ class TiedModel(nn.Module):
         return self.head(torch.tanh(self.second(torch.tanh(self.first(self.embedding(tokens))))))
 
 
+class Wrapper(nn.Module):
+    """As torch.compile's: it answers for the module that it wraps, under other names."""
+
+    def __init__(self, wrapped):
+        super().__init__()
+        self.wrapped = wrapped
+
+    def __getattr__(self, name):
+        return super().__getattr__(name) if name == "wrapped" else getattr(self.wrapped, name)
+
+
 def tokens(batch: int = 4, length: int = 5) -> torch.Tensor:
     return torch.randint(VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(1))
 
@@ -110,6 +121,19 @@ def randomise(module: nn.Module, scale: float = 0.3) -> nn.Module:
         if parameter.requires_grad:
             parameter.normal_(std=scale)
     return module
+
+
+def train_steps(model: nn.Module, steps: int, rate: float = 0.01) -> list[float]:
+    """The losses of a few steps towards an output of ones."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer, losses = torch.optim.Adam(trained, lr=rate), []
+    for _ in range(steps):
+        loss = (model(tokens()) - 1).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
 
 
 def snapshot(model: nn.Module) -> dict:

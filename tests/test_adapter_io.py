@@ -1,5 +1,6 @@
 """Adapter files: what is saved comes back bit for bit, and what does not fit is refused with the model untouched."""
 
+import hashlib
 import json
 import os
 import warnings
@@ -54,8 +55,6 @@ def edit_config(directory: Path, change) -> None:
 
 def edit_tensors(directory: Path, change) -> None:
     """Change the tensors and the digest that goes with them."""
-    import hashlib
-
     path = directory / TENSORS_FILE
     tensors = safetensors.torch.load_file(path)
     change(tensors)
@@ -210,7 +209,11 @@ def test_a_large_weight_is_told_by_64_samples_and_its_norm():
     assert fingerprint.difference(Fingerprint.of(weight.t().contiguous().t())) is None
     assert "shape is [200, 300], not [300, 200]" in fingerprint.difference(Fingerprint.of(weight.t()))
     assert fingerprint.difference(Fingerprint.of(weight.bfloat16())) is None
-    assert "values differ" in fingerprint.difference(Fingerprint.of(weight.bfloat16().float()))
+    assert "norm is" in fingerprint.difference(Fingerprint.of(weight.bfloat16().float()))
+    assert "values differ" in fingerprint.difference(Fingerprint.of(weight.flip(0)))
+    for value in (float("nan"), float("inf")):  # where no sample lies
+        weight[7, 8] = value
+        assert f"norm is {value}" in fingerprint.difference(Fingerprint.of(weight))
 
 
 def test_a_deeper_base_model_is_another_one(folder):
@@ -254,7 +257,7 @@ DAMAGES = {
     "not-safetensors": (
         lambda d: [
             (d / TENSORS_FILE).write_bytes(b"x" * 99),
-            edit_config(d, lambda c: c.update(tensors_sha256=__import__("hashlib").sha256(b"x" * 99).hexdigest())),
+            edit_config(d, lambda c: c.update(tensors_sha256=hashlib.sha256(b"x" * 99).hexdigest())),
         ],
         f"{TENSORS_FILE} is damaged or truncated",
     ),

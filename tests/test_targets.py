@@ -5,7 +5,7 @@ import torch
 from models import Encoder, FusedEncoder, GroupedQueryBlock, TiedModel, snapshot
 from torch import nn
 
-from genft_kernels import GenFTConfig, apply_genft
+from genft_kernels import GenFTConfig, apply_genft, remove_genft
 from genft_kernels.targets import find_modules_to_save, find_targets
 
 ALL_LINEARS = r"layers\.\d+\.(attention\.\w+|dense)"
@@ -91,6 +91,16 @@ def test_modules_to_save_are_found_by_their_ends():
 def test_modules_to_save_must_exist_and_not_overlap(chosen, message):
     with pytest.raises(ValueError, match=f"modules_to_save: .*{message}"):
         apply_genft(Encoder(), config(modules_to_save=chosen))
+
+
+def test_saved_modules_that_were_one_module_stay_one():
+    model = nn.ModuleDict({"query": nn.Linear(8, 8), "head": nn.Linear(8, 3)})
+    model["tail"] = model["head"].requires_grad_(False)
+    before = snapshot(model)
+    apply_genft(model, config(modules_to_save=["head", "tail"]))
+    assert model["head"] is model["tail"] and model["head"].weight.requires_grad
+    remove_genft(model)
+    assert snapshot(model) == before
 
 
 class OwnForward(nn.Linear):

@@ -56,9 +56,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="the sweep's file with the learning rates",
     )
-    parser.add_argument(
-        "--output", type=Path, default=Path("demo-output"), metavar="DIR", help="default %(default)s"
-    )
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), metavar="DIR", help="default %(default)s")
     return parser.parse_args(argv)
 
 

@@ -117,6 +117,4 @@ def report(
         adapter_checks=[asdict(check) for check in checks],
     )
     write_json(args.output / "comparison.json", record)
-    console.print(
-        f"written to {args.output}: comparison.png, comparison.json" + (", adapter" if checks else "")
-    )
+    console.print(f"written to {args.output}: comparison.png, comparison.json" + (", adapter" if checks else ""))

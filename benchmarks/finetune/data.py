@@ -47,9 +47,7 @@ def read_examples(path: Path, encoding: str = "utf-8-sig") -> list[Example]:
         try:
             line = raw.decode(encoding).strip()
         except UnicodeDecodeError as error:
-            raise DemoError(
-                f"{path}:{number}: not {encoding.removesuffix('-sig')} text: {error.reason}"
-            ) from error
+            raise DemoError(f"{path}:{number}: not {encoding.removesuffix('-sig')} text: {error.reason}") from error
         if not line:
             continue
         label, *text = line.split(maxsplit=1)

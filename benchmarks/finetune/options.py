@@ -55,15 +55,9 @@ def add_shared_options(parser: argparse.ArgumentParser, methods: tuple[str, ...]
         metavar="N",
         help=f"test examples (default {data.TEST_SIZE}, or a quarter of a smaller file)",
     )
-    parser.add_argument(
-        "--methods", nargs="+", choices=METHODS, default=methods, metavar="NAME", help=listing
-    )
-    parser.add_argument(
-        "--seeds", nargs="+", type=int, default=[0], metavar="N", help="one run each (default 0)"
-    )
-    parser.add_argument(
-        "--epochs", type=positive, default=budget.epochs, metavar="N", help="default %(default)s"
-    )
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=methods, metavar="NAME", help=listing)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="one run each (default 0)")
+    parser.add_argument("--epochs", type=positive, default=budget.epochs, metavar="N", help="default %(default)s")
     parser.add_argument(
         "--batch-size", type=positive, default=budget.batch_size, metavar="N", help="default %(default)s"
     )

@@ -25,9 +25,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         loss_axes.plot(range(1, len(run.losses) + 1), running_mean(run.losses), **style)
         per_epoch = len(run.losses) / len(run.evaluations)
         epochs = [evaluation["step"] / per_epoch for evaluation in run.evaluations]
-        accuracy_axes.plot(
-            epochs, [evaluation["accuracy"] for evaluation in run.evaluations], marker="o", **style
-        )
+        accuracy_axes.plot(epochs, [evaluation["accuracy"] for evaluation in run.evaluations], marker="o", **style)
     loss_axes.set(xlabel="step", ylabel=f"training loss (mean of {SMOOTHING} steps)", ylim=(0, None))
     accuracy_axes.set(xlabel="epoch", ylabel="test accuracy")
     accuracy_axes.xaxis.get_major_locator().set_params(integer=True)

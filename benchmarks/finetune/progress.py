@@ -39,9 +39,7 @@ def progress_bars(console: Console):
                 progress.update(task, completed=len(run.losses), note=note)
                 if len(run.losses) == steps:
                     progress.remove_task(task)
-                    progress.print(
-                        f"{label}: {steps} steps in {sum(run.step_seconds):.0f} s, {note}", highlight=False
-                    )
+                    progress.print(f"{label}: {steps} steps in {sum(run.step_seconds):.0f} s, {note}", highlight=False)
 
             return on_step
 

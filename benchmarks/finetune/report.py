@@ -83,13 +83,9 @@ def verdict_of(rows: Sequence[Row]) -> list[tuple[str, bool]]:
         mine = f"{row.title} reaches {row.accuracy:.3f}"
         if "lora" in accuracy:
             near = row.accuracy >= accuracy["lora"] - LORA_MARGIN
-            statements.append(
-                (f"{mine}; LoRA less {LORA_MARGIN} is {accuracy['lora'] - LORA_MARGIN:.3f}", near)
-            )
+            statements.append((f"{mine}; LoRA less {LORA_MARGIN} is {accuracy['lora'] - LORA_MARGIN:.3f}", near))
         if "probe" in accuracy:
-            statements.append(
-                (f"{mine}; the linear probe {accuracy['probe']:.3f}", row.accuracy > accuracy["probe"])
-            )
+            statements.append((f"{mine}; the linear probe {accuracy['probe']:.3f}", row.accuracy > accuracy["probe"]))
     return statements
 
 
@@ -128,8 +124,6 @@ def as_record(runs: Sequence[Run], **rest) -> dict:
         **rest,
         "memory_is": MEMORY_NOTE,
         "rows": [asdict(row) | {"accuracy": row.accuracy} for row in rows_of(runs)],
-        "verdict": [
-            {"statement": statement, "holds": holds} for statement, holds in verdict_of(rows_of(runs))
-        ],
+        "verdict": [{"statement": statement, "holds": holds} for statement, holds in verdict_of(rows_of(runs))],
         "runs": [asdict(run) for run in runs],
     }

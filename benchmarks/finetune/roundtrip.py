@@ -39,9 +39,7 @@ def check_adapter(trained: nn.Module, fresh: nn.Module, data: Encoded, folder: P
         return ((logits - expected).abs().max() / expected.abs().max()).item()
 
     flips = (merged.argmax(-1) != expected.argmax(-1)).sum().item()
-    merge_gap = (
-        f"{apart(merged):.1e} of the largest logit, at most {MERGE_TOLERANCE:g}; {flips} answers differ"
-    )
+    merge_gap = f"{apart(merged):.1e} of the largest logit, at most {MERGE_TOLERANCE:g}; {flips} answers differ"
     return [
         Check(
             f"before loading, the fresh model answers otherwise ({apart(untrained):.2f})",

@@ -7,20 +7,29 @@ Each backend is one module that offers the operations of design section 4 under 
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
 from types import ModuleType
 
 import torch
 
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # In the order in which "auto" asks them.
-OPERATION_BACKENDS = ("eager",)
+OPERATION_BACKENDS = ("eager", "triton")
 BACKENDS = ("auto", *OPERATION_BACKENDS, "reference")
 
 
-def unavailable(name: str, device: torch.device) -> str | None:
-    """Why an operation backend cannot run on `device`, or None if it can."""
+def unavailable(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why an operation backend cannot compute in `dtype` on `device`, or None if it can."""
     if name == "eager":
         return None  # plain PyTorch runs wherever PyTorch does
-    return f"unknown backend {name!r}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if dtype not in TRITON_DTYPES:
+        return f"it does not compute in {dtype}"
+    if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"it needs a CUDA device, not {device.type}"
 
 
 def check_name(name: str) -> None:
@@ -29,8 +38,8 @@ def check_name(name: str) -> None:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
 
 
-def choose(requested: str, device: torch.device) -> str:
-    """The backend that computes for tensors on `device`; only "auto" ever becomes another.
+def choose(requested: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that computes in `dtype` on `device`; only "auto" ever becomes another.
 
     Raises:
         ValueError: no such backend.
@@ -40,7 +49,7 @@ def choose(requested: str, device: torch.device) -> str:
     if requested == "reference":
         return requested
     candidates = OPERATION_BACKENDS if requested == "auto" else (requested,)
-    reasons = {name: unavailable(name, device) for name in candidates}
+    reasons = {name: unavailable(name, device, dtype) for name in candidates}
     for name, reason in reasons.items():
         if reason is None:
             return name
@@ -52,15 +61,21 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f".{name}", __name__)
 
 
-def explain(device: str | torch.device | None = None) -> str:
-    """What "auto" picks on `device` and why, a line for each backend.
+def explain(device: str | torch.device | None = None, dtype: torch.dtype = torch.float32) -> str:
+    """What "auto" picks for `dtype` on `device` and why, a line for each backend.
 
     `device` defaults to the first CUDA device, or the CPU where there is none.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    lines = [f'backend="auto" on {device}: {choose("auto", device)}']
+    lines = [f'backend="auto" on {device}: {choose("auto", device, dtype)}']
     for name in OPERATION_BACKENDS:
-        reason = unavailable(name, device)
-        lines.append(f"  {name}: {'available' if reason is None else f'unavailable: {reason}'}")
+        reason = unavailable(name, device, dtype)
+        lines.append(f"  {name}: {_REMARKS[name] if reason is None else f'unavailable: {reason}'}")
     lines.append("  reference: available; the specification, materialises every matrix; only by name")
     return "\n".join(lines)
+
+
+_REMARKS = {
+    "eager": "available; plain PyTorch",
+    "triton": "available by name; auto does not take it before a GPU has measured it",
+}

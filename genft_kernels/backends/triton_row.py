@@ -1,0 +1,155 @@
+"""The row stage in its tiled form, flash style: h = phi(Y^T A^T + a), Y = drop(psi(left right^T)), never stored.
+
+`left` [n_out, k1] and `right` [n_in, k1] make a tile of Y [out, in]; `down` is A [k, n_out] and comes transposed.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..activations import activation_backward
+from ..philox import COLUMN_STREAM
+from .triton_launch import dropout_arguments, next_power_of_two, precision, slices
+from .triton_math import activate, activation_slope, keep_tile, rank_k_tile, thin_rows
+
+
+@triton.jit
+def _row_forward(
+    left, right, down_t, bias, seed, out, pre, n_out, n_in, k1, k, threshold, keep_scale, stream,
+    OUTER: tl.constexpr, INNER: tl.constexpr, DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr, SLICES_1: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+):  # fmt: skip
+    columns = tl.program_id(0) * BLOCK_IN + tl.arange(0, BLOCK_IN)
+    units = tl.arange(0, BLOCK_K)
+    key = tl.load(seed)
+    z = tl.zeros((BLOCK_IN, BLOCK_K), dtype=tl.float32)
+    for start in range(0, n_out, BLOCK_OUT):
+        rows = start + tl.arange(0, BLOCK_OUT)
+        s = rank_k_tile(left, right, rows, columns, n_out, n_in, k1, SLICES_1, PRECISION, BLOCK_OUT, BLOCK_IN)
+        y = activate(s, OUTER)  # [out, in]
+        if DROPOUT:
+            y *= keep_tile(key, stream, rows, columns, n_out, threshold, keep_scale, BLOCK_OUT, BLOCK_IN)
+        a = thin_rows(down_t, rows, units, n_out, k)  # [out, k]
+        z = tl.dot(tl.trans(y.to(a.dtype)), a, z, input_precision=PRECISION)
+    if HAS_BIAS:
+        z += tl.load(bias + units, mask=units < k, other=0.0).to(tl.float32)[None, :]
+    mask = (columns[:, None] < n_in) & (units[None, :] < k)
+    at = columns[:, None].to(tl.int64) * k + units[None, :]
+    if INNER != "identity":
+        z = z.to(pre.dtype.element_ty)
+        tl.store(pre + at, z, mask=mask)
+        z = z.to(tl.float32)
+    tl.store(out + at, activate(z, INNER).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _row_tile(
+    left, right, down_t, dz, key, rows, columns, n_out, n_in, k1, k, threshold, keep_scale, stream,
+    OUTER: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, SLICES_1: tl.constexpr, SLICES: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+):  # fmt: skip
+    """A tile of Y and of Q = dY * mask * psi'(left right^T), dY = A^T dZ^T; both [out, in], float32."""
+    s = rank_k_tile(left, right, rows, columns, n_out, n_in, k1, SLICES_1, PRECISION, BLOCK_OUT, BLOCK_IN)
+    dy = rank_k_tile(down_t, dz, rows, columns, n_out, n_in, k, SLICES, PRECISION, BLOCK_OUT, BLOCK_IN)
+    y, q = activate(s, OUTER), dy * activation_slope(s, OUTER)
+    if DROPOUT:
+        keep = keep_tile(key, stream, rows, columns, n_out, threshold, keep_scale, BLOCK_OUT, BLOCK_IN)
+        y, q = y * keep, q * keep
+    return y, q
+
+
+@triton.jit
+def _row_backward_out(
+    left, right, down_t, dz, seed, dleft, ddown_t, n_out, n_in, k1, k, threshold, keep_scale, stream,
+    OUTER: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, SLICES_1: tl.constexpr, SLICES: tl.constexpr,
+    BLOCK_K1: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+):  # fmt: skip
+    """dleft = Q right  [out, k1],  dA^T = Y dZ  [out, k]: a program has its rows of both."""
+    rows = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    units_1, units = tl.arange(0, BLOCK_K1), tl.arange(0, BLOCK_K)
+    key = tl.load(seed)
+    to_left = tl.zeros((BLOCK_OUT, BLOCK_K1), dtype=tl.float32)
+    to_down = tl.zeros((BLOCK_OUT, BLOCK_K), dtype=tl.float32)
+    for start in range(0, n_in, BLOCK_IN):
+        columns = start + tl.arange(0, BLOCK_IN)
+        y, q = _row_tile(
+            left, right, down_t, dz, key, rows, columns, n_out, n_in, k1, k, threshold, keep_scale, stream,
+            OUTER, DROPOUT, PRECISION, SLICES_1, SLICES, BLOCK_OUT, BLOCK_IN,
+        )  # fmt: skip
+        r = thin_rows(right, columns, units_1, n_in, k1)  # [in, k1]
+        to_left = tl.dot(q.to(r.dtype), r, to_left, input_precision=PRECISION)
+        d = thin_rows(dz, columns, units, n_in, k)  # [in, k]
+        to_down = tl.dot(y.to(d.dtype), d, to_down, input_precision=PRECISION)
+    row_at = rows[:, None].to(tl.int64)
+    inside = rows[:, None] < n_out
+    tl.store(dleft + row_at * k1 + units_1[None, :], to_left.to(dleft.dtype.element_ty),
+             mask=inside & (units_1[None, :] < k1))  # fmt: skip
+    tl.store(ddown_t + row_at * k + units[None, :], to_down.to(ddown_t.dtype.element_ty),
+             mask=inside & (units[None, :] < k))  # fmt: skip
+
+
+@triton.jit
+def _row_backward_in(
+    left, right, down_t, dz, seed, dright, n_out, n_in, k1, k, threshold, keep_scale, stream,
+    OUTER: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, SLICES_1: tl.constexpr, SLICES: tl.constexpr,
+    BLOCK_K1: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+):  # fmt: skip
+    """dright = Q^T left  [in, k1]: a program has its columns of Q."""
+    columns = tl.program_id(0) * BLOCK_IN + tl.arange(0, BLOCK_IN)
+    units_1 = tl.arange(0, BLOCK_K1)
+    key = tl.load(seed)
+    total = tl.zeros((BLOCK_IN, BLOCK_K1), dtype=tl.float32)
+    for start in range(0, n_out, BLOCK_OUT):
+        rows = start + tl.arange(0, BLOCK_OUT)
+        _, q = _row_tile(
+            left, right, down_t, dz, key, rows, columns, n_out, n_in, k1, k, threshold, keep_scale, stream,
+            OUTER, DROPOUT, PRECISION, SLICES_1, SLICES, BLOCK_OUT, BLOCK_IN,
+        )  # fmt: skip
+        a = thin_rows(left, rows, units_1, n_out, k1)  # [out, k1]
+        total = tl.dot(tl.trans(q.to(a.dtype)), a, total, input_precision=PRECISION)
+    mask = (columns[:, None] < n_in) & (units_1[None, :] < k1)
+    at = columns[:, None].to(tl.int64) * k1 + units_1[None, :]
+    tl.store(dright + at, total.to(dright.dtype.element_ty), mask=mask)
+
+
+def row_forward(left, right, down, bias, seed, outer: str, dropout: float, inner: str) -> tuple[Tensor, Tensor | None]:
+    """(h [in, k], what the inner activation was applied to or None)."""
+    (n_out, k1), n_in, k = left.shape, right.shape[0], down.shape[0]
+    out = down.new_empty((n_in, k))
+    pre = None if inner == "identity" else torch.empty_like(out)
+    seed, threshold, keep_scale = dropout_arguments(dropout, seed, left.device)
+    _row_forward[(triton.cdiv(n_in, 64),)](
+        left.contiguous(), right.contiguous(), down.t().contiguous(), bias, seed, out, pre,
+        n_out, n_in, k1, k, threshold, keep_scale, COLUMN_STREAM,
+        OUTER=outer, INNER=inner, DROPOUT=dropout > 0, HAS_BIAS=bias is not None, PRECISION=precision(left),
+        SLICES_1=slices(k1), BLOCK_K=next_power_of_two(k), BLOCK_OUT=64, BLOCK_IN=64, num_warps=4,
+    )  # fmt: skip
+    return out, pre
+
+
+def row_backward(grad, left, right, down, pre, seed, outer: str, dropout: float, inner: str, needs: list[bool]):
+    """(dleft [out, k1], dright [in, k1], dA [k, out], da [k]), those that `needs` names."""
+    need_left, need_right, need_down, need_bias = needs
+    (n_out, k1), n_in, k = left.shape, right.shape[0], down.shape[0]
+    dz = activation_backward(inner, grad, pre).contiguous()  # [in, k]
+    seed, threshold, keep_scale = dropout_arguments(dropout, seed, left.device)
+    thin = (left.contiguous(), right.contiguous(), down.t().contiguous(), dz, seed)
+    numbers = (n_out, n_in, k1, k, threshold, keep_scale, COLUMN_STREAM)
+    settings = dict(
+        OUTER=outer, DROPOUT=dropout > 0, PRECISION=precision(left), SLICES_1=slices(k1), SLICES=slices(k),
+        BLOCK_K1=next_power_of_two(k1), BLOCK_OUT=64, BLOCK_IN=64, num_warps=4,
+    )  # fmt: skip
+    dleft = ddown = dright = None
+    if need_left or need_down:
+        dleft, ddown_t = left.new_empty((n_out, k1)), down.new_empty((n_out, k))
+        _row_backward_out[(triton.cdiv(n_out, 64),)](
+            *thin, dleft, ddown_t, *numbers, BLOCK_K=next_power_of_two(k), **settings
+        )
+        ddown = ddown_t.t().contiguous()
+    if need_right:
+        dright = right.new_empty((n_in, k1))
+        _row_backward_in[(triton.cdiv(n_in, 64),)](*thin, dright, *numbers, **settings)
+    dbias = dz.sum(0, dtype=torch.float32).to(grad.dtype) if need_bias else None
+    return dleft if need_left else None, dright, ddown if need_down else None, dbias
