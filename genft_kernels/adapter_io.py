@@ -19,7 +19,7 @@ from .adapter_file import (
     write_adapter_file,
 )
 from .config import GenFTConfig
-from .inject import GENERATORS, adapted_layers, adapter_state, apply_genft, is_adapted, remove_genft
+from .inject import GENERATORS, adapted_layers, adapter_state, apply_genft, check_enabled, is_adapted, remove_genft
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
@@ -30,7 +30,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     weight. A failure leaves files that were there before as they were.
 
     Raises:
-        RuntimeError: the model has no adapter.
+        RuntimeError: the model has no adapter, or is within `disabled`.
         OSError: the folder cannot be written.
     """
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in _adapter_tensors(model).items()}
@@ -48,7 +48,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
         FileNotFoundError: no adapter in `directory`.
         ValueError: the files are damaged, a tensor is missing, unexpected or of another shape, or the adapter was
             trained on another base model; the message names the file, tensor or layer. The model is as it was.
-        RuntimeError: the model is merged.
+        RuntimeError: the model is merged, or within `disabled`.
     """
     adapter = _read(directory)
     was_adapted = is_adapted(model)
@@ -82,6 +82,7 @@ def _read(directory: str | os.PathLike) -> AdapterFile:
 def _adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """The adapter's tensors by their names in a file; those of `model` itself, not copies."""
     state, layers = adapter_state(model), adapted_layers(model)
+    check_enabled(model)
     tensors = dict(getattr(model, GENERATORS).named_parameters(prefix=GENERATORS))
     for path, layer in layers.items():
         tensors |= {f"{path}.{name}": getattr(layer, name) for name in layer.specific_names}

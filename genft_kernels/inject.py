@@ -77,9 +77,10 @@ def remove_genft(model: nn.Module) -> nn.Module:
     """Undo `apply_genft` exactly, merged or not, and return the model.
 
     Raises:
-        RuntimeError: the model is not adapted.
+        RuntimeError: the model is not adapted, or within `disabled`.
     """
     state = adapter_state(model)
+    check_enabled(model)
     for name, layer in adapted_layers(model, remove_duplicate=False).items():
         if layer.merged:
             layer.unmerge()
@@ -106,6 +107,12 @@ def adapter_state(model: nn.Module) -> AdapterState:
             "the model has no GenFT adapter: call apply_genft(model, config), and pass that very model, no wrapper"
         )
     return vars(model)[_STATE]
+
+
+def check_enabled(model: nn.Module) -> None:
+    """Raise RuntimeError within `disabled(model)`, where the originals stand in for the trained modules."""
+    if not all(layer._enabled for layer in adapted_layers(model).values()):
+        raise RuntimeError("the adapter is disabled: leave the context of disabled(model) first")
 
 
 def adapted_layers(model: nn.Module, remove_duplicate: bool = True) -> dict[str, GenFTLinear]:

@@ -329,6 +329,15 @@ def test_an_adapter_for_layers_that_the_model_lacks(folder):
     assert snapshot(model) == before
 
 
+def test_a_disabled_model_is_neither_saved_nor_loaded_nor_undone(folder):
+    model, files = adapted(**SAVED), contents(folder)
+    before = snapshot(model)
+    for function in (remove_genft, lambda m: save_adapter(m, folder), lambda m: load_adapter(m, folder)):
+        with disabled(model), pytest.raises(RuntimeError, match="the adapter is disabled"):
+            function(model)
+    assert snapshot(model) == before and contents(folder) == files
+
+
 def test_a_model_without_an_adapter_cannot_be_saved(tmp_path):
     with pytest.raises(RuntimeError, match="no GenFT adapter"):
         save_adapter(base(), tmp_path / "new")

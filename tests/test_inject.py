@@ -274,8 +274,7 @@ def test_merging_starts_from_the_frozen_weight_each_time():
     model = merge(adapted())
     first = model.layers[0].attention.query.weight.clone()
     randomise(model, 1.0)
-    unmerge(model)
-    merge(model)
+    merge(unmerge(model))
     layer = model.layers[0].attention.query
     assert not torch.equal(layer.weight, first)
     assert torch.equal(layer.weight, layer.frozen_weight + layer.delta_weight())
@@ -283,8 +282,7 @@ def test_merging_starts_from_the_frozen_weight_each_time():
 
 def test_merging_leaves_tied_weights_elsewhere_alone():
     model = adapted(TiedModel, SHARED)
-    embedding = model.embedding.weight
-    bits = embedding.detach().clone()
+    embedding, bits = model.embedding.weight, model.embedding.weight.detach().clone()
     merge(model)
     assert model.embedding.weight is embedding and torch.equal(embedding, bits)
     assert not torch.equal(model.head.weight, bits)

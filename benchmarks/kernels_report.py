@@ -1,0 +1,119 @@
+"""`make kernels-report`: registers, spills, shared memory and matrix instructions of every shipped Triton kernel.
+
+Exits with 1 where a kernel spills, takes more shared memory than a block may have, or a matrix kernel has no wgmma
+on sm_90. No GPU is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import triton
+
+from benchmarks.triton_compile import SHARED_LIMIT, TARGETS, Launch, recording, report
+from genft_kernels.backends import triton as backend
+
+RESULTS = Path(__file__).parent / "results" / "triton_kernels.json"
+# The kernels whose time is a big product: they must use the card's best matrix instruction in 16 bits.
+MATRIX_KERNELS = ("extended_k", "contract")
+
+
+def shipped_launches(dtype: torch.dtype, k: int, features: tuple[int, int] = (768, 768)) -> list[Launch]:
+    """Every launch of a layer's forward and backward, both forms, small and large T, dropout on and off."""
+    n_in, n_out = features
+    weight = torch.empty(n_out, n_in, dtype=dtype)
+    thin_in, thin_out = torch.empty(n_in, k, dtype=dtype), torch.empty(n_out, k, dtype=dtype)
+    down, down_bias = torch.empty(k, n_in, dtype=dtype), torch.empty(k, dtype=dtype)
+    row_down, bias = torch.empty(k, n_out, dtype=dtype), torch.empty(n_out, dtype=dtype)
+    seed, everything = torch.zeros(1, dtype=torch.int64), [True] * 4
+    with recording() as launches:
+        backend.column(weight, down, down_bias, "gelu")
+        backend.column_backward(thin_out, weight, thin_out, "gelu", [True, False])
+        for activation, dropout in (("identity", 0.0), ("gelu", 0.0), ("identity", 0.1), ("leaky_relu", 0.1)):
+            tiled = activation != "identity" or dropout > 0
+            if tiled:
+                backend.row(thin_out, thin_in, row_down, down_bias, seed, activation, dropout, "gelu")
+                backend.row_backward(
+                    thin_in, thin_out, thin_in, row_down, thin_in, seed, activation, dropout, "gelu", [True] * 3 + [False]
+                )
+            for tokens in (16, 4096):
+                x, dy = torch.empty(tokens, n_in, dtype=dtype), torch.empty(tokens, n_out, dtype=dtype)
+                settings = (seed, 0.5, activation, dropout, 1)
+                xh = None if tiled else torch.empty(tokens, k, dtype=dtype)
+                with _without_vendor_products():
+                    backend.linear(x, weight, bias, thin_in, thin_out, *settings)
+                    backend.linear_backward(dy, x, weight, thin_in, thin_out, xh, *settings, everything)
+    return launches
+
+
+def faults(row: dict) -> Iterator[str]:
+    """What a row has that must not be, in words."""
+    if row["spills"]:
+        yield f"{row['spills']} spill instructions"
+    if row["shared"] > SHARED_LIMIT[row["target"]]:
+        yield f"{row['shared']} bytes of shared memory, more than {SHARED_LIMIT[row['target']]}"
+    if row["kernel"] in MATRIX_KERNELS and row["target"] == "sm_90" and row["dtype"] != "float32":
+        if not row["matrix"].get("HGMMA"):
+            yield "no wgmma"
+
+
+def rows_of(dtype: torch.dtype, k: int, targets: list[str]) -> Iterator[dict]:
+    """Compile and describe every launch for every target."""
+    for launch in shipped_launches(dtype, k):
+        settings = {name: value for name, value in launch.constants if name.isupper()}
+        for target in targets:
+            row = report(launch, target)
+            yield row | {"dtype": str(dtype).removeprefix("torch."), "k": k, "settings": settings} | dict(launch.options)
+
+
+class _without_vendor_products:
+    """The reductions and products around the kernels would read memory that nobody wrote; they cost time here."""
+
+    def __enter__(self):
+        self._linear = backend.F.linear
+        backend.F.linear = lambda x, weight, bias=None: x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+    def __exit__(self, *exception):
+        backend.F.linear = self._linear
+
+
+def main() -> None:
+    """Print a line for each kernel and target, write them as JSON, and exit with 1 on a fault."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels_report", description=__doc__)
+    parser.add_argument("--k", type=int, nargs="+", default=[8, 37, 64, 256])
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    rows, broken = [], 0
+    for dtype in options.dtype:
+        for k in options.k:
+            # One configuration is enough to see that the other architectures compile.
+            targets = [t for t in options.targets if t in ("sm_80", "sm_90") or (dtype == "bfloat16" and k == 37)]
+            for row in rows_of(getattr(torch, dtype), k, targets):
+                rows.append(row)
+                problems = ", ".join(faults(row))
+                broken += bool(problems)
+                matrix = " ".join(f"{name}:{count}" for name, count in row["matrix"].items())
+                psi = row["settings"].get("ACTIVATION", row["settings"].get("OUTER", ""))
+                dropout = "drop" if row["settings"].get("DROPOUT") else ""
+                print(
+                    f"{row['target']:7} {dtype:8} k={k:<3} {row['kernel']:17} {psi:10} {dropout:4} "
+                    f"{row['registers']:3} registers, {row['shared']:6} B shared, {row['spills']} spills, {matrix}"
+                    + (f"   FAULT: {problems}" if problems else ""),
+                    flush=True,
+                )
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    environment = {"triton": triton.__version__, "torch": torch.__version__}
+    options.output.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
+    print(f"{len(rows)} kernels, {broken} with faults; wrote {options.output}")
+    sys.exit(broken > 0)
+
+
+if __name__ == "__main__":
+    main()
