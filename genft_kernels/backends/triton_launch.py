@@ -7,9 +7,9 @@ from torch import Tensor
 from .triton_math import SLICE
 
 
-def next_power_of_two(k: int) -> int:
-    """k padded to what a Triton block may be, at least a matrix instruction's 16."""
-    return max(SLICE, triton.next_power_of_2(k))
+def unit_block(k: int) -> int:
+    """How many hidden units an accumulator holds: k padded to a power of two from 16 to 64; more go to more programs."""
+    return min(64, max(SLICE, triton.next_power_of_2(k)))
 
 
 def slices(k: int) -> int:

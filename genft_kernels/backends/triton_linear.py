@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..philox import ROUNDING_STREAM
-from .triton_launch import dropout_arguments, next_power_of_two, precision, slices
+from .triton_launch import dropout_arguments, precision, slices, unit_block
 from .triton_math import (
     activate,
     activation_slope,
@@ -135,7 +135,7 @@ def _contract(
     dy, x, b, h, seed, dh, db, t, n_out, n_in, k, stride_dt, stride_do, stride_xt, stride_xi,
     threshold, keep_scale, stream, scale,
     ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr, NEED_H: tl.constexpr, NEED_B: tl.constexpr,
-    PRECISION: tl.constexpr, SLICES: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, SLICES: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr,
     BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """A tile of G = dy^T x, contracted in the epilogue: P = scale * G * mask * psi'(b h^T), db += P h, dh += P^T b.
@@ -145,7 +145,6 @@ def _contract(
     out_tile, in_tile = tl.program_id(0), tl.program_id(1)
     rows = out_tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     columns = in_tile * BLOCK_IN + tl.arange(0, BLOCK_IN)
-    units = tl.arange(0, BLOCK_K)
     g = tl.zeros((BLOCK_OUT, BLOCK_IN), dtype=tl.float32)
     for start in range(0, t, BLOCK_T):
         tokens = start + tl.arange(0, BLOCK_T)
@@ -156,16 +155,18 @@ def _contract(
     p = scale * g * activation_slope(s, ACTIVATION)
     if DROPOUT:
         p *= keep_tile(tl.load(seed), stream, rows, columns, n_out, threshold, keep_scale, BLOCK_OUT, BLOCK_IN)
-    if NEED_B:
-        left = thin_rows(h, columns, units, n_in, k)  # [in, k]
-        part = tl.dot(p.to(left.dtype), left, input_precision=PRECISION)
-        at = (in_tile * n_out + rows[:, None]).to(tl.int64) * k + units[None, :]
-        tl.store(db + at, part, mask=(rows[:, None] < n_out) & (units[None, :] < k))
-    if NEED_H:
-        right = thin_rows(b, rows, units, n_out, k)  # [out, k]
-        part = tl.dot(tl.trans(p.to(right.dtype)), right, input_precision=PRECISION)
-        at = (out_tile * n_in + columns[:, None]).to(tl.int64) * k + units[None, :]
-        tl.store(dh + at, part, mask=(columns[:, None] < n_in) & (units[None, :] < k))
+    for chunk in tl.static_range(CHUNKS):
+        units = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
+        if NEED_B:
+            left = thin_rows(h, columns, units, n_in, k)  # [in, k]
+            part = tl.dot(p.to(left.dtype), left, input_precision=PRECISION)
+            at = (in_tile * n_out + rows[:, None]).to(tl.int64) * k + units[None, :]
+            tl.store(db + at, part, mask=(rows[:, None] < n_out) & (units[None, :] < k))
+        if NEED_H:
+            right = thin_rows(b, rows, units, n_out, k)  # [out, k]
+            part = tl.dot(tl.trans(p.to(right.dtype)), right, input_precision=PRECISION)
+            at = (out_tile * n_in + columns[:, None]).to(tl.int64) * k + units[None, :]
+            tl.store(dh + at, part, mask=(columns[:, None] < n_in) & (units[None, :] < k))
 
 
 _DROPPED_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
@@ -226,7 +227,7 @@ def contract(dy, x, h, b, seed, scale, activation, dropout, stream, need_h: bool
         dy, x, b.contiguous(), h.contiguous(), seed, dh, db, t, n_out, n_in, k, *dy.stride(), *x.stride(),
         threshold, keep_scale, stream, scale,
         ACTIVATION=activation, DROPOUT=dropout > 0, NEED_H=need_h, NEED_B=need_b,
-        PRECISION=precision(h), SLICES=slices(k), BLOCK_K=next_power_of_two(k),
+        PRECISION=precision(h), SLICES=slices(k), BLOCK_K=unit_block(k), CHUNKS=triton.cdiv(k, unit_block(k)),
         BLOCK_OUT=64, BLOCK_IN=64, BLOCK_T=64, num_warps=4,
     )  # fmt: skip
     return dh.sum(0).to(h.dtype) if need_h else None, db.sum(0).to(b.dtype) if need_b else None

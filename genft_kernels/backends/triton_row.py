@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..activations import activation_backward
 from ..philox import COLUMN_STREAM
-from .triton_launch import dropout_arguments, next_power_of_two, precision, slices
+from .triton_launch import dropout_arguments, precision, slices, unit_block
 from .triton_math import activate, activation_slope, keep_tile, rank_k_tile, thin_rows
 
 
@@ -22,7 +22,7 @@ def _row_forward(
     BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
     columns = tl.program_id(0) * BLOCK_IN + tl.arange(0, BLOCK_IN)
-    units = tl.arange(0, BLOCK_K)
+    units = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     key = tl.load(seed)
     z = tl.zeros((BLOCK_IN, BLOCK_K), dtype=tl.float32)
     for start in range(0, n_out, BLOCK_OUT):
@@ -64,13 +64,14 @@ def _row_tile(
 def _row_backward_out(
     left, right, down_t, dz, seed, dleft, ddown_t, n_out, n_in, k1, k, threshold, keep_scale, stream,
     OUTER: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, SLICES_1: tl.constexpr, SLICES: tl.constexpr,
-    BLOCK_K1: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
     """dleft = Q right  [out, k1],  dA^T = Y dZ  [out, k]: a program has its rows of both."""
     rows = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    units_1, units = tl.arange(0, BLOCK_K1), tl.arange(0, BLOCK_K)
+    units_1 = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)  # k1 is k, or k + 1 with the bias unit
+    units = units_1
     key = tl.load(seed)
-    to_left = tl.zeros((BLOCK_OUT, BLOCK_K1), dtype=tl.float32)
+    to_left = tl.zeros((BLOCK_OUT, BLOCK_K), dtype=tl.float32)
     to_down = tl.zeros((BLOCK_OUT, BLOCK_K), dtype=tl.float32)
     for start in range(0, n_in, BLOCK_IN):
         columns = start + tl.arange(0, BLOCK_IN)
@@ -94,13 +95,13 @@ def _row_backward_out(
 def _row_backward_in(
     left, right, down_t, dz, seed, dright, n_out, n_in, k1, k, threshold, keep_scale, stream,
     OUTER: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, SLICES_1: tl.constexpr, SLICES: tl.constexpr,
-    BLOCK_K1: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
     """dright = Q^T left  [in, k1]: a program has its columns of Q."""
     columns = tl.program_id(0) * BLOCK_IN + tl.arange(0, BLOCK_IN)
-    units_1 = tl.arange(0, BLOCK_K1)
+    units_1 = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     key = tl.load(seed)
-    total = tl.zeros((BLOCK_IN, BLOCK_K1), dtype=tl.float32)
+    total = tl.zeros((BLOCK_IN, BLOCK_K), dtype=tl.float32)
     for start in range(0, n_out, BLOCK_OUT):
         rows = start + tl.arange(0, BLOCK_OUT)
         _, q = _row_tile(
@@ -120,11 +121,12 @@ def row_forward(left, right, down, bias, seed, outer: str, dropout: float, inner
     out = down.new_empty((n_in, k))
     pre = None if inner == "identity" else torch.empty_like(out)
     seed, threshold, keep_scale = dropout_arguments(dropout, seed, left.device)
-    _row_forward[(triton.cdiv(n_in, 64),)](
+    block_k = unit_block(k)
+    _row_forward[(triton.cdiv(n_in, 64), triton.cdiv(k, block_k))](
         left.contiguous(), right.contiguous(), down.t().contiguous(), bias, seed, out, pre,
         n_out, n_in, k1, k, threshold, keep_scale, COLUMN_STREAM,
         OUTER=outer, INNER=inner, DROPOUT=dropout > 0, HAS_BIAS=bias is not None, PRECISION=precision(left),
-        SLICES_1=slices(k1), BLOCK_K=next_power_of_two(k), BLOCK_OUT=64, BLOCK_IN=64, num_warps=4,
+        SLICES_1=slices(k1), BLOCK_K=block_k, BLOCK_OUT=64, BLOCK_IN=64, num_warps=4, num_stages=2,
     )  # fmt: skip
     return out, pre
 
@@ -137,19 +139,19 @@ def row_backward(grad, left, right, down, pre, seed, outer: str, dropout: float,
     seed, threshold, keep_scale = dropout_arguments(dropout, seed, left.device)
     thin = (left.contiguous(), right.contiguous(), down.t().contiguous(), dz, seed)
     numbers = (n_out, n_in, k1, k, threshold, keep_scale, COLUMN_STREAM)
+    block_k = unit_block(max(k, k1))
+    chunks = triton.cdiv(max(k, k1), block_k)
     settings = dict(
         OUTER=outer, DROPOUT=dropout > 0, PRECISION=precision(left), SLICES_1=slices(k1), SLICES=slices(k),
-        BLOCK_K1=next_power_of_two(k1), BLOCK_OUT=64, BLOCK_IN=64, num_warps=4,
+        BLOCK_K=block_k, BLOCK_OUT=64, BLOCK_IN=64, num_warps=8, num_stages=2,
     )  # fmt: skip
     dleft = ddown = dright = None
     if need_left or need_down:
         dleft, ddown_t = left.new_empty((n_out, k1)), down.new_empty((n_out, k))
-        _row_backward_out[(triton.cdiv(n_out, 64),)](
-            *thin, dleft, ddown_t, *numbers, BLOCK_K=next_power_of_two(k), **settings
-        )
+        _row_backward_out[(triton.cdiv(n_out, 64), chunks)](*thin, dleft, ddown_t, *numbers, **settings)
         ddown = ddown_t.t().contiguous()
     if need_right:
         dright = right.new_empty((n_in, k1))
-        _row_backward_in[(triton.cdiv(n_in, 64),)](*thin, dright, *numbers, **settings)
+        _row_backward_in[(triton.cdiv(n_in, 64), chunks)](*thin, dright, *numbers, **settings)
     dbias = dz.sum(0, dtype=torch.float32).to(grad.dtype) if need_bias else None
     return dleft if need_left else None, dright, ddown if need_down else None, dbias

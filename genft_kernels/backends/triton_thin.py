@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_launch import next_power_of_two, precision
+from .triton_launch import precision, unit_block
 from .triton_math import activate, activation_slope, thin_rows
 
 
@@ -17,7 +17,7 @@ def _thin_product(
 ):  # fmt: skip
     """out [m, k] = activation(matrix [m, n] thin[k, n]^T + bias), and what the activation was applied to."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    units = tl.arange(0, BLOCK_K)
+    units = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     z = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
     for start in range(0, n, BLOCK_N):
         inner = start + tl.arange(0, BLOCK_N)
@@ -48,7 +48,7 @@ def _thin_transposed(
     """out [split, k, n] = (grad * activation'(pre))[m, k]^T matrix [m, n], each split over its own rows."""
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
-    units = tl.arange(0, BLOCK_K)
+    units = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)
     total = tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.float32)
     for start in range(0, rows_per_program, BLOCK_M):
         rows = split * rows_per_program + start + tl.arange(0, BLOCK_M)
@@ -71,11 +71,11 @@ def thin_product(matrix: Tensor, thin: Tensor, bias: Tensor | None, activation: 
     out = thin.new_empty((m, k))
     pre = None if activation == "identity" else torch.empty_like(out)
     if m:
-        block_k = next_power_of_two(k)
-        _thin_product[(triton.cdiv(m, 64),)](
+        block_k = unit_block(k)
+        _thin_product[(triton.cdiv(m, 64), triton.cdiv(k, block_k))](
             matrix, thin, bias, out, pre, m, n, k, *matrix.stride(), *thin.stride(),
             ACTIVATION=activation, HAS_BIAS=bias is not None, PRECISION=precision(thin),
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=block_k, num_warps=4,
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=block_k, num_warps=8,
         )  # fmt: skip
     return out, pre
 
@@ -89,9 +89,10 @@ def thin_transposed(grad: Tensor, matrix: Tensor, pre: Tensor | None, activation
     rows = triton.cdiv(triton.cdiv(m, splits), 64) * 64
     splits = max(1, triton.cdiv(m, max(rows, 1)))
     out = torch.empty((splits, k, n), dtype=torch.float32, device=grad.device)
-    _thin_transposed[(programs, splits)](
+    block_k = unit_block(k)
+    _thin_transposed[(programs, splits, triton.cdiv(k, block_k))](
         grad.contiguous(), pre, matrix, out, m, n, k, *matrix.stride(), rows,
         ACTIVATION=activation, PRECISION=precision(grad),
-        BLOCK_M=64, BLOCK_N=64, BLOCK_K=next_power_of_two(k), num_warps=4,
+        BLOCK_M=64, BLOCK_N=64, BLOCK_K=block_k, num_warps=8,
     )  # fmt: skip
     return out[0] if splits == 1 else out.sum(0)
