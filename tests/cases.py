@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import warnings
 
+import pytest
 import torch
 
-from genft_kernels import GeneratorParameters, GenFTConfig
+from genft_kernels import GeneratorParameters, GenFTConfig, backends
 from genft_kernels.checks import expected_shapes
+
+CPU = torch.device("cpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +96,15 @@ CASES = [
         for name in ("relu", "leaky_relu", "silu", "tanh")
     ),
 ]
+
+
+def runnable(dtype: torch.dtype = torch.float32) -> list:
+    """Every operation backend as a test parameter, those that cannot run on this machine skipped with the reason."""
+    reasons = {name: backends.unavailable(name, CPU, dtype) for name in backends.OPERATION_BACKENDS}
+    return [
+        pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}"))
+        for name, reason in reasons.items()
+    ]
 
 
 def make_data(case: Case, dtype: torch.dtype = torch.float64) -> Data:

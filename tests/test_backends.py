@@ -6,22 +6,12 @@ from collections import defaultdict
 
 import pytest
 import torch
-from cases import CASES, make_data, relative_error, run
+from cases import CASES, CPU, make_data, relative_error, run, runnable
 
 from genft_kernels import backends, reference
 from genft_kernels.functional import genft_linear
 
-CPU = torch.device("cpu")
 LOW_PRECISION = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def runnable(dtype=torch.float32):
-    """Every operation backend, those that cannot run here marked with the reason."""
-    reasons = {name: backends.unavailable(name, CPU, dtype) for name in backends.OPERATION_BACKENDS}
-    return [
-        pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}"))
-        for name, reason in reasons.items()
-    ]
 
 
 BACKENDS = runnable()
@@ -93,6 +83,15 @@ def test_without_a_seed_one_is_drawn_from_torchs_generator(backend):
         torch.manual_seed(seed)
         results.append(run(genft_linear, data, case.config, backend=backend, training=True)["y"])
     assert torch.equal(results[0], results[1]) and not torch.allclose(results[0], results[2])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["factored-many-tokens", "tiled-many-tokens", "dropout-square"])
+def test_the_same_inputs_give_the_same_bits(name, backend):
+    case = next(case for case in CASES if case.name == name)
+    data = make_data(case, torch.bfloat16)
+    first, second = (run(genft_linear, data, case.config, backend=backend, training=True, seed=7) for _ in range(2))
+    assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

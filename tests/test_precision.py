@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import Case, make_data
+from cases import Case, make_data, runnable
 
 from genft_kernels import reference
 from genft_kernels.backends.stochastic_rounding import round_stochastically
@@ -23,15 +23,15 @@ def gain(actual: torch.Tensor, without: torch.Tensor, update: torch.Tensor) -> f
     return ((actual.double() - without) * update).sum().item() / update.square().sum().item()
 
 
-def gains(settings: dict, dtype: torch.dtype, ratio: float) -> tuple[float, float]:
+def gains(settings: dict, dtype: torch.dtype, ratio: float, tokens: int, backend: str) -> tuple[float, float]:
     """Delta gain of y and of dx at |dW| = ratio * |W|."""
-    case = Case("gain", 256, 192, settings, leading=(128,))
+    case = Case("gain", 200, 150, settings, leading=(tokens,))
     data = make_data(case).to(dtype)
     exact = data.to(torch.float64)
     delta = reference.delta_weight(exact.weight, exact.params, case.config, training=True, seed=1).detach()
     scaling = ratio * (exact.weight.norm() / delta.norm()).item()
-    config = Case("gain", 256, 192, {**settings, "scaling": scaling}).config
-    y = genft_linear(data.x, data.weight, None, data.params, config, training=True, seed=1)
+    config = Case("gain", 200, 150, {**settings, "scaling": scaling}).config
+    y = genft_linear(data.x, data.weight, None, data.params, config, training=True, seed=1, backend=backend)
     (dx,) = torch.autograd.grad(y, data.x, data.grad)
     delta = delta * scaling
     return (
@@ -40,10 +40,12 @@ def gains(settings: dict, dtype: torch.dtype, ratio: float) -> tuple[float, floa
     )
 
 
+@pytest.mark.parametrize("backend", runnable())
+@pytest.mark.parametrize("tokens", [100, 140])  # few and many: a backend may take different paths
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("settings", PATHS.values(), ids=PATHS)
-def test_delta_gain_at_a_thousandth(settings, dtype):
-    for value in gains(settings, dtype, 1e-3):
+def test_delta_gain_at_a_thousandth(settings, dtype, tokens, backend):
+    for value in gains(settings, dtype, 1e-3, tokens, backend):
         assert 0.95 <= value <= 1.05
 
 

@@ -7,9 +7,19 @@ from torch import Tensor
 from .triton_math import SLICE
 
 
-def unit_block(k: int) -> int:
-    """How many hidden units an accumulator holds: k padded to a power of two from 16 to 64; more go to more programs."""
-    return min(64, max(SLICE, triton.next_power_of_2(k)))
+def edge(tensor: Tensor) -> int:
+    """Edge of a tile: 64, or 32 in float32, whose products run without matrix instructions and fill the registers."""
+    return 64 if tensor.dtype.itemsize == 2 else 32
+
+
+def unit_block(k: int, tensor: Tensor) -> int:
+    """How many hidden units an accumulator holds: a power of two from 16 to a tile's edge; more take more programs."""
+    return min(edge(tensor), max(SLICE, triton.next_power_of_2(k)))
+
+
+def matrix_block(tokens: Tensor) -> int:
+    """Edge of an output tile of a big product: 128 for many 16-bit tokens, else that of any tile."""
+    return 128 if tokens.dtype.itemsize == 2 and tokens.shape[0] >= 128 else edge(tokens)
 
 
 def slices(k: int) -> int:

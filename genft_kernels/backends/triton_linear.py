@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..philox import ROUNDING_STREAM
-from .triton_launch import dropout_arguments, precision, slices, unit_block
+from .triton_launch import dropout_arguments, edge, matrix_block, precision, slices, unit_block
 from .triton_math import (
     activate,
     activation_slope,
@@ -176,12 +176,13 @@ def extended_k(tokens, matrix, bias, small, thin, scale: float) -> Tensor:
     """tokens [T, n] matrix[m, n]^T + scale * small [T, k] thin[m, k]^T + bias: [T, m] in the tokens' dtype."""
     (t, n), m, k = tokens.shape, matrix.shape[0], thin.shape[1]
     out = tokens.new_empty((t, m))
+    block = matrix_block(tokens)
     if t:
-        _extended_k[(triton.cdiv(t, 64), triton.cdiv(m, 64))](
+        _extended_k[(triton.cdiv(t, block), triton.cdiv(m, block))](
             tokens, matrix, bias, small.contiguous(), thin.contiguous(), out, t, m, n, k,
             *tokens.stride(), *matrix.stride(), scale,
             HAS_BIAS=bias is not None, PRECISION=precision(tokens), SLICES=slices(k),
-            BLOCK_T=64, BLOCK_M=64, BLOCK_N=64, num_warps=4,
+            BLOCK_T=block, BLOCK_M=block, BLOCK_N=edge(tokens), num_warps=max(4, block // 16),
         )  # fmt: skip
     return out
 
@@ -193,11 +194,12 @@ def main_loop(tokens, weight, bias, h, b, seed, scale, activation, dropout, stre
     out = tokens.new_empty((t, n_kept))
     seed, threshold, keep_scale = dropout_arguments(dropout, seed, tokens.device)
     if t:
-        _main_loop[(triton.cdiv(t, 16), triton.cdiv(n_kept, 64))](
+        block = edge(tokens)
+        _main_loop[(triton.cdiv(t, 16), triton.cdiv(n_kept, block))](
             tokens, weight, bias, b.contiguous(), h.contiguous(), seed, out, t, n_out, n_in, k,
             *tokens.stride(), *weight.stride(), threshold, keep_scale, stream, scale,
             ACTIVATION=activation, DROPOUT=dropout > 0, HAS_BIAS=bias is not None, OVER_OUT=over_out,
-            PRECISION=precision(tokens), SLICES=slices(k), BLOCK_T=16, BLOCK=64, num_warps=4,
+            PRECISION=precision(tokens), SLICES=slices(k), BLOCK_T=16, BLOCK=block, num_warps=4,
         )  # fmt: skip
     return out
 
@@ -207,11 +209,12 @@ def fold(weight, h, b, seed, scale, activation, dropout, stream) -> Tensor:
     (n_out, n_in), k = weight.shape, h.shape[1]
     out = h.new_empty((n_out, n_in))
     seed, threshold, keep_scale = dropout_arguments(dropout, seed, weight.device)
-    _fold[(triton.cdiv(n_out, 64), triton.cdiv(n_in, 64))](
+    block = edge(h)
+    _fold[(triton.cdiv(n_out, block), triton.cdiv(n_in, block))](
         weight, b.contiguous(), h.contiguous(), seed, out, n_out, n_in, k, *weight.stride(),
         threshold, keep_scale, stream, ROUNDING_STREAM, scale,
         ACTIVATION=activation, DROPOUT=dropout > 0, DROPPED_BITS=_DROPPED_BITS[out.dtype],
-        PRECISION=precision(h), SLICES=slices(k), BLOCK_OUT=64, BLOCK_IN=64, num_warps=4,
+        PRECISION=precision(h), SLICES=slices(k), BLOCK_OUT=block, BLOCK_IN=block, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -219,7 +222,9 @@ def fold(weight, h, b, seed, scale, activation, dropout, stream) -> Tensor:
 def contract(dy, x, h, b, seed, scale, activation, dropout, stream, need_h: bool, need_b: bool):
     """(dh [in, k], db [out, k]) in the factors' dtype, None where not needed."""
     (t, n_out), n_in, k = dy.shape, x.shape[1], h.shape[1]
-    out_tiles, in_tiles = triton.cdiv(n_out, 64), triton.cdiv(n_in, 64)
+    # A wide epilogue leaves no registers for the larger tile.
+    block = matrix_block(dy) if k <= 128 else edge(dy)
+    out_tiles, in_tiles = triton.cdiv(n_out, block), triton.cdiv(n_in, edge(dy))
     dh = torch.empty((out_tiles, n_in, k), dtype=torch.float32, device=dy.device) if need_h else None
     db = torch.empty((in_tiles, n_out, k), dtype=torch.float32, device=dy.device) if need_b else None
     seed, threshold, keep_scale = dropout_arguments(dropout, seed, dy.device)
@@ -227,7 +232,7 @@ def contract(dy, x, h, b, seed, scale, activation, dropout, stream, need_h: bool
         dy, x, b.contiguous(), h.contiguous(), seed, dh, db, t, n_out, n_in, k, *dy.stride(), *x.stride(),
         threshold, keep_scale, stream, scale,
         ACTIVATION=activation, DROPOUT=dropout > 0, NEED_H=need_h, NEED_B=need_b,
-        PRECISION=precision(h), SLICES=slices(k), BLOCK_K=unit_block(k), CHUNKS=triton.cdiv(k, unit_block(k)),
-        BLOCK_OUT=64, BLOCK_IN=64, BLOCK_T=64, num_warps=4,
+        PRECISION=precision(h), SLICES=slices(k), BLOCK_K=unit_block(k, h), CHUNKS=triton.cdiv(k, unit_block(k, h)),
+        BLOCK_OUT=block, BLOCK_IN=edge(dy), BLOCK_T=edge(dy), num_warps=8,
     )  # fmt: skip
     return dh.sum(0).to(h.dtype) if need_h else None, db.sum(0).to(b.dtype) if need_b else None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..activations import activation_backward
 from ..philox import COLUMN_STREAM
-from .triton_launch import dropout_arguments, precision, slices, unit_block
+from .triton_launch import dropout_arguments, edge, precision, slices, unit_block
 from .triton_math import activate, activation_slope, keep_tile, rank_k_tile, thin_rows
 
 
@@ -121,12 +121,12 @@ def row_forward(left, right, down, bias, seed, outer: str, dropout: float, inner
     out = down.new_empty((n_in, k))
     pre = None if inner == "identity" else torch.empty_like(out)
     seed, threshold, keep_scale = dropout_arguments(dropout, seed, left.device)
-    block_k = unit_block(k)
-    _row_forward[(triton.cdiv(n_in, 64), triton.cdiv(k, block_k))](
+    block_k, block = unit_block(k, left), edge(left)
+    _row_forward[(triton.cdiv(n_in, block), triton.cdiv(k, block_k))](
         left.contiguous(), right.contiguous(), down.t().contiguous(), bias, seed, out, pre,
         n_out, n_in, k1, k, threshold, keep_scale, COLUMN_STREAM,
         OUTER=outer, INNER=inner, DROPOUT=dropout > 0, HAS_BIAS=bias is not None, PRECISION=precision(left),
-        SLICES_1=slices(k1), BLOCK_K=block_k, BLOCK_OUT=64, BLOCK_IN=64, num_warps=4, num_stages=2,
+        SLICES_1=slices(k1), BLOCK_K=block_k, BLOCK_OUT=block, BLOCK_IN=block, num_warps=4, num_stages=2,
     )  # fmt: skip
     return out, pre
 
@@ -139,19 +139,23 @@ def row_backward(grad, left, right, down, pre, seed, outer: str, dropout: float,
     seed, threshold, keep_scale = dropout_arguments(dropout, seed, left.device)
     thin = (left.contiguous(), right.contiguous(), down.t().contiguous(), dz, seed)
     numbers = (n_out, n_in, k1, k, threshold, keep_scale, COLUMN_STREAM)
-    block_k = unit_block(max(k, k1))
+    block_k, block = unit_block(max(k, k1), left), edge(left)
     chunks = triton.cdiv(max(k, k1), block_k)
     settings = dict(
         OUTER=outer, DROPOUT=dropout > 0, PRECISION=precision(left), SLICES_1=slices(k1), SLICES=slices(k),
-        BLOCK_K=block_k, BLOCK_OUT=64, BLOCK_IN=64, num_warps=8, num_stages=2,
+        BLOCK_K=block_k, num_warps=8, num_stages=1,
     )  # fmt: skip
     dleft = ddown = dright = None
     if need_left or need_down:
         dleft, ddown_t = left.new_empty((n_out, k1)), down.new_empty((n_out, k))
-        _row_backward_out[(triton.cdiv(n_out, 64), chunks)](*thin, dleft, ddown_t, *numbers, **settings)
+        _row_backward_out[(triton.cdiv(n_out, block), chunks)](
+            *thin, dleft, ddown_t, *numbers, BLOCK_OUT=block, BLOCK_IN=32, **settings
+        )
         ddown = ddown_t.t().contiguous()
     if need_right:
         dright = right.new_empty((n_in, k1))
-        _row_backward_in[(triton.cdiv(n_in, 64), chunks)](*thin, dright, *numbers, **settings)
+        _row_backward_in[(triton.cdiv(n_in, block), chunks)](
+            *thin, dright, *numbers, BLOCK_OUT=32, BLOCK_IN=block, **settings
+        )
     dbias = dz.sum(0, dtype=torch.float32).to(grad.dtype) if need_bias else None
     return dleft if need_left else None, dright, ddown if need_down else None, dbias

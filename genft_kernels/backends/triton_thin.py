@@ -71,7 +71,7 @@ def thin_product(matrix: Tensor, thin: Tensor, bias: Tensor | None, activation: 
     out = thin.new_empty((m, k))
     pre = None if activation == "identity" else torch.empty_like(out)
     if m:
-        block_k = unit_block(k)
+        block_k = unit_block(k, thin)
         _thin_product[(triton.cdiv(m, 64), triton.cdiv(k, block_k))](
             matrix, thin, bias, out, pre, m, n, k, *matrix.stride(), *thin.stride(),
             ACTIVATION=activation, HAS_BIAS=bias is not None, PRECISION=precision(thin),
@@ -89,7 +89,7 @@ def thin_transposed(grad: Tensor, matrix: Tensor, pre: Tensor | None, activation
     rows = triton.cdiv(triton.cdiv(m, splits), 64) * 64
     splits = max(1, triton.cdiv(m, max(rows, 1)))
     out = torch.empty((splits, k, n), dtype=torch.float32, device=grad.device)
-    block_k = unit_block(k)
+    block_k = unit_block(k, grad)
     _thin_transposed[(programs, splits, triton.cdiv(k, block_k))](
         grad.contiguous(), pre, matrix, out, m, n, k, *matrix.stride(), rows,
         ACTIVATION=activation, PRECISION=precision(grad),

@@ -1,0 +1,143 @@
+"""What is the Triton backend's own: the interpreter's mend, rounding bits, its ops, and machine code without a GPU.
+
+The kernels themselves run on the shared cases in tests/test_backends.py, in a process with TRITON_INTERPRET=1.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import CASES, make_data, run
+
+from genft_kernels import philox
+from genft_kernels.functional import genft_linear
+
+pytest.importorskip("triton", reason="Triton is not installed")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process with TRITON_INTERPRET=1")
+compiled = pytest.mark.skipif(INTERPRETED, reason="runs in the process without TRITON_INTERPRET")
+
+# A bfloat16 product, a cast and a sum; exits with 1 if any is off.
+_PROBE = """
+import sys, torch
+if sys.argv[1] == "mended":
+    import triton_interpreter
+    triton_interpreter.install()
+sys.path.insert(0, sys.argv[2])
+from interpreter_probe import bf16_works
+sys.exit(0 if bf16_works() else 1)
+"""
+_KERNEL = """
+import torch, triton, triton.language as tl
+
+@triton.jit
+def kernel(a, b, out):
+    at = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    x, y = tl.load(a + at), tl.load(b + at)
+    tl.store(out + at, (tl.dot(x, y) * 1.01).to(tl.bfloat16) + x)
+
+def bf16_works():
+    torch.manual_seed(0)
+    a, b = torch.randn(16, 16).bfloat16(), torch.randn(16, 16).bfloat16()
+    out = torch.empty(16, 16, dtype=torch.bfloat16)
+    kernel[(1,)](a, b, out)
+    return torch.equal(out, ((a.float() @ b.float()) * 1.01).bfloat16() + a)
+"""
+
+
+@compiled
+@pytest.mark.parametrize("state, status", [("plain", 1), ("mended", 0)])
+def test_the_interpreters_bfloat16_needs_the_mend(state, status, tmp_path):
+    (tmp_path / "interpreter_probe.py").write_text(_KERNEL)
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.path.dirname(__file__)}
+    result = subprocess.run([sys.executable, "-c", _PROBE, state, str(tmp_path)], env=environment, capture_output=True)
+    assert result.returncode == status, result.stderr.decode()[-800:]
+
+
+@interpreted
+@pytest.mark.parametrize("dtype, bits", [(torch.bfloat16, 16), (torch.float16, 13)], ids=str)
+def test_the_fold_rounds_by_the_words_of_stream_2(dtype, bits):
+    from genft_kernels.backends.triton_linear import fold
+
+    n_out, n_in, k, seed = 70, 37, 5, torch.tensor([2**40 + 3])
+    weight = torch.randn(n_out, n_in).to(dtype)
+    h, b = torch.randn(n_in, k).to(dtype), torch.randn(n_out, k).to(dtype)
+    folded = fold(weight, h, b, seed, 0.01, "identity", 0.0, philox.ROW_STREAM)
+    exact = weight.float() + 0.01 * (b.float() @ h.float().T)
+    counters = torch.arange(n_in)[:, None] * -(-n_out // 4) + torch.arange(n_out) // 4  # [in, out]
+    words = philox.words(counters.reshape(-1), seed, philox.ROUNDING_STREAM).view(n_in, n_out, 4)
+    words = words.gather(2, (torch.arange(n_out) % 4).expand(n_in, -1)[..., None]).squeeze(2).T  # [out, in]
+    integers = exact.view(torch.int32) + (words >> (32 - bits)).to(torch.int32)
+    expected = (integers & -(1 << bits)).view(torch.float32).to(dtype)
+    # Where a sum in another order moves the last bit of float32, one rounding in 2**13 may differ.
+    assert (folded != expected).double().mean() < 0.01
+    assert (folded.float() - exact).abs().max() <= exact.abs().max() * 2 ** (bits - 23)
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["factored-square", "dropout-tiled-bias-out_in", "tiled-many-tokens"])
+def test_every_op_passes_opcheck(name, monkeypatch):
+    from genft_kernels import ops
+
+    case = next(case for case in CASES if case.name == name)
+    checked = []
+
+    def check(op):
+        def call(*args):
+            if op not in checked:
+                checked.append(op)
+                leaves = [
+                    a.detach().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in args
+                ]
+                torch.library.opcheck(op, tuple(leaves), test_utils=("test_schema", "test_faketensor"))
+            return op(*args)
+
+        return call
+
+    for operation in ("column", "row", "linear", "column_backward", "row_backward", "linear_backward"):
+        monkeypatch.setattr(ops, operation, check(getattr(ops, operation)))
+    run(genft_linear, make_data(case, torch.float32), case.config, backend="triton", training=True, seed=1)
+    assert len(checked) == 6
+
+
+@interpreted
+def test_strides_of_every_operand_are_respected():
+    case = next(case for case in CASES if case.name == "tiled-square")
+    data = make_data(case, torch.float32)
+    wide = torch.randn(63, 2 * 63)
+    for x in (torch.randn(63, 9).t(), torch.randn(9, 126)[:, ::2], torch.randn(63).expand(9, 63)):
+        for weight in (wide[:, ::2], torch.randn(63, 63).t()):
+            results = []
+            for backend in ("triton", "reference"):
+                leaf = x.detach().requires_grad_()
+                y = genft_linear(leaf, weight, None, data.params, case.config, backend=backend)
+                results.append((y, *torch.autograd.grad(y.sum(), [leaf, data.params.row_up])))
+            for actual, expected in zip(*results, strict=True):
+                torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@compiled
+def test_shipped_kernels_fit_the_cards():
+    """No spill, shared memory within the limit, wgmma in the matrix kernels; sm_100 and gfx942 compile."""
+    from benchmarks.kernels_report import faults, rows_of
+
+    seen = set()
+    for row in rows_of(torch.bfloat16, 37, ["sm_80", "sm_90"]):
+        assert not list(faults(row)), row
+        seen.add(row["kernel"])
+    assert len(seen) == 9
+    for row in rows_of(torch.bfloat16, 37, ["sm_100", "gfx942"], once=True):
+        assert not row["spills"], row
+
+
+@compiled
+def test_without_a_gpu_the_backend_says_so_by_name_only():
+    case = next(case for case in CASES if case.name == "tiled-square")
+    data = make_data(case, torch.float32)
+    if torch.cuda.is_available():
+        pytest.skip("a CUDA device is at hand")
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot run on cpu: it needs a CUDA device"):
+        genft_linear(data.x, data.weight, data.bias, data.params, case.config, backend="triton")
+    genft_linear(data.x, data.weight, data.bias, data.params, case.config)
