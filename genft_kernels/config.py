@@ -121,6 +121,12 @@ class GenFTConfig:
                 "zero_delta=True with outer_activation='relu' would never train: relu has no gradient at 0. "
                 "Set zero_delta=False or another outer_activation"
             )
+        # Numbers of other libraries (numpy) become Python's, which JSON can hold.
+        for name in ("shared_dim", "specific_dim"):
+            object.__setattr__(self, name, int(getattr(self, name)))
+        for name in ("dropout", "scaling", "weight_ratio"):
+            if getattr(self, name) != "rms":
+                object.__setattr__(self, name, float(getattr(self, name)))
         object.__setattr__(self, "target_modules", _names("target_modules", self.target_modules))
         object.__setattr__(self, "exclude_modules", _names("exclude_modules", self.exclude_modules))
         if isinstance(self.modules_to_save, str):

@@ -83,6 +83,13 @@ def test_config_is_immutable_and_survives_json():
         GenFTConfig.from_dict({"rank": 3})
 
 
+def test_numpy_numbers_are_taken():
+    import numpy as np
+
+    config = GenFTConfig(shared_dim=np.int64(3), scaling=np.float32(0.5), weight_ratio=np.float64(2))
+    assert GenFTConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
 def test_presets_are_those_of_the_table():
     glue, llama, fast = (GenFTConfig.preset(name) for name in ("glue", "llama", "fast"))
     with pytest.warns(UserWarning):

@@ -1,0 +1,192 @@
+"""`make mutations`: plant one fault at a time in a copy of the package, and see that a test turns red.
+
+Exits with 1 if a fault survives. The unchanged copy must pass first.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).parent.parent
+BACKENDS = "genft_kernels/backends/"
+INTERPRETED = ["tests/test_backends.py", "tests/test_triton.py", "-k", "triton and (square or tall or wide or many)"]
+EAGER = ["tests/test_backends.py", "tests/test_precision.py", "-k", "eager"]
+
+
+class Fault(NamedTuple):
+    """One replacement in one file, and the tests that should notice."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: list[str]
+
+
+FAULTS = [
+    Fault(
+        "philox: counter of the transposed element",
+        BACKENDS + "triton_math.py",
+        "columns[None, :].to(tl.int64) * blocks + first[:, None]",
+        "columns[None, :].to(tl.int64) + first[:, None] * blocks",
+        INTERPRETED,
+    ),
+    Fault(
+        "philox: words laid out in another order",
+        BACKENDS + "triton_math.py",
+        "tl.permute(pairs, (0, 2, 3, 1))",
+        "tl.permute(pairs, (0, 3, 2, 1))",
+        INTERPRETED,
+    ),
+    Fault(
+        "mask dropped from the thin rows",
+        BACKENDS + "triton_math.py",
+        "(rows[:, None] < n_rows) & (units[None, :] < n_units)",
+        "(rows[:, None] < n_rows)",
+        INTERPRETED,
+    ),
+    Fault(
+        "k rounded down to whole slices",
+        BACKENDS + "triton_launch.py",
+        "triton.cdiv(k, SLICE)",
+        "max(1, k // SLICE)",
+        INTERPRETED,
+    ),
+    Fault(
+        "contraction: dh from the untransposed tile",
+        BACKENDS + "triton_linear.py",
+        "part = tl.dot(tl.trans(p.to(right.dtype)), right",
+        "part = tl.dot(p.to(right.dtype), right",
+        INTERPRETED,
+    ),
+    Fault(
+        "contraction: slope forgotten",
+        BACKENDS + "triton_linear.py",
+        "p = scale * g * activation_slope(s, ACTIVATION)",
+        "p = scale * g",
+        INTERPRETED,
+    ),
+    Fault(
+        "contraction: dropout forgotten in backward",
+        BACKENDS + "triton_linear.py",
+        "        p *= keep_tile(",
+        "        p += 0 * keep_tile(",
+        INTERPRETED,
+    ),
+    Fault(
+        "main loop: update at the wrong rows",
+        BACKENDS + "triton_linear.py",
+        "rows = summed if OVER_OUT else kept",
+        "rows = kept if OVER_OUT else summed",
+        INTERPRETED,
+    ),
+    Fault(
+        "extended K: scale forgotten",
+        BACKENDS + "triton_linear.py",
+        "total = rank_k_tile(small, thin, rows, columns, t, m, k, SLICES, PRECISION, BLOCK_T, BLOCK_M) * scale",
+        "total = rank_k_tile(small, thin, rows, columns, t, m, k, SLICES, PRECISION, BLOCK_T, BLOCK_M)",
+        INTERPRETED,
+    ),
+    Fault(
+        "row: last tile of out not summed",
+        BACKENDS + "triton_row.py",
+        "for start in range(0, n_out, BLOCK_OUT):",
+        "for start in range(0, n_out - BLOCK_OUT + 1, BLOCK_OUT):",
+        INTERPRETED,
+    ),
+    Fault(
+        "row: dleft lacks the mask",
+        BACKENDS + "triton_row.py",
+        "y, q = y * keep, q * keep",
+        "y, q = y * keep, q",
+        INTERPRETED,
+    ),
+    Fault(
+        "thin product: activation of the wrong stage",
+        BACKENDS + "triton_thin.py",
+        "activate(z, ACTIVATION)",
+        "z",
+        INTERPRETED,
+    ),
+    Fault(
+        "fold: rounded to nearest",
+        BACKENDS + "triton_linear.py",
+        "if DROPPED_BITS > 0:",
+        "if DROPPED_BITS > 99:",
+        ["tests/test_triton.py", "tests/test_precision.py", "-k", "triton"],
+    ),
+    Fault(
+        "eager: update added to a rounded y",
+        BACKENDS + "eager.py",
+        "    if not _is_16_bit(weight):\n        return F.linear(tokens",
+        "    if True:\n        return F.linear(tokens",
+        EAGER,
+    ),
+    Fault(
+        "eager: fold rounded to nearest",
+        BACKENDS + "eager.py",
+        "    if _is_16_bit(weight):\n        exact",
+        "    if False:\n        exact",
+        EAGER,
+    ),
+    Fault(
+        "eager: tile computed after it was overwritten",
+        BACKENDS + "eager.py",
+        "p = tile.backward_(",
+        "tile.value_(); p = tile.backward_(",
+        EAGER,
+    ),
+    Fault(
+        "eager: mask of the other stage",
+        BACKENDS + "eager.py",
+        "keep_mask(seed, stream, right",
+        "keep_mask(seed, 0, right",
+        EAGER,
+    ),
+]
+
+
+def passes(folder: pathlib.Path, tests: list[str]) -> bool:
+    """Whether pytest is content with `tests` in the copy at `folder`."""
+    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    if tests != EAGER:
+        environment["TRITON_INTERPRET"] = "1"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True).returncode == 0
+
+
+def main() -> int:
+    """Plant every fault; print each one's fate."""
+    survivors = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name) / "copy"
+        ignored = shutil.ignore_patterns(".git", ".venv*", "__pycache__", "demo-output", "build", "dist")
+        shutil.copytree(ROOT, folder, ignore=ignored)
+        for tests in (INTERPRETED, EAGER):
+            if not passes(folder, tests):
+                print("the unchanged copy fails: " + " ".join(tests))
+                return 1
+        for fault in FAULTS:
+            path = folder / fault.file
+            sound = path.read_text()
+            if fault.old not in sound:
+                print(f"NOT PLANTED  {fault.what}: the text is no longer in {fault.file}")
+                survivors += 1
+                continue
+            path.write_text(sound.replace(fault.old, fault.new))
+            survived = passes(folder, fault.tests)
+            survivors += survived
+            print(f"{'SURVIVED' if survived else 'caught':8}  {fault.what}", flush=True)
+            path.write_text(sound)
+    print(f"{len(FAULTS) - survivors} of {len(FAULTS)} faults caught")
+    return int(survivors > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
