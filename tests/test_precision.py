@@ -1,5 +1,7 @@
 """Delta gain (design section 5): in 16 bits the loss must see a small update, and stochastic rounding be unbiased."""
 
+import dataclasses
+
 import pytest
 import torch
 from cases import Case, make_data, runnable
@@ -23,20 +25,22 @@ def gain(actual: torch.Tensor, without: torch.Tensor, update: torch.Tensor) -> f
     return ((actual.double() - without) * update).sum().item() / update.square().sum().item()
 
 
-def gains(settings: dict, dtype: torch.dtype, ratio: float, tokens: int, backend: str) -> tuple[float, float]:
-    """Delta gain of y and of dx at |dW| = ratio * |W|."""
-    case = Case("gain", 200, 150, settings, leading=(tokens,))
+def gains(settings: dict, dtype: torch.dtype, ratio: float, tokens: int, backend: str, seed: int) -> torch.Tensor:
+    """Delta gain of y and of dx at |dW| = ratio * |W|, [2]."""
+    case = Case("gain", 200, 150, settings, leading=(tokens,), seed=seed)
     data = make_data(case).to(dtype)
     exact = data.to(torch.float64)
-    delta = reference.delta_weight(exact.weight, exact.params, case.config, training=True, seed=1).detach()
+    delta = reference.delta_weight(exact.weight, exact.params, case.config, training=True, seed=seed).detach()
     scaling = ratio * (exact.weight.norm() / delta.norm()).item()
-    config = Case("gain", 200, 150, {**settings, "scaling": scaling}).config
-    y = genft_linear(data.x, data.weight, None, data.params, config, training=True, seed=1, backend=backend)
+    config = dataclasses.replace(case, settings={**settings, "scaling": scaling}).config
+    y = genft_linear(data.x, data.weight, None, data.params, config, training=True, seed=seed, backend=backend)
     (dx,) = torch.autograd.grad(y, data.x, data.grad)
     delta = delta * scaling
-    return (
-        gain(y.detach(), exact.x.detach() @ exact.weight.T, exact.x.detach() @ delta.T),
-        gain(dx, exact.grad @ exact.weight, exact.grad @ delta),
+    return torch.tensor(
+        [
+            gain(y.detach(), exact.x.detach() @ exact.weight.T, exact.x.detach() @ delta.T),
+            gain(dx, exact.grad @ exact.weight, exact.grad @ delta),
+        ]
     )
 
 
@@ -45,8 +49,9 @@ def gains(settings: dict, dtype: torch.dtype, ratio: float, tokens: int, backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("settings", PATHS.values(), ids=PATHS)
 def test_delta_gain_at_a_thousandth(settings, dtype, tokens, backend):
-    for value in gains(settings, dtype, 1e-3, tokens, backend):
-        assert 0.95 <= value <= 1.05
+    seeds = 4 if dtype == torch.bfloat16 else 1  # one bfloat16 gain of this size has a standard deviation of 0.026
+    values = sum(gains(settings, dtype, 1e-3, tokens, backend, seed) for seed in range(seeds)) / seeds
+    assert ((values >= 0.95) & (values <= 1.05)).all(), values
 
 
 def test_the_measure_sees_a_swallowed_update():
