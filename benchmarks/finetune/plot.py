@@ -29,7 +29,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     loss_axes.set(xlabel="step", ylabel=f"training loss (mean of {SMOOTHING} steps)", ylim=(0, None))
     accuracy_axes.set(xlabel="epoch", ylabel="test accuracy")
     accuracy_axes.xaxis.get_major_locator().set_params(integer=True)
-    accuracy_axes.legend(loc="lower right")
+    figure.legend(*loss_axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(named))
     for axes in (loss_axes, accuracy_axes):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
