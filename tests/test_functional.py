@@ -198,6 +198,15 @@ def test_what_no_gradient_asks_for_is_not_kept():
     assert saved_elements(case, torch.float32, trains=("params",)) <= both
 
 
+@pytest.mark.parametrize("name", ["factored-square", "tiled-square", "dropout-square"])
+def test_inference_mode_leaves_nothing_behind_that_training_trips_over(name):
+    case = BY_NAME[name]
+    data = make_data(case, torch.bfloat16)
+    with torch.inference_mode():  # memory that is used again must not become an inference tensor's
+        genft_linear(data.x, data.weight, data.bias, data.params, case.config, training=True, seed=1)
+    run(genft_linear, data, case.config, training=True, seed=1)
+
+
 @pytest.mark.parametrize("name", ["dropout-square", "tiled-square"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("reentrant", [False, True])
