@@ -24,40 +24,41 @@ MATRIX_KERNELS = ("extended_k", "contract")
 
 
 def shipped_launches(dtype: torch.dtype, k: int, features: tuple[int, int] = (768, 768)) -> list[Launch]:
-    """Every launch of a layer's forward and backward, both forms, small and large T, dropout on and off."""
-    n_in, n_out = features
-    weight = torch.empty(n_out, n_in, dtype=dtype)
-    thin_in, thin_out = torch.empty(n_in, k, dtype=dtype), torch.empty(n_out, k, dtype=dtype)
-    down, down_bias = torch.empty(k, n_in, dtype=dtype), torch.empty(k, dtype=dtype)
-    row_down, bias = torch.empty(k, n_out, dtype=dtype), torch.empty(n_out, dtype=dtype)
-    seed, everything = torch.zeros(1, dtype=torch.int64), [True] * 4
+    """Every launch of forward and backward: one layer and a group, both forms, small and large T, dropout or not."""
     with recording() as launches:
-        backend.column(weight, down, down_bias, "gelu")
-        backend.column_backward(thin_out, weight, thin_out, "gelu", [True, False])
-        for activation, dropout in (("identity", 0.0), ("gelu", 0.0), ("identity", 0.1), ("leaky_relu", 0.1)):
-            tiled = activation != "identity" or dropout > 0
-            if tiled:
-                backend.row(thin_out, thin_in, row_down, down_bias, seed, activation, dropout, "gelu")
-                backend.row_backward(
-                    thin_in,
-                    thin_out,
-                    thin_in,
-                    row_down,
-                    thin_in,
-                    seed,
-                    activation,
-                    dropout,
-                    "gelu",
-                    [True] * 3 + [False],
-                )
-            for tokens in (16, 4096):
-                x, dy = torch.empty(tokens, n_in, dtype=dtype), torch.empty(tokens, n_out, dtype=dtype)
-                settings = (seed, 0.5, activation, dropout, 1)
-                xh = None if tiled else torch.empty(tokens, k, dtype=dtype)
-                with _without_vendor_products():
-                    backend.linear(x, weight, bias, thin_in, thin_out, *settings)
-                    backend.linear_backward(dy, x, weight, thin_in, thin_out, xh, *settings, everything)
+        for layers in (1, 2):
+            _generate(dtype, k, *features, layers)
+        _apply(dtype, k, *features)
     return launches
+
+
+def _generate(dtype: torch.dtype, k: int, n_in: int, n_out: int, layers: int) -> None:
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    weights = [empty(n_out, n_in) for _ in range(layers)]
+    left, right, down, bias = empty(layers, n_out, k), empty(layers, n_in, k), empty(layers, k, n_out), empty(k)
+    seed = torch.zeros(layers, dtype=torch.int64)
+    backend.column(weights, empty(layers, k, n_in), bias, "gelu")
+    backend.column_backward(left, weights, left, "gelu", [True, False])
+    for outer, dropout in (("gelu", 0.0), ("identity", 0.1), ("leaky_relu", 0.1)):
+        backend.row(left, right, down, bias, seed, outer, dropout, "gelu")
+        backend.row_backward(right, left, right, down, right, seed, outer, dropout, "gelu", [True] * 3 + [False])
+
+
+def _apply(dtype: torch.dtype, k: int, n_in: int, n_out: int) -> None:
+    weight, bias = torch.empty(n_out, n_in, dtype=dtype), torch.empty(n_out, dtype=dtype)
+    thin_in, thin_out = torch.empty(n_in, k, dtype=dtype), torch.empty(n_out, k, dtype=dtype)
+    seed, everything = torch.zeros(1, dtype=torch.int64), [True] * 4
+    for activation, dropout in (("identity", 0.0), ("gelu", 0.0), ("identity", 0.1), ("leaky_relu", 0.1)):
+        tiled = activation != "identity" or dropout > 0
+        for tokens in (16, 4096):
+            x, dy = torch.empty(tokens, n_in, dtype=dtype), torch.empty(tokens, n_out, dtype=dtype)
+            settings = (seed, 0.5, activation, dropout, 1)
+            xh = None if tiled else torch.empty(tokens, k, dtype=dtype)
+            with _without_vendor_products():
+                backend.linear(x, weight, bias, thin_in, thin_out, *settings)
+                backend.linear_backward(dy, x, weight, thin_in, thin_out, xh, *settings, everything)
 
 
 def faults(row: dict) -> Iterator[str]:
@@ -75,7 +76,11 @@ def rows_of(dtype: torch.dtype, k: int, targets: list[str], once: bool = False) 
     """Compile and describe every launch for every target, or with `once` the last launch of each kernel."""
     launches = shipped_launches(dtype, k)
     for launch in {launch.name: launch for launch in launches}.values() if once else launches:
-        settings = {name: value for name, value in launch.constants if name.isupper()}
+        settings = {
+            name: str(value) if name == "ELEMENT" and value is not None else value
+            for name, value in launch.constants
+            if name.isupper()
+        }
         for target in targets:
             row = report(launch, target)
             yield (

@@ -6,6 +6,7 @@ side. `genft_linear` is both.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,11 +21,15 @@ __all__ = ["Factors", "factored_linear", "generate_factors", "genft_linear"]
 
 
 class Factors(NamedTuple):
-    """What is left of a generated update: dW = scale * drop(psi(b h^T)), mask drawn from `stream`."""
+    """What is left of generated updates: dW = scale * drop(psi(b h^T)), mask drawn from `stream`."""
 
-    h: torch.Tensor  # [in, k], one more column with bias
-    b: torch.Tensor  # [out, k], likewise
+    h: torch.Tensor  # [L, in, k] for L layers or [in, k] for one; one more column with bias
+    b: torch.Tensor  # [L, out, k] or [out, k], likewise
     stream: int
+
+    def unbind(self) -> list[Factors]:
+        """Those of each of the L layers."""
+        return [Factors(h, b, self.stream) for h, b in zip(self.h.unbind(0), self.b.unbind(0), strict=True)]
 
 
 def genft_linear(
@@ -49,7 +54,7 @@ def genft_linear(
         training: whether dropout is active.
         seed: 64-bit seed of the dropout masks and of stochastic rounding; None draws one, in training and where it
             is needed, from the default generator of x's device.
-        backend: "auto", "eager" or "reference".
+        backend: "auto", or one by name (`genft_kernels.backends`).
 
     Returns:
         y [..., out] in x's dtype, or in autocast's.
@@ -66,7 +71,9 @@ def genft_linear(
     dtype = _compute_dtype(x)
     dropout = config.dropout if training else 0.0
     seed = _seed(seed, x.device, training, dropout, config.outer_activation, dtype)
-    factors = generate_factors(weight, params, config, dtype=dtype, dropout=dropout, seed=seed, backend=chosen)
+    group = GeneratorParameters(*(t if t is None or t.dim() == 1 else t[None] for t in params))
+    generated = generate_factors([weight], group, config, dtype=dtype, dropout=dropout, seed=seed, backend=chosen)
+    (factors,) = generated.unbind()
     return _linear(x, weight, bias, factors, config.scaling, config.outer_activation, dropout, seed, chosen)
 
 
@@ -113,7 +120,7 @@ def factored_linear(
 
 
 def generate_factors(
-    weight: torch.Tensor,
+    weights: Sequence[torch.Tensor],
     params: GeneratorParameters,
     config: GenFTConfig,
     *,
@@ -122,31 +129,39 @@ def generate_factors(
     seed: torch.Tensor | None,
     backend: str,
 ) -> Factors:
-    """The update's thin factors in `dtype`, from the frozen `weight` [out, in] (design section 2, "generate").
+    """The thin factors in `dtype` of L layers' updates, from their frozen weights (design section 2, "generate").
 
-    rho goes into thin matrices: rho * W A^T = W (rho * A)^T. `backend` names an operation backend.
+    rho goes into thin matrices: rho * W A^T = W (rho * A)^T.
+
+    Args:
+        weights: L matrices [out, in] on one device.
+        params: each matrix with a leading dimension L, the biases, which all layers share, without.
+        seed: int64 [L], the layers' own, or None without dropout.
+        backend: an operation backend by name.
     """
-    rho = _weight_ratio(weight, config)
+    rho = _weight_ratio(weights, config)
     matrix_ratio = rho if config.ratio_scope == "all" else None
-    phi = config.inner_activation
+    device, phi = weights[0].device, config.inner_activation
 
     def cast(tensor: torch.Tensor | None, ratio: float | torch.Tensor | None = None) -> torch.Tensor | None:
         # Scaled before the cast, which may round.
-        return None if tensor is None else (tensor if ratio is None else tensor * ratio).to(weight.device, dtype)
+        return None if tensor is None else (tensor if ratio is None else tensor * ratio).to(device, dtype)
 
     row_up, row_up_bias = cast(params.row_up, matrix_ratio), cast(params.row_up_bias)
     row_down_bias = cast(params.row_down_bias)
     if config.transform == "row":
-        h, _ = ops.column(weight.t(), cast(params.row_down, rho), row_down_bias, phi, backend)  # [in, k]
+        transposed = [weight.t() for weight in weights]
+        h, _ = ops.column(transposed, cast(params.row_down, rho), row_down_bias, phi, backend)  # [L, in, k]
         return Factors(*_with_bias_unit(h, row_up, row_up_bias), ROW_STREAM)
-    h1, _ = ops.column(weight, cast(params.column_down, rho), cast(params.column_down_bias), phi, backend)  # [out, k]
+    column_down, column_down_bias = cast(params.column_down, rho), cast(params.column_down_bias)
+    h1, _ = ops.column(list(weights), column_down, column_down_bias, phi, backend)  # [L, out, k]
     left, right = _with_bias_unit(h1, cast(params.column_up, matrix_ratio), cast(params.column_up_bias))
     if config.transform == "column":
         return Factors(right, left, COLUMN_STREAM)
     row_down = cast(params.row_down, matrix_ratio)
     h, _ = ops.row(
         left, right, row_down, row_down_bias, seed, config.outer_activation, dropout, phi, backend
-    )  # [in, k]
+    )  # [L, in, k]
     h, b = _with_bias_unit(h, row_up, row_up_bias)
     # dW = sigma * D instead of sigma * D^T: the factors change places.
     return Factors(b, h, ROW_STREAM) if config.delta_layout == "out_in" else Factors(h, b, ROW_STREAM)
@@ -155,10 +170,11 @@ def generate_factors(
 def _with_bias_unit(
     hidden: torch.Tensor, up: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A bias is one more hidden unit that is always one: hidden | 1 and up | bias."""
+    """A bias is one more hidden unit that is always one: hidden [L, n, k] | 1 and up [L, m, k] | bias [m]."""
     if bias is None:
         return hidden, up
-    return torch.cat([hidden, hidden.new_ones((hidden.shape[0], 1))], 1), torch.cat([up, bias[:, None]], 1)
+    ones, biases = hidden.new_ones((*hidden.shape[:2], 1)), bias[:, None].expand(*up.shape[:2], 1)
+    return torch.cat([hidden, ones], 2), torch.cat([up, biases], 2)
 
 
 def _linear(x, weight, bias, factors, scale, activation, dropout, seed, backend) -> torch.Tensor:
@@ -173,12 +189,13 @@ def _compute_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
 
 
-def _weight_ratio(weight: torch.Tensor, config: GenFTConfig) -> float | torch.Tensor:
-    """rho: the configured number, or 1 / root mean square of W as a 0-dimensional tensor (no host sync)."""
+def _weight_ratio(weights: Sequence[torch.Tensor], config: GenFTConfig) -> float | torch.Tensor:
+    """rho: the configured number, or 1 / root mean square of each W as a tensor [L, 1, 1] (no host sync)."""
     if config.weight_ratio != "rms":
         return config.weight_ratio
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    return weight.numel() ** 0.5 / torch.linalg.vector_norm(weight, dtype=wide)
+    wide = torch.promote_types(weights[0].dtype, torch.float32)
+    norms = torch.stack([torch.linalg.vector_norm(weight, dtype=wide) for weight in weights])
+    return (weights[0].numel() ** 0.5 / norms)[:, None, None]
 
 
 def _seed(

@@ -4,8 +4,9 @@
     row:     h = phi(drop(psi(left right^T))^T A^T + a)       left [out, k1], right [in, k1], A [k, out] -> h [in, k]
     linear:  y = x (W + scale * drop(psi(b h^T)))^T + bias    x [..., in], h [in, k], b [out, k]  -> y [..., out]
 
-(design sections 2 and 4). A gradient that nobody asked for is not computed: a backend returns None for it, an op
-an empty tensor, because an op must return tensors.
+(design sections 2 and 4). `column` and `row` do L layers of one shape at once: W is a list, every other matrix has a
+leading dimension L, the bias is shared. `linear` is one layer's. A gradient that nobody asked for is not computed: a
+backend returns None for it, an op an empty tensor, because an op must return tensors.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .config import is_factored
 
 def _run(backend: str, operation: str, *args) -> tuple[Tensor, ...]:
     """The operation's results from a backend, an empty tensor for each None."""
-    first = args[0]
+    first = args[0] if isinstance(args[0], Tensor) else args[1]
     # The dtypes are settled by now; autocast must not settle them anew inside a product.
     with torch.autocast(first.device.type, enabled=False):
         results = getattr(backends.load(backend), operation)(*args)
@@ -30,43 +31,52 @@ def _run(backend: str, operation: str, *args) -> tuple[Tensor, ...]:
 
 
 @torch.library.custom_op("genft::column", mutates_args=())
-def column(weight: Tensor, down: Tensor, bias: Tensor | None, activation: str, backend: str) -> tuple[Tensor, Tensor]:
-    """(h [out, k], what the activation was applied to [out, k]; empty if the activation is the identity)."""
-    return _run(backend, "column", weight, down, bias, activation)
+def column(
+    weights: list[Tensor], down: Tensor, bias: Tensor | None, activation: str, backend: str
+) -> tuple[Tensor, Tensor]:
+    """(h [L, out, k], what the activation was applied to [L, out, k]; empty if the activation is the identity).
+
+    `weights` are L matrices [out, in] of any strides, `down` is [L, k, in], `bias` [k]. The weights may have another
+    dtype than `down` (autocast): they are cast here and again in backward, so that no copy of them is kept.
+    """
+    return _run(backend, "column", weights, down, bias, activation)
 
 
 @column.register_fake
-def _(weight, down, bias, activation, backend):
-    h = down.new_empty((weight.shape[0], down.shape[0]))
+def _(weights, down, bias, activation, backend):
+    h = down.new_empty((down.shape[0], weights[0].shape[0], down.shape[1]))
     return h, torch.empty_like(h) if activation != "identity" else h.new_empty(0)
 
 
 @torch.library.custom_op("genft::column_backward", mutates_args=())
 def column_backward(
-    grad: Tensor, weight: Tensor, pre: Tensor, activation: str, needs: list[bool], backend: str
+    grad: Tensor, weights: list[Tensor], pre: Tensor, activation: str, needs: list[bool], backend: str
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of (down, bias), those that `needs` names."""
-    return _run(backend, "column_backward", grad, weight, pre, activation, needs)
+    """Gradients of (down [L, k, in], bias [k]), those that `needs` names."""
+    return _run(backend, "column_backward", grad, weights, pre, activation, needs)
 
 
 @column_backward.register_fake
-def _(grad, weight, pre, activation, needs, backend):
-    shapes = ((grad.shape[1], weight.shape[1]), (grad.shape[1],))
+def _(grad, weights, pre, activation, needs, backend):
+    layers, _, k = grad.shape
+    shapes = ((layers, k, weights[0].shape[1]), (k,))
     return tuple(grad.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True))
 
 
 def _column_setup(ctx, inputs, output):
-    weight, _, _, ctx.activation, ctx.backend = inputs
-    ctx.save_for_backward(weight, output[1])
+    weights, _, _, ctx.activation, ctx.backend = inputs
+    ctx.save_for_backward(*weights, output[1])
     ctx.set_materialize_grads(False)
 
 
 def _column_grad(ctx, grad, _):
+    *weights, pre = ctx.saved_tensors
+    no_weights = [None] * len(weights)
     if grad is None:
-        return (None,) * 5
+        return no_weights, None, None, None, None
     needs = list(ctx.needs_input_grad[1:3])
-    grads = column_backward(grad, *ctx.saved_tensors, ctx.activation, needs, ctx.backend)
-    return None, *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
+    grads = column_backward(grad, weights, pre, ctx.activation, needs, ctx.backend)
+    return no_weights, *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
 
 
 column.register_autograd(_column_grad, setup_context=_column_setup)
@@ -80,13 +90,16 @@ def row(
     left: Tensor, right: Tensor, down: Tensor, bias: Tensor | None, seed: Tensor | None, outer: str, dropout: float,
     inner: str, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(h [in, k], what the inner activation was applied to [in, k]; empty if that is the identity)."""
+    """(h [L, in, k], what the inner activation was applied to [L, in, k]; empty if that is the identity).
+
+    `left` [L, out, k1], `right` [L, in, k1], `down` [L, k, out], `bias` [k]; layer l draws its mask from `seed[l]`.
+    """
     return _run(backend, "row", left, right, down, bias, seed, outer, dropout, inner)
 
 
 @row.register_fake
 def _(left, right, down, bias, seed, outer, dropout, inner, backend):
-    h = down.new_empty((right.shape[0], down.shape[0]))
+    h = down.new_empty((*right.shape[:2], down.shape[1]))
     return h, torch.empty_like(h) if inner != "identity" else h.new_empty(0)
 
 
@@ -95,13 +108,13 @@ def row_backward(
     grad: Tensor, left: Tensor, right: Tensor, down: Tensor, pre: Tensor, seed: Tensor | None, outer: str,
     dropout: float, inner: str, needs: list[bool], backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of (left, right, down, bias), those that `needs` names."""
+    """Gradients of (left, right, down, bias [k]), those that `needs` names."""
     return _run(backend, "row_backward", grad, left, right, down, pre, seed, outer, dropout, inner, needs)
 
 
 @row_backward.register_fake
 def _(grad, left, right, down, pre, seed, outer, dropout, inner, needs, backend):
-    shapes = (left.shape, right.shape, down.shape, down.shape[:1])
+    shapes = (left.shape, right.shape, down.shape, down.shape[1:2])
     return tuple(grad.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True))
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from cases import CASES, CPU, make_data, relative_error, run, runnable
 
-from genft_kernels import backends, reference
-from genft_kernels.functional import genft_linear
+from genft_kernels import GeneratorParameters, backends, reference
+from genft_kernels.functional import generate_factors, genft_linear
 
 LOW_PRECISION = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -56,6 +56,51 @@ def test_error_is_at_most_twice_plain_pytorchs(case, dtype, backend):
     for name, error in errors(genft_linear, case, dtype, backend=backend).items():
         allowed = 2 * plain[name] + torch.finfo(dtype).eps
         assert error <= allowed, f"{name}: {error:.3g} > {allowed:.3g}"
+
+
+def generated(weights, layers, shared, case, backend):
+    """Factors of a group of layers and the gradient of every parameter, each [L, ...], biases summed over layers."""
+    stacked = GeneratorParameters(*(
+        None if tensors[0] is None else tensors[0] if name.endswith("bias") else torch.stack(tensors)
+        for name, tensors in zip(GeneratorParameters._fields, zip(*layers, strict=True), strict=True)
+    ))  # fmt: skip
+    settings = dict(dtype=torch.float32, dropout=case.config.dropout, seed=shared, backend=backend)
+    factors = generate_factors(weights, stacked, case.config, **settings)
+    inputs = {name: tensor for name, tensor in stacked._asdict().items() if tensor is not None}
+    generator = torch.Generator().manual_seed(1)
+    loss = sum((factor * torch.randn(factor[0].shape, generator=generator)).sum() for factor in (factors.h, factors.b))
+    return factors, dict(zip(inputs, torch.autograd.grad(loss, list(inputs.values())), strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("strides", ["equal", "different"])
+@pytest.mark.parametrize(
+    "name", ["factored-wide-bias", "tiled-tall-bias", "dropout-tiled-bias-out_in", "ratio-all-rms-tiled", "row-tiled",
+             "column-tiled-bias"]
+)  # fmt: skip
+def test_layers_in_one_call_equal_each_alone(name, strides, backend):
+    case = next(case for case in CASES if case.name == name)
+    data = [make_data(dataclasses.replace(case, seed=seed), torch.float32) for seed in range(3)]
+    weights = [layer.weight for layer in data]
+    if strides == "different":
+        weights[1] = weights[1].t().contiguous().t()
+    biases = data[0].params
+    layers = [
+        GeneratorParameters(*(shared if name.endswith("bias") else own for name, own, shared in zip(
+            biases._fields, layer.params, biases, strict=True
+        )))
+        for layer in data
+    ]  # fmt: skip
+    seeds = torch.tensor([5, -3, 2**40])
+    together, grads = generated(weights, layers, seeds, case, backend)
+    alone = [generated(weights[i : i + 1], layers[i : i + 1], seeds[i : i + 1], case, backend) for i in range(3)]
+    for index, (factors, _) in enumerate(alone):
+        assert relative_error(together.h[index], factors.h[0]) <= 1e-6
+        assert relative_error(together.b[index], factors.b[0]) <= 1e-6
+    for key, grad in grads.items():
+        parts = [own[key] for _, own in alone]
+        expected = sum(parts) if key.endswith("bias") else torch.cat(parts)
+        assert relative_error(grad, expected) <= 1e-5, key
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -23,17 +23,18 @@ def seed():
 @pytest.mark.parametrize("activation", ["identity", "gelu"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_opcheck_column(activation, bias, dtype):
-    down, bias_vector = tensors((5, 9), (5,), dtype=dtype)
-    weight = torch.randn(7, 9).to(dtype)
-    torch.library.opcheck(ops.column, (weight, down, bias_vector if bias else None, activation, "eager"))
+    down, bias_vector = tensors((2, 5, 9), (5,), dtype=dtype)
+    weights = [torch.randn(7, 9).to(dtype) for _ in range(2)]
+    torch.library.opcheck(ops.column, (weights, down, bias_vector if bias else None, activation, "eager"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("outer, dropout", [("identity", 0.0), ("silu", 0.0), ("tanh", 0.2)])
 @pytest.mark.parametrize("inner", ["identity", "tanh"])
 def test_opcheck_row(inner, outer, dropout, dtype):
-    left, right, down, bias = tensors((7, 4), (9, 4), (3, 7), (3,), dtype=dtype)
-    torch.library.opcheck(ops.row, (left, right, down, bias, seed(), outer, dropout, inner, "eager"))
+    left, right, down, bias = tensors((2, 7, 4), (2, 9, 4), (2, 3, 7), (3,), dtype=dtype)
+    seeds = torch.tensor([3, 4])
+    torch.library.opcheck(ops.row, (left, right, down, bias, seeds, outer, dropout, inner, "eager"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -47,9 +48,9 @@ def test_opcheck_linear(leading, activation, dropout, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck_backwards(dtype):
-    grad, weight, pre = (t.detach() for t in tensors((7, 5), (7, 9), (7, 5), dtype=dtype))
-    torch.library.opcheck(ops.column_backward, (grad, weight, pre, "gelu", [True, False], "eager"))
-    grad, left, right, down = (t.detach() for t in tensors((9, 3), (7, 4), (9, 4), (3, 7), dtype=dtype))
+    grad, weight, pre = (t.detach() for t in tensors((1, 7, 5), (7, 9), (1, 7, 5), dtype=dtype))
+    torch.library.opcheck(ops.column_backward, (grad, [weight], pre, "gelu", [True, False], "eager"))
+    grad, left, right, down = (t.detach() for t in tensors((1, 9, 3), (1, 7, 4), (1, 9, 4), (1, 3, 7), dtype=dtype))
     needs = [True, False, True, True]
     for outer, dropout in (("identity", 0.0), ("relu", 0.3)):
         arguments = (grad, left, right, down, grad.new_empty(0), seed(), outer, dropout, "identity", needs, "eager")

@@ -91,59 +91,84 @@ def _activated(z: Tensor, activation: str) -> tuple[Tensor, Tensor | None]:
 # --- column ---------------------------------------------------------------------------------------------------------
 
 
-def column(weight: Tensor, down: Tensor, bias: Tensor | None, activation: str):
-    """h = phi(W A^T + a)  [out, k]."""
-    return _activated(F.linear(weight.to(down.dtype), down, bias), activation)
+def column(weights: list[Tensor], down: Tensor, bias: Tensor | None, activation: str):
+    """h = phi(W A^T + a)  [L, out, k], for L layers."""
+    z = down.new_empty((len(weights), weights[0].shape[0], down.shape[1]))
+    for weight, a, out in zip(weights, down, z, strict=True):
+        if bias is None:
+            torch.mm(weight.to(a.dtype), a.t(), out=out)
+        else:
+            torch.addmm(bias, weight.to(a.dtype), a.t(), out=out)
+    return _activated(z, activation)
 
 
-def column_backward(grad: Tensor, weight: Tensor, pre: Tensor, activation: str, needs: list[bool]):
-    """dA = dZ^T W  [k, in], da = sum of dZ  [k]."""
+def column_backward(grad: Tensor, weights: list[Tensor], pre: Tensor, activation: str, needs: list[bool]):
+    """dA = dZ^T W  [L, k, in], da = sum of dZ  [k]."""
     need_down, need_bias = needs
-    dz = activation_backward(activation, grad, pre)  # [out, k]
-    return dz.t() @ weight.to(dz.dtype) if need_down else None, _sum_of_rows(dz) if need_bias else None
+    dz = activation_backward(activation, grad, pre)  # [L, out, k]
+    ddown = None
+    if need_down:
+        ddown = dz.new_empty((len(weights), dz.shape[2], weights[0].shape[1]))
+        for weight, layer_dz, out in zip(weights, dz, ddown, strict=True):
+            torch.mm(layer_dz.t(), weight.to(dz.dtype), out=out)
+    return ddown, _sum_of_rows(dz.flatten(0, 1)) if need_bias else None
 
 
 # --- row ------------------------------------------------------------------------------------------------------------
 
 
 def row(left, right, down, bias, seed, outer: str, dropout: float, inner: str):
-    """h = phi(Y^T A^T + a)  [in, k], Y = drop(psi(left right^T))  [out, in]."""
+    """h = phi(Y^T A^T + a)  [L, in, k], Y = drop(psi(left right^T))  [out, in], for L layers."""
     if is_factored(outer, dropout):
         # The stages meet in a core [k, k1]; it is tiny, so its rounding to 16 bits can be spared.
         wide_left, wide_right, wide_down = (matrix.to(_wide(matrix.dtype)) for matrix in (left, right, down))
-        z = F.linear(wide_right, wide_down @ wide_left, None if bias is None else bias.to(wide_right.dtype))
-        return _activated(z.to(down.dtype), inner)
-    z = None  # [k, in]
-    for rows in _row_tiles(left.shape[0], right.shape[0]):
-        y = _UpdateTile(left, right, rows, outer, dropout, seed, COLUMN_STREAM).value_()
-        z = _sum(z, down[:, rows] @ y)
-    z = z.t() if bias is None else z.t() + bias
-    return _activated(z.to(down.dtype).contiguous(), inner)
+        z = wide_right @ (wide_down @ wide_left).mT
+    else:
+        seeds = _seeds(seed, left)
+        z = torch.stack([_tiled_row(*layer, outer, dropout) for layer in zip(left, right, down, seeds, strict=True)])
+    z = z if bias is None else z + bias
+    return _activated(z.to(down.dtype), inner)
 
 
 def row_backward(grad, left, right, down, pre, seed, outer: str, dropout: float, inner: str, needs: list[bool]):
-    """(dleft [out, k1], dright [in, k1], dA [k, out], da [k])."""
+    """(dleft [L, out, k1], dright [L, in, k1], dA [L, k, out], da [k])."""
     *need_matrices, need_bias = needs
-    dz = activation_backward(inner, grad, pre)  # [in, k]
-    dbias = _sum_of_rows(dz) if need_bias else None
+    dz = activation_backward(inner, grad, pre)  # [L, in, k]
+    dbias = _sum_of_rows(dz.flatten(0, 1)) if need_bias else None
     if is_factored(outer, dropout):
         return *_factored_row_backward(dz, left, right, down, *need_matrices), dbias
-    return *_tiled_row_backward(dz, left, right, down, seed, outer, dropout, *need_matrices), dbias
+    layers = zip(dz, left, right, down, _seeds(seed, left), strict=True)
+    grads = zip(*(_tiled_row_backward(*layer, outer, dropout, *need_matrices) for layer in layers), strict=True)
+    return *(None if parts[0] is None else torch.stack(parts) for parts in grads), dbias
+
+
+def _seeds(seed: Tensor | None, layers: Tensor):
+    """Each layer's own, [1]."""
+    return [None] * layers.shape[0] if seed is None else seed.split(1)
 
 
 def _factored_row_backward(dz, left, right, down, need_left, need_right, need_down):
     dtype = dz.dtype
     dz, left, right, down = (matrix.to(_wide(dtype)) for matrix in (dz, left, right, down))
-    core_grad = dz.t() @ right if need_left or need_down else None  # [k, k1]
+    core_grad = dz.mT @ right if need_left or need_down else None  # [L, k, k1]
     return (
-        (down.t() @ core_grad).to(dtype) if need_left else None,
+        (down.mT @ core_grad).to(dtype) if need_left else None,
         (dz @ (down @ left)).to(dtype) if need_right else None,
-        (core_grad @ left.t()).to(dtype) if need_down else None,
+        (core_grad @ left.mT).to(dtype) if need_down else None,
     )
 
 
+def _tiled_row(left, right, down, seed, outer, dropout):
+    """Y^T A^T  [in, k] of one layer, at least in float32 if Y takes more than one tile."""
+    z = None  # [k, in]
+    for rows in _row_tiles(left.shape[0], right.shape[0]):
+        y = _UpdateTile(left, right, rows, outer, dropout, seed, COLUMN_STREAM).value_()
+        z = _sum(z, down[:, rows] @ y)
+    return z.t()
+
+
 def _tiled_row_backward(dz, left, right, down, seed, outer, dropout, need_left, need_right, need_down):
-    """As in flash attention: a tile of Y is made again, and dY = (dZ A)^T is formed for the tile and used up."""
+    """One layer, as in flash attention: a tile of Y is made again, and dY = (dZ A)^T is formed for it and used up."""
     dleft = torch.empty_like(left) if need_left else None
     dright = None  # [k1, in]
     ddown = torch.empty_like(down) if need_down else None

@@ -20,29 +20,29 @@ from .triton_thin import thin_product, thin_transposed
 _MAIN_LOOP_TOKENS = 128
 
 
-def column(weight: Tensor, down: Tensor, bias: Tensor | None, activation: str):
-    """h = phi(W A^T + a)  [out, k]."""
-    return thin_product(weight, down, bias, activation)
+def column(weights: list[Tensor], down: Tensor, bias: Tensor | None, activation: str):
+    """h = phi(W A^T + a)  [L, out, k]."""
+    return thin_product(weights, down, bias, activation)
 
 
-def column_backward(grad: Tensor, weight: Tensor, pre: Tensor, activation: str, needs: list[bool]):
-    """dA = dZ^T W  [k, in], da = sum of dZ  [k]."""
+def column_backward(grad: Tensor, weights: list[Tensor], pre: Tensor, activation: str, needs: list[bool]):
+    """dA = dZ^T W  [L, k, in], da = sum of dZ  [k]."""
     need_down, need_bias = needs
-    ddown = thin_transposed(grad, weight, pre, activation).to(grad.dtype) if need_down else None
+    ddown = thin_transposed(grad, weights, pre, activation).to(grad.dtype) if need_down else None
     if not need_bias:
         return ddown, None
-    return ddown, eager.column_backward(grad, weight, pre, activation, [False, True])[1]
+    return ddown, eager.column_backward(grad, weights, pre, activation, [False, True])[1]
 
 
 def row(left, right, down, bias, seed, outer: str, dropout: float, inner: str):
-    """h = phi(Y^T A^T + a)  [in, k]; factored, only k x k and thin products are left, which PyTorch does."""
+    """h = phi(Y^T A^T + a)  [L, in, k]; factored, only k x k and thin products are left, which PyTorch does."""
     if is_factored(outer, dropout):
         return eager.row(left, right, down, bias, seed, outer, dropout, inner)
     return _tiled_row_forward(left, right, down, bias, seed, outer, dropout, inner)
 
 
 def row_backward(grad, left, right, down, pre, seed, outer: str, dropout: float, inner: str, needs: list[bool]):
-    """(dleft [out, k1], dright [in, k1], dA [k, out], da [k])."""
+    """(dleft [L, out, k1], dright [L, in, k1], dA [L, k, out], da [k])."""
     function = eager.row_backward if is_factored(outer, dropout) else _tiled_row_backward
     return function(grad, left, right, down, pre, seed, outer, dropout, inner, needs)
 
@@ -51,7 +51,7 @@ def linear(x, weight, bias, h, b, seed, scale: float, activation: str, dropout: 
     """(y = x (W + scale * drop(psi(b h^T)))^T + bias  [..., out], x h  [tokens, k] in the factored form)."""
     tokens, xh = x.reshape(-1, x.shape[-1]), None  # [T, in]
     if is_factored(activation, dropout):
-        xh, _ = thin_product(tokens, h.t(), None, "identity")  # [T, k]
+        xh = _thin(tokens, h)  # [T, k]
         y = extended_k(tokens, weight, bias, xh, b, scale)
     elif tokens.shape[0] <= _MAIN_LOOP_TOKENS:
         y = main_loop(tokens, weight, bias, h, b, seed, scale, activation, dropout, stream, over_out=False)
@@ -67,13 +67,13 @@ def linear_backward(grad, x, weight, h, b, xh, seed, scale, activation, dropout,
     tokens = None if x is None else x.reshape(-1, x.shape[-1])  # [T, in]
     dx = dh = db = None
     if is_factored(activation, dropout):
-        dyb = thin_product(dy, b.t(), None, "identity")[0] if need_x or need_h else None  # [T, k]
+        dyb = _thin(dy, b) if need_x or need_h else None  # [T, k]
         if need_x:
             dx = extended_k(dy, weight.t(), None, dyb, h, scale)
         if need_h:
-            dh = _scaled(thin_transposed(dyb, tokens, None, "identity"), scale, grad.dtype)
+            dh = _thin_gradient(dyb, tokens, scale)
         if need_b:
-            db = _scaled(thin_transposed(xh, dy, None, "identity"), scale, grad.dtype)
+            db = _thin_gradient(xh, dy, scale)
     else:
         if need_x and dy.shape[0] <= _MAIN_LOOP_TOKENS:
             dx = main_loop(dy, weight, None, h, b, seed, scale, activation, dropout, stream, over_out=True)
@@ -86,6 +86,12 @@ def linear_backward(grad, x, weight, h, b, xh, seed, scale, activation, dropout,
     return dx, dbias, dh, db
 
 
-def _scaled(product: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """scale * product^T, [n, k], contiguous."""
-    return product.t().mul(scale).to(dtype).contiguous()
+def _thin(tokens: Tensor, factor: Tensor) -> Tensor:
+    """tokens [T, n] factor [n, k]."""
+    return thin_product([tokens], factor.t()[None], None, "identity")[0][0]
+
+
+def _thin_gradient(small: Tensor, tokens: Tensor, scale: float) -> Tensor:
+    """scale * tokens^T [T, n] small [T, k]: [n, k], contiguous."""
+    product = thin_transposed(small[None], [tokens], None, "identity")[0]  # [k, n]
+    return product.t().mul(scale).to(small.dtype).contiguous()

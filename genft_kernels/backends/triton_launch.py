@@ -32,7 +32,9 @@ def precision(tensor: Tensor) -> str:
     return "ieee" if tensor.dtype == torch.float32 else "tf32"
 
 
-def dropout_arguments(dropout: float, seed: Tensor | None, device: torch.device) -> tuple[Tensor, int, float]:
-    """(seed tensor, threshold as a signed int64, 1 / (1 - p)); the seed stays on the device."""
-    seed = torch.zeros(1, dtype=torch.int64, device=device) if seed is None else seed
+def dropout_arguments(
+    dropout: float, seed: Tensor | None, device: torch.device, layers: int = 1
+) -> tuple[Tensor, int, float]:
+    """(a seed for each layer, threshold as a signed int64, 1 / (1 - p)); the seeds stay on the device."""
+    seed = torch.zeros(layers, dtype=torch.int64, device=device) if seed is None else seed
     return seed, int(dropout * 2**32), 1 / (1 - dropout)

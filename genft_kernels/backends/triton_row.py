@@ -1,6 +1,7 @@
 """The row stage in its tiled form, flash style: h = phi(Y^T A^T + a), Y = drop(psi(left right^T)), never stored.
 
 `left` [n_out, k1] and `right` [n_in, k1] make a tile of Y [out, in]; `down` is A [k, n_out] and comes transposed.
+One launch serves L layers: each of these is stacked, and a program belongs to one layer.
 """
 
 import torch
@@ -23,7 +24,9 @@ def _row_forward(
 ):  # fmt: skip
     columns = tl.program_id(0) * BLOCK_IN + tl.arange(0, BLOCK_IN)
     units = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    key = tl.load(seed)
+    layer = tl.program_id(2).to(tl.int64)
+    key = tl.load(seed + layer)
+    left, right, down_t = left + layer * n_out * k1, right + layer * n_in * k1, down_t + layer * n_out * k
     z = tl.zeros((BLOCK_IN, BLOCK_K), dtype=tl.float32)
     for start in range(0, n_out, BLOCK_OUT):
         rows = start + tl.arange(0, BLOCK_OUT)
@@ -36,7 +39,7 @@ def _row_forward(
     if HAS_BIAS:
         z += tl.load(bias + units, mask=units < k, other=0.0).to(tl.float32)[None, :]
     mask = (columns[:, None] < n_in) & (units[None, :] < k)
-    at = columns[:, None].to(tl.int64) * k + units[None, :]
+    at = (layer * n_in + columns[:, None]) * k + units[None, :]
     if INNER != "identity":
         z = z.to(pre.dtype.element_ty)
         tl.store(pre + at, z, mask=mask)
@@ -70,7 +73,10 @@ def _row_backward_out(
     rows = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     units_1 = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)  # k1 is k, or k + 1 with the bias unit
     units = units_1
-    key = tl.load(seed)
+    layer = tl.program_id(2).to(tl.int64)
+    key = tl.load(seed + layer)
+    left, right, down_t = left + layer * n_out * k1, right + layer * n_in * k1, down_t + layer * n_out * k
+    dz += layer * n_in * k
     to_left = tl.zeros((BLOCK_OUT, BLOCK_K), dtype=tl.float32)
     to_down = tl.zeros((BLOCK_OUT, BLOCK_K), dtype=tl.float32)
     for start in range(0, n_in, BLOCK_IN):
@@ -83,7 +89,7 @@ def _row_backward_out(
         to_left = tl.dot(q.to(r.dtype), r, to_left, input_precision=PRECISION)
         d = thin_rows(dz, columns, units, n_in, k)  # [in, k]
         to_down = tl.dot(y.to(d.dtype), d, to_down, input_precision=PRECISION)
-    row_at = rows[:, None].to(tl.int64)
+    row_at = layer * n_out + rows[:, None]
     inside = rows[:, None] < n_out
     tl.store(dleft + row_at * k1 + units_1[None, :], to_left.to(dleft.dtype.element_ty),
              mask=inside & (units_1[None, :] < k1))  # fmt: skip
@@ -100,7 +106,10 @@ def _row_backward_in(
     """dright = Q^T left  [in, k1]: a program has its columns of Q."""
     columns = tl.program_id(0) * BLOCK_IN + tl.arange(0, BLOCK_IN)
     units_1 = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    key = tl.load(seed)
+    layer = tl.program_id(2).to(tl.int64)
+    key = tl.load(seed + layer)
+    left, right, down_t = left + layer * n_out * k1, right + layer * n_in * k1, down_t + layer * n_out * k
+    dz += layer * n_in * k
     total = tl.zeros((BLOCK_IN, BLOCK_K), dtype=tl.float32)
     for start in range(0, n_out, BLOCK_OUT):
         rows = start + tl.arange(0, BLOCK_OUT)
@@ -111,19 +120,19 @@ def _row_backward_in(
         a = thin_rows(left, rows, units_1, n_out, k1)  # [out, k1]
         total = tl.dot(tl.trans(q.to(a.dtype)), a, total, input_precision=PRECISION)
     mask = (columns[:, None] < n_in) & (units_1[None, :] < k1)
-    at = columns[:, None].to(tl.int64) * k1 + units_1[None, :]
+    at = (layer * n_in + columns[:, None]) * k1 + units_1[None, :]
     tl.store(dright + at, total.to(dright.dtype.element_ty), mask=mask)
 
 
 def row_forward(left, right, down, bias, seed, outer: str, dropout: float, inner: str) -> tuple[Tensor, Tensor | None]:
-    """(h [in, k], what the inner activation was applied to or None)."""
-    (n_out, k1), n_in, k = left.shape, right.shape[0], down.shape[0]
-    out = down.new_empty((n_in, k))
+    """(h [L, in, k], what the inner activation was applied to or None)."""
+    (layers, n_out, k1), n_in, k = left.shape, right.shape[1], down.shape[1]
+    out = down.new_empty((layers, n_in, k))
     pre = None if inner == "identity" else torch.empty_like(out)
-    seed, threshold, keep_scale = dropout_arguments(dropout, seed, left.device)
+    seed, threshold, keep_scale = dropout_arguments(dropout, seed, left.device, layers)
     block_k, block = unit_block(k, left), edge(left)
-    _row_forward[(triton.cdiv(n_in, block), triton.cdiv(k, block_k))](
-        left.contiguous(), right.contiguous(), down.t().contiguous(), bias, seed, out, pre,
+    _row_forward[(triton.cdiv(n_in, block), triton.cdiv(k, block_k), layers)](
+        left.contiguous(), right.contiguous(), down.mT.contiguous(), bias, seed, out, pre,
         n_out, n_in, k1, k, threshold, keep_scale, COLUMN_STREAM,
         OUTER=outer, INNER=inner, DROPOUT=dropout > 0, HAS_BIAS=bias is not None, PRECISION=precision(left),
         SLICES_1=slices(k1), BLOCK_K=block_k, BLOCK_OUT=block, BLOCK_IN=block, num_warps=4, num_stages=2,
@@ -132,12 +141,12 @@ def row_forward(left, right, down, bias, seed, outer: str, dropout: float, inner
 
 
 def row_backward(grad, left, right, down, pre, seed, outer: str, dropout: float, inner: str, needs: list[bool]):
-    """(dleft [out, k1], dright [in, k1], dA [k, out], da [k]), those that `needs` names."""
+    """(dleft [L, out, k1], dright [L, in, k1], dA [L, k, out], da [k]), those that `needs` names."""
     need_left, need_right, need_down, need_bias = needs
-    (n_out, k1), n_in, k = left.shape, right.shape[0], down.shape[0]
-    dz = activation_backward(inner, grad, pre).contiguous()  # [in, k]
-    seed, threshold, keep_scale = dropout_arguments(dropout, seed, left.device)
-    thin = (left.contiguous(), right.contiguous(), down.t().contiguous(), dz, seed)
+    (layers, n_out, k1), n_in, k = left.shape, right.shape[1], down.shape[1]
+    dz = activation_backward(inner, grad, pre).contiguous()  # [L, in, k]
+    seed, threshold, keep_scale = dropout_arguments(dropout, seed, left.device, layers)
+    thin = (left.contiguous(), right.contiguous(), down.mT.contiguous(), dz, seed)
     numbers = (n_out, n_in, k1, k, threshold, keep_scale, COLUMN_STREAM)
     block_k, block = unit_block(max(k, k1), left), edge(left)
     chunks = triton.cdiv(max(k, k1), block_k)
@@ -147,15 +156,15 @@ def row_backward(grad, left, right, down, pre, seed, outer: str, dropout: float,
     )  # fmt: skip
     dleft = ddown = dright = None
     if need_left or need_down:
-        dleft, ddown_t = left.new_empty((n_out, k1)), down.new_empty((n_out, k))
-        _row_backward_out[(triton.cdiv(n_out, block), chunks)](
+        dleft, ddown_t = left.new_empty((layers, n_out, k1)), down.new_empty((layers, n_out, k))
+        _row_backward_out[(triton.cdiv(n_out, block), chunks, layers)](
             *thin, dleft, ddown_t, *numbers, BLOCK_OUT=block, BLOCK_IN=32, **settings
         )
-        ddown = ddown_t.t().contiguous()
+        ddown = ddown_t.mT.contiguous()
     if need_right:
-        dright = right.new_empty((n_in, k1))
-        _row_backward_in[(triton.cdiv(n_in, block), chunks)](
+        dright = right.new_empty((layers, n_in, k1))
+        _row_backward_in[(triton.cdiv(n_in, block), chunks, layers)](
             *thin, dright, *numbers, BLOCK_OUT=32, BLOCK_IN=block, **settings
         )
-    dbias = dz.sum(0, dtype=torch.float32).to(grad.dtype) if need_bias else None
+    dbias = dz.sum((0, 1), dtype=torch.float32).to(grad.dtype) if need_bias else None
     return dleft if need_left else None, dright, ddown if need_down else None, dbias

@@ -1,4 +1,10 @@
-"""Products of a big matrix and a thin one, with the activation on the thin side: `column`, x h, dy b, dh, db."""
+"""Products of big matrices and thin ones, with the activation on the thin side: `column`, x h, dy b, dh, db.
+
+One launch serves L layers of one shape. Their big matrices lie anywhere in memory: one goes in as itself, more as a
+table of addresses; what is thin is stacked.
+"""
+
+import functools
 
 import torch
 import triton
@@ -10,14 +16,27 @@ from .triton_math import activate, activation_slope, thin_rows
 
 
 @triton.jit
+def _matrix_of_layer(matrices, layer, ELEMENT: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """The layer's entry in a table of addresses; without an ELEMENT type `matrices` is the only matrix itself."""
+    if ELEMENT is None:
+        return matrices
+    else:
+        return tl.multiple_of(tl.load(matrices + layer), ALIGNMENT).to(tl.pointer_type(ELEMENT))
+
+
+@triton.jit
 def _thin_product(
-    matrix, thin, bias, out, pre, m, n, k, stride_m, stride_n, stride_tk, stride_tn,
+    matrices, thins, bias, outs, pres, m, n, k, stride_m, stride_n, stride_tl, stride_tk, stride_tn,
+    ELEMENT: tl.constexpr, ALIGNMENT: tl.constexpr,
     ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out [m, k] = activation(matrix [m, n] thin[k, n]^T + bias), and what the activation was applied to."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     units = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    layer = tl.program_id(2)
+    matrix = _matrix_of_layer(matrices, layer, ELEMENT, ALIGNMENT)
+    thin = thins + layer.to(tl.int64) * stride_tl
     z = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
     for start in range(0, n, BLOCK_N):
         inner = start + tl.arange(0, BLOCK_N)
@@ -31,68 +50,108 @@ def _thin_product(
     if HAS_BIAS:
         z += tl.load(bias + units, mask=units < k, other=0.0).to(tl.float32)[None, :]
     mask = (rows[:, None] < m) & (units[None, :] < k)
-    at = rows[:, None].to(tl.int64) * k + units[None, :]
+    at = (layer.to(tl.int64) * m + rows[:, None]) * k + units[None, :]
     if ACTIVATION != "identity":
-        z = z.to(pre.dtype.element_ty)  # the gradient will see the rounded z, so the activation does too
-        tl.store(pre + at, z, mask=mask)
+        z = z.to(pres.dtype.element_ty)  # the gradient will see the rounded z, so the activation does too
+        tl.store(pres + at, z, mask=mask)
         z = z.to(tl.float32)
-    tl.store(out + at, activate(z, ACTIVATION).to(out.dtype.element_ty), mask=mask)
+    tl.store(outs + at, activate(z, ACTIVATION).to(outs.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _thin_transposed(
-    grad, pre, matrix, out, m, n, k, stride_m, stride_n, rows_per_program,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    grads, pres, matrices, outs, m, n, k, stride_m, stride_n, rows_per_split, splits,
+    ELEMENT: tl.constexpr, ALIGNMENT: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out [split, k, n] = (grad * activation'(pre))[m, k]^T matrix [m, n], each split over its own rows."""
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    split = tl.program_id(1)
-    units = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)
+    units = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    layer, split = tl.program_id(2) // splits, tl.program_id(2) % splits
+    matrix = _matrix_of_layer(matrices, layer, ELEMENT, ALIGNMENT)
+    grad = grads + layer.to(tl.int64) * m * k
     total = tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.float32)
-    for start in range(0, rows_per_program, BLOCK_M):
-        rows = split * rows_per_program + start + tl.arange(0, BLOCK_M)
+    for start in range(0, rows_per_split, BLOCK_M):
+        rows = split * rows_per_split + start + tl.arange(0, BLOCK_M)
         dz = thin_rows(grad, rows, units, m, k)
         if ACTIVATION != "identity":
-            z = thin_rows(pre, rows, units, m, k).to(tl.float32)
-            dz = (dz.to(tl.float32) * activation_slope(z, ACTIVATION)).to(grad.dtype.element_ty)
+            z = thin_rows(pres + layer.to(tl.int64) * m * k, rows, units, m, k).to(tl.float32)
+            dz = (dz.to(tl.float32) * activation_slope(z, ACTIVATION)).to(grads.dtype.element_ty)
         mask = (rows[:, None] < m) & (columns[None, :] < n)
         at = rows[:, None].to(tl.int64) * stride_m + columns[None, :].to(tl.int64) * stride_n
         tile = tl.load(matrix + at, mask=mask, other=0.0).to(dz.dtype)
         total = tl.dot(tl.trans(dz), tile, total, input_precision=PRECISION)
     mask = (units[:, None] < k) & (columns[None, :] < n)
-    at = (split * k + units[:, None]).to(tl.int64) * n + columns[None, :]
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
+    at = (tl.program_id(2).to(tl.int64) * k + units[:, None]) * n + columns[None, :]
+    tl.store(outs + at, total.to(outs.dtype.element_ty), mask=mask)
 
 
-def thin_product(matrix: Tensor, thin: Tensor, bias: Tensor | None, activation: str) -> tuple[Tensor, Tensor | None]:
-    """(activation(matrix [m, n] thin[k, n]^T + bias [k]), its argument or None), both [m, k] in thin's dtype."""
-    (m, n), k = matrix.shape, thin.shape[0]
-    out = thin.new_empty((m, k))
+def thin_product(
+    matrices: list[Tensor], thin: Tensor, bias: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor | None]:
+    """(activation(matrix [m, n] thin[k, n]^T + bias [k]), its argument or None), both [L, m, k] in thin's dtype.
+
+    `matrices` are L of one shape; `thin` is [L, k, n].
+    """
+    matrices = _alike(matrices)
+    (m, n), (layers, k, _) = matrices[0].shape, thin.shape
+    out = thin.new_empty((layers, m, k))
     pre = None if activation == "identity" else torch.empty_like(out)
     if m:
         block_k = unit_block(k, thin)
-        _thin_product[(triton.cdiv(m, 64), triton.cdiv(k, block_k))](
-            matrix, thin, bias, out, pre, m, n, k, *matrix.stride(), *thin.stride(),
+        addressed, strides, element = _addressed(matrices)
+        _thin_product[(triton.cdiv(m, 64), triton.cdiv(k, block_k), layers)](
+            addressed, thin, bias, out, pre, m, n, k, *strides, *thin.stride(), **element,
             ACTIVATION=activation, HAS_BIAS=bias is not None, PRECISION=precision(thin),
             BLOCK_M=64, BLOCK_N=64, BLOCK_K=block_k, num_warps=8,
         )  # fmt: skip
     return out, pre
 
 
-def thin_transposed(grad: Tensor, matrix: Tensor, pre: Tensor | None, activation: str) -> Tensor:
-    """(grad * activation'(pre))[m, k]^T matrix [m, n]: [k, n] float32, summed in a fixed order."""
-    (m, n), k = matrix.shape, grad.shape[1]
-    programs = triton.cdiv(n, 64)
+def thin_transposed(grad: Tensor, matrices: list[Tensor], pre: Tensor | None, activation: str) -> Tensor:
+    """(grad * activation'(pre))[L, m, k]^T matrix [m, n]: [L, k, n] float32, summed in a fixed order."""
+    matrices = _alike(matrices)
+    (m, n), (layers, _, k) = matrices[0].shape, grad.shape
+    block_k = unit_block(k, grad)
+    grid = triton.cdiv(n, 64), triton.cdiv(k, block_k)
     # Enough programs for a large card, but at least 512 rows for each.
-    splits = max(1, min(triton.cdiv(256, programs), triton.cdiv(m, 512)))
+    splits = max(1, min(triton.cdiv(256, grid[0] * grid[1] * layers), triton.cdiv(m, 512)))
     rows = triton.cdiv(triton.cdiv(m, splits), 64) * 64
     splits = max(1, triton.cdiv(m, max(rows, 1)))
-    out = torch.empty((splits, k, n), dtype=torch.float32, device=grad.device)
-    block_k = unit_block(k, grad)
-    _thin_transposed[(programs, splits, triton.cdiv(k, block_k))](
-        grad.contiguous(), pre, matrix, out, m, n, k, *matrix.stride(), rows,
+    out = torch.empty((layers, splits, k, n), dtype=torch.float32, device=grad.device)
+    addressed, strides, element = _addressed(matrices)
+    _thin_transposed[(*grid, layers * splits)](
+        grad.contiguous(), pre, addressed, out, m, n, k, *strides, rows, splits, **element,
         ACTIVATION=activation, PRECISION=precision(grad),
         BLOCK_M=64, BLOCK_N=64, BLOCK_K=block_k, num_warps=8,
     )  # fmt: skip
-    return out[0] if splits == 1 else out.sum(0)
+    return out[:, 0] if splits == 1 else out.sum(1)
+
+
+def _alike(matrices: list[Tensor]) -> list[Tensor]:
+    """The matrices with the same strides and dtype; they differ so rarely that a copy will do."""
+    first = matrices[0]
+    if all(matrix.stride() == first.stride() and matrix.dtype == first.dtype for matrix in matrices):
+        return matrices
+    return list(torch.stack([matrix.to(first.dtype) for matrix in matrices]))
+
+
+def _addressed(matrices: list[Tensor]) -> tuple[Tensor, tuple[int, int], dict]:
+    """(the matrix, or a table of addresses; their common strides; what a kernel must know of the addresses).
+
+    The table keeps nothing alive: the caller holds on to `matrices` until the launch.
+    """
+    first = matrices[0]
+    if len(matrices) == 1:
+        return first, first.stride(), dict(ELEMENT=None, ALIGNMENT=1)
+    addresses = tuple(matrix.data_ptr() for matrix in matrices)
+    element = getattr(tl, str(first.dtype).removeprefix("torch."))
+    aligned = all(address % 16 == 0 for address in addresses)
+    table = _table(addresses, first.device)
+    return table, first.stride(), dict(ELEMENT=element, ALIGNMENT=16 if aligned else first.itemsize)
+
+
+@functools.lru_cache(maxsize=1024)
+def _table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
+    """The addresses on the device, kept: nothing is uploaded in the steady state, or while a graph is captured."""
+    return torch.tensor(addresses, dtype=torch.int64, device=device)
