@@ -1,0 +1,219 @@
+"""How the CUDA kernels are compiled: for the first use (`_jit`), for wheels (setup.py) and for the report of registers.
+
+The recipe (`csrc/build.txt`) is shared with CMakeLists.txt. This file needs neither torch nor the rest of the package,
+because setup.py loads it by its path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sysconfig
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+MANIFEST = "manifest.json"
+OLDEST_NVCC = (12, 0)  # the first that knows sm_90a and C++17 in device code as these sources use it
+SYSTEM_NVCC = Path("/usr/local/cuda/bin/nvcc")
+INSTALL_HINT = "install the CUDA toolkit, or pip install 'genft_kernels[nvcc]'"
+SOURCE_SUFFIXES = (".cu", ".cuh", ".cpp", ".h", ".txt")
+LAST_LINES = 25
+
+
+class BuildError(RuntimeError):
+    """The kernels cannot be built here; the message says why, with the compiler's last lines where one ran."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What `build.txt` says, and the bytes of the files beside it: what is hashed is what is compiled."""
+
+    module: str
+    binding: str
+    kernels: tuple[str, ...]
+    archs: tuple[str, ...]
+    flags: tuple[str, ...]
+    strict_flags: tuple[str, ...]
+    files: dict[str, bytes]
+
+    @classmethod
+    def read(cls, folder: Path) -> Recipe:
+        """Read the folder; BuildError if `build.txt` is missing or has a line that means nothing."""
+        try:
+            files = {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.suffix in SOURCE_SUFFIXES}
+            lines = files["build.txt"].decode().splitlines()
+        except (OSError, KeyError) as error:
+            raise BuildError(f"the sources of the CUDA kernels are not in {folder}: {error}") from error
+        found = {key: [] for key in ("module", "binding", "kernel", "arch", "flag", "strict")}
+        for line in lines:
+            if line.strip() and not line.startswith("#"):
+                key, _, value = line.partition(" ")
+                if key not in found or not value.strip():
+                    raise BuildError(f"{folder / 'build.txt'} has a line that means nothing: {line!r}")
+                found[key].append(value.strip())
+        if len(found["module"]) != 1 or len(found["binding"]) != 1:
+            raise BuildError(f"{folder / 'build.txt'} must name one module and one binding")
+        for name in (*found["kernel"], *found["binding"]):
+            if name not in files:
+                raise BuildError(f"{folder / 'build.txt'} names {name}, which does not exist")
+        return cls(
+            found["module"][0],
+            found["binding"][0],
+            *(tuple(found[key]) for key in ("kernel", "arch", "flag", "strict")),
+            files,
+        )
+
+    def digest(self) -> str:
+        """SHA-256 of all sources, headers and flags."""
+        total = hashlib.sha256()
+        for name, content in self.files.items():
+            total.update(f"{name}\0{len(content)}\0".encode() + content)
+        return total.hexdigest()
+
+
+class Nvcc(NamedTuple):
+    """The compiler: where it is and what led to it."""
+
+    path: Path
+    found_by: str
+
+    def version(self) -> str:
+        """Such as "13.0.88"; BuildError if it does not run, is no nvcc or is too old."""
+        where = f"nvcc at {self.path} (found by {self.found_by})"
+        try:
+            answer = subprocess.run(
+                [self.path, "--version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise BuildError(f"{where} cannot be run: {error}") from error
+        match = re.search(r"release (\d+)\.(\d+), V([\d.]+)", answer.stdout)
+        if answer.returncode or not match:
+            raise BuildError(
+                f"{where} does not answer --version as nvcc does; exit status {answer.returncode}, output:\n"
+                f"{_last_lines(answer.stdout) or '(none)'}"
+            )
+        if (int(match[1]), int(match[2])) < OLDEST_NVCC:
+            oldest = ".".join(map(str, OLDEST_NVCC))
+            raise BuildError(f"{where} is version {match[3]}; the CUDA kernels need {oldest} or newer: {INSTALL_HINT}")
+        return match[3]
+
+
+def find_nvcc() -> Nvcc:
+    """By CUDA_HOME, then PATH, then the toolkit's usual folder, then the pip package; BuildError if there is none."""
+    if home := os.environ.get("CUDA_HOME"):
+        path = Path(home) / "bin" / "nvcc"
+        if not path.is_file():
+            raise BuildError(f"CUDA_HOME is {home}, but {path} does not exist")
+        return Nvcc(path, "CUDA_HOME")
+    if path := shutil.which("nvcc"):
+        return Nvcc(Path(path), "PATH")
+    if SYSTEM_NVCC.is_file():
+        return Nvcc(SYSTEM_NVCC, "the toolkit's usual folder")
+    packages = importlib.util.find_spec("nvidia")
+    for folder in packages.submodule_search_locations if packages else ():
+        for path in sorted(Path(folder).glob("cu*/bin/nvcc"), reverse=True):
+            return Nvcc(path, "the pip package nvidia-cuda-nvcc")
+    raise BuildError(
+        f"no nvcc: CUDA_HOME is not set, none is on PATH, in {SYSTEM_NVCC.parent} or from pip: {INSTALL_HINT}"
+    )
+
+
+def arch_of(capability: tuple[int, int]) -> str:
+    """The architecture to compile for a card; Hopper's own instructions need the "a"."""
+    major, minor = capability
+    return f"sm_{major}{minor}" + ("a" if capability == (9, 0) else "")
+
+
+def covers(archs: Iterable[str], capability: tuple[int, int]) -> bool:
+    """Whether a card runs code for one of `archs`: its own, an older one of its generation, or any older PTX."""
+    for arch in archs:
+        kind, major, minor, specific = re.fullmatch(r"(sm|compute)_(\d+)(\d)(a?)", arch).groups()
+        version = (int(major), int(minor))
+        if version == capability or not specific and version < capability and kind == "compute":
+            return True
+        if not specific and version[0] == capability[0] and version <= capability:
+            return True
+    return False
+
+
+def compile_flags(recipe: Recipe, archs: Sequence[str], strict: bool = False) -> list[str]:
+    """Flags of nvcc for every source and for the link."""
+    targets = [f"-gencode=arch={arch.replace('sm_', 'compute_')},code={arch}" for arch in archs]
+    return [*recipe.flags, *(recipe.strict_flags if strict else ()), *targets]
+
+
+def build(recipe: Recipe, nvcc: Nvcc, archs: Sequence[str], output: Path, strict: bool = False) -> dict:
+    """Compile and link the extension into the folder `output`, with a manifest that says what it is.
+
+    Returns the manifest: `module` (file name), `sha256`, `sources` (digest), `archs`, `nvcc`, `python`, `seconds`.
+
+    Raises:
+        BuildError: the compiler failed; with its last lines.
+    """
+    start, version, suffix = time.perf_counter(), nvcc.version(), sysconfig.get_config_var("EXT_SUFFIX")
+    work, target = output / "work", f"{recipe.module}{suffix}"
+    work.mkdir(parents=True)
+    for name, content in recipe.files.items():
+        (work / name).write_bytes(content)
+    (work / "build.ninja").write_text(_ninja_file(recipe, nvcc, compile_flags(recipe, archs, strict), target))
+    run = run_ninja(work)
+    if run.returncode:
+        raise BuildError(
+            f"nvcc {version} ({nvcc.path}) could not compile the CUDA kernels for {', '.join(archs)}:\n"
+            f"{_last_lines(run.stdout)}"
+        )
+    shutil.move(work / target, output / target)
+    shutil.rmtree(work)
+    manifest = {
+        "module": target,
+        "sha256": hashlib.sha256((output / target).read_bytes()).hexdigest(),
+        "sources": recipe.digest(),
+        "archs": list(archs),
+        "nvcc": version,
+        "python": suffix,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    (output / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    return manifest
+
+
+def run_ninja(folder: Path) -> subprocess.CompletedProcess:
+    """Run ninja in `folder`, standard error joined to standard output."""
+    import ninja
+
+    command = Path(ninja.BIN_DIR) / "ninja"
+    try:
+        return subprocess.run([command], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    except OSError as error:
+        raise BuildError(f"{command} cannot be run: {error}") from error
+
+
+def _ninja_file(recipe: Recipe, nvcc: Nvcc, flags: list[str], target: str) -> str:
+    import pybind11
+
+    headers = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
+    compiler = shlex.join([str(nvcc.path), *flags]).replace("$", "$$")
+    objects = {f"{name}.o": name for name in (*recipe.kernels, recipe.binding)}
+    lines = [
+        "rule compile",
+        f"  command = {compiler} $headers -c $in -o $out",
+        "rule link",
+        f"  command = {compiler} -shared -cudart static $in -o $out",
+        *(f"build {obj}: compile {source}" for obj, source in objects.items()),
+        f"  headers = {shlex.join(headers).replace('$', '$$')}",  # of the last one, the binding
+        f"build {target}: link {' '.join(objects)}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _last_lines(output: str) -> str:
+    return "\n".join(output.strip().splitlines()[-LAST_LINES:])
