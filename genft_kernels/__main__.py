@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import shutil
 
 import torch
 
 from . import __version__, backends
+from .backends import _jit
 
 OPTIONAL_PACKAGES = ("safetensors", "triton", "transformers", "peft", "numpy")
 
@@ -20,13 +20,13 @@ def main() -> None:
     print(f"torch {torch.__version__}, CUDA build: {torch.version.cuda or 'no'}, {torch.get_num_threads()} CPU threads")
     for package in OPTIONAL_PACKAGES:
         print(f"{package} {_version(package)}")
-    print(f"nvcc: {shutil.which('nvcc') or 'not found'}")
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         print(f"cuda:{index}: {properties.name}, sm_{properties.major}{properties.minor}")
     if not torch.cuda.is_available():
         print("GPU: none that this torch can use")
     print(backends.explain())
+    print(_jit.state())
 
 
 def _version(package: str) -> str:

@@ -380,7 +380,7 @@ def test_kernels_of_the_wheel_come_first_where_they_fit(tree, tmp_path, cache, h
     monkeypatch.setattr(_jit, "_package_sources", lambda: tree)
     monkeypatch.setattr(_jit, "_capabilities", lambda: [(8, 6)])
     assert _jit.load().answer() == 42 and compilations(home) == 0
-    assert _jit.state() == f"kernels: prebuilt for sm_80 in {prebuilt}"
+    assert _jit.state() == f"CUDA kernels: prebuilt for sm_80 in {prebuilt}"
     # A card that they do not cover; then other sources; then a damaged file.
     monkeypatch.setattr(_jit, "_capabilities", lambda: [(8, 6), (9, 0)])
     forget()
@@ -416,8 +416,8 @@ def test_kernels_of_the_wheel_need_no_nvcc(tree, tmp_path, monkeypatch):
 @needs_nvcc
 def test_the_state_is_told_without_compiling(tree, cache, home, monkeypatch):
     monkeypatch.setattr(_jit, "_package_sources", lambda: tree)
-    assert f"{home}/bin/nvcc (found by CUDA_HOME)" in _jit.state()
-    assert _jit.state().endswith("kernels: compiled on first use for sm_80, compute_80")
+    assert _jit.state().startswith(f"nvcc: {home}/bin/nvcc (found by CUDA_HOME), version ")
+    assert _jit.state().endswith("CUDA kernels: compiled on first use for sm_80, compute_80")
     assert _jit.unavailable_reason() is None
     assert compilations(home) == 0 and not cache.exists()
     _jit.load()

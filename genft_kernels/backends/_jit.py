@@ -68,14 +68,16 @@ def state() -> str:
     try:
         recipe = Recipe.read(_package_sources())
         if _prebuilt_fits(recipe):
-            return f"kernels: prebuilt for {', '.join(_manifest(PREBUILT)['archs'])} in {PREBUILT}"
+            return f"CUDA kernels: prebuilt for {', '.join(_manifest(PREBUILT)['archs'])} in {PREBUILT}"
         plan = _plan(recipe)
         folder = _cache_folder() / plan.key
     except BuildError as error:
-        return f"kernels: cannot be compiled: {error}"
-    known = f"nvcc {plan.version}: {plan.nvcc.path} (found by {plan.nvcc.found_by})\nkernels: "
+        return f"CUDA kernels: cannot be compiled: {error}"
     cached = (folder / MANIFEST).is_file()
-    return known + (f"cached in {folder}" if cached else f"compiled on first use for {', '.join(plan.archs)}")
+    return (
+        f"nvcc: {plan.nvcc.path} (found by {plan.nvcc.found_by}), version {plan.version}\n"
+        f"CUDA kernels: {f'cached in {folder}' if cached else f'compiled on first use for {plan.archs_text}'}"
+    )
 
 
 class _Plan(NamedTuple):
@@ -86,6 +88,10 @@ class _Plan(NamedTuple):
     version: str
     archs: tuple[str, ...]
     key: str
+
+    @property
+    def archs_text(self) -> str:
+        return ", ".join(self.archs)
 
 
 def _plan(recipe: Recipe) -> _Plan:
@@ -131,7 +137,7 @@ def _compile_into(cache: Path, plan: _Plan) -> ModuleType:
         for leftover in cache.glob(f"{plan.key}.*.building"):  # of a process that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         folder = Path(tempfile.mkdtemp(prefix=f"{plan.key}.", suffix=".building", dir=cache))
-        _say(f"compiling the CUDA kernels for {', '.join(plan.archs)} with nvcc {plan.version}, kept in {cache}")
+        _say(f"compiling the CUDA kernels for {plan.archs_text} with nvcc {plan.version}, kept in {cache}")
         try:
             manifest = build(plan.recipe, plan.nvcc, plan.archs, folder)
             shutil.rmtree(cache / plan.key, ignore_errors=True)  # a damaged one
