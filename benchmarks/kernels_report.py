@@ -76,11 +76,7 @@ def rows_of(dtype: torch.dtype, k: int, targets: list[str], once: bool = False) 
     """Compile and describe every launch for every target, or with `once` the last launch of each kernel."""
     launches = shipped_launches(dtype, k)
     for launch in {launch.name: launch for launch in launches}.values() if once else launches:
-        settings = {
-            name: str(value) if name == "ELEMENT" and value is not None else value
-            for name, value in launch.constants
-            if name.isupper()
-        }
+        settings = {name: value for name, value in launch.constants if name.isupper()}
         for target in targets:
             row = report(launch, target)
             yield (

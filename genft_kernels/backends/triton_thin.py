@@ -1,7 +1,7 @@
 """Products of big matrices and thin ones, with the activation on the thin side: `column`, x h, dy b, dh, db.
 
-One launch serves L layers of one shape. Their big matrices lie anywhere in memory: one goes in as itself, more as a
-table of addresses; what is thin is stacked.
+One launch serves L layers of one shape. Their big matrices lie anywhere in memory, so all but the first are found by
+a table of offsets; what is thin is stacked.
 """
 
 import functools
@@ -16,18 +16,18 @@ from .triton_math import activate, activation_slope, thin_rows
 
 
 @triton.jit
-def _matrix_of_layer(matrices, layer, ELEMENT: tl.constexpr, ALIGNMENT: tl.constexpr):
-    """The layer's entry in a table of addresses; without an ELEMENT type `matrices` is the only matrix itself."""
-    if ELEMENT is None:
-        return matrices
+def _matrix_of_layer(first, offsets, layer, DIVISIBILITY: tl.constexpr):
+    """Where the layer's matrix begins, as an offset in elements from the first one's; one layer needs no offsets."""
+    if offsets is None:
+        return first
     else:
-        return tl.multiple_of(tl.load(matrices + layer), ALIGNMENT).to(tl.pointer_type(ELEMENT))
+        return first + tl.multiple_of(tl.load(offsets + layer), DIVISIBILITY)
 
 
 @triton.jit
 def _thin_product(
-    matrices, thins, bias, outs, pres, m, n, k, stride_m, stride_n, stride_tl, stride_tk, stride_tn,
-    ELEMENT: tl.constexpr, ALIGNMENT: tl.constexpr,
+    first, offsets, thins, bias, outs, pres, m, n, k, stride_m, stride_n, stride_tl, stride_tk, stride_tn,
+    DIVISIBILITY: tl.constexpr,
     ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -35,7 +35,7 @@ def _thin_product(
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     units = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     layer = tl.program_id(2)
-    matrix = _matrix_of_layer(matrices, layer, ELEMENT, ALIGNMENT)
+    matrix = _matrix_of_layer(first, offsets, layer, DIVISIBILITY)
     thin = thins + layer.to(tl.int64) * stride_tl
     z = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
     for start in range(0, n, BLOCK_N):
@@ -60,15 +60,15 @@ def _thin_product(
 
 @triton.jit
 def _thin_transposed(
-    grads, pres, matrices, outs, m, n, k, stride_m, stride_n, rows_per_split, splits,
-    ELEMENT: tl.constexpr, ALIGNMENT: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    grads, pres, first, offsets, outs, m, n, k, stride_m, stride_n, rows_per_split, splits,
+    DIVISIBILITY: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out [split, k, n] = (grad * activation'(pre))[m, k]^T matrix [m, n], each split over its own rows."""
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     units = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     layer, split = tl.program_id(2) // splits, tl.program_id(2) % splits
-    matrix = _matrix_of_layer(matrices, layer, ELEMENT, ALIGNMENT)
+    matrix = _matrix_of_layer(first, offsets, layer, DIVISIBILITY)
     grad = grads + layer.to(tl.int64) * m * k
     total = tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.float32)
     for start in range(0, rows_per_split, BLOCK_M):
@@ -99,10 +99,10 @@ def thin_product(
     pre = None if activation == "identity" else torch.empty_like(out)
     if m:
         block_k = unit_block(k, thin)
-        addressed, strides, element = _addressed(matrices)
+        offsets, divisibility = _offsets(matrices)
         _thin_product[(triton.cdiv(m, 64), triton.cdiv(k, block_k), layers)](
-            addressed, thin, bias, out, pre, m, n, k, *strides, *thin.stride(), **element,
-            ACTIVATION=activation, HAS_BIAS=bias is not None, PRECISION=precision(thin),
+            matrices[0], offsets, thin, bias, out, pre, m, n, k, *matrices[0].stride(), *thin.stride(),
+            DIVISIBILITY=divisibility, ACTIVATION=activation, HAS_BIAS=bias is not None, PRECISION=precision(thin),
             BLOCK_M=64, BLOCK_N=64, BLOCK_K=block_k, num_warps=8,
         )  # fmt: skip
     return out, pre
@@ -119,10 +119,10 @@ def thin_transposed(grad: Tensor, matrices: list[Tensor], pre: Tensor | None, ac
     rows = triton.cdiv(triton.cdiv(m, splits), 64) * 64
     splits = max(1, triton.cdiv(m, max(rows, 1)))
     out = torch.empty((layers, splits, k, n), dtype=torch.float32, device=grad.device)
-    addressed, strides, element = _addressed(matrices)
+    offsets, divisibility = _offsets(matrices)
     _thin_transposed[(*grid, layers * splits)](
-        grad.contiguous(), pre, addressed, out, m, n, k, *strides, rows, splits, **element,
-        ACTIVATION=activation, PRECISION=precision(grad),
+        grad.contiguous(), pre, matrices[0], offsets, out, m, n, k, *matrices[0].stride(), rows, splits,
+        DIVISIBILITY=divisibility, ACTIVATION=activation, PRECISION=precision(grad),
         BLOCK_M=64, BLOCK_N=64, BLOCK_K=block_k, num_warps=8,
     )  # fmt: skip
     return out[:, 0] if splits == 1 else out.sum(1)
@@ -136,22 +136,20 @@ def _alike(matrices: list[Tensor]) -> list[Tensor]:
     return list(torch.stack([matrix.to(first.dtype) for matrix in matrices]))
 
 
-def _addressed(matrices: list[Tensor]) -> tuple[Tensor, tuple[int, int], dict]:
-    """(the matrix, or a table of addresses; their common strides; what a kernel must know of the addresses).
+def _offsets(matrices: list[Tensor]) -> tuple[Tensor | None, int]:
+    """(each matrix's distance from the first in elements, int64 [L], and what divides all of them).
 
     The table keeps nothing alive: the caller holds on to `matrices` until the launch.
     """
-    first = matrices[0]
     if len(matrices) == 1:
-        return first, first.stride(), dict(ELEMENT=None, ALIGNMENT=1)
-    addresses = tuple(matrix.data_ptr() for matrix in matrices)
-    element = getattr(tl, str(first.dtype).removeprefix("torch."))
-    aligned = all(address % 16 == 0 for address in addresses)
-    table = _table(addresses, first.device)
-    return table, first.stride(), dict(ELEMENT=element, ALIGNMENT=16 if aligned else first.itemsize)
+        return None, 1
+    size, begin = matrices[0].dtype.itemsize, matrices[0].data_ptr()
+    distances = tuple((matrix.data_ptr() - begin) // size for matrix in matrices)
+    aligned = 16 // size  # to the 16 bytes that one load takes
+    return _table(distances, matrices[0].device), aligned if all(d % aligned == 0 for d in distances) else 1
 
 
 @functools.lru_cache(maxsize=1024)
-def _table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
-    """The addresses on the device, kept: nothing is uploaded in the steady state, or while a graph is captured."""
-    return torch.tensor(addresses, dtype=torch.int64, device=device)
+def _table(distances: tuple[int, ...], device: torch.device) -> Tensor:
+    """On the device, and kept: nothing is uploaded in the steady state, or while a graph is captured."""
+    return torch.tensor(distances, dtype=torch.int64, device=device)
