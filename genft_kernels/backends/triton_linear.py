@@ -199,7 +199,8 @@ def main_loop(tokens, weight, bias, h, b, seed, scale, activation, dropout, stre
             tokens, weight, bias, b.contiguous(), h.contiguous(), seed, out, t, n_out, n_in, k,
             *tokens.stride(), *weight.stride(), threshold, keep_scale, stream, scale,
             ACTIVATION=activation, DROPOUT=dropout > 0, HAS_BIAS=bias is not None, OVER_OUT=over_out,
-            PRECISION=precision(tokens), SLICES=slices(k), BLOCK_T=16, BLOCK=block, num_warps=4,
+            PRECISION=precision(tokens), SLICES=slices(k), BLOCK_T=16, BLOCK=block,
+            num_warps=256 // block,  # float32 has smaller tiles, but all of their products in registers
         )  # fmt: skip
     return out
 
