@@ -14,7 +14,7 @@ from genft_kernels.checks import expected_shapes
 CPU = torch.device("cpu")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity: settings are a dict
 class Case:
     """One layer: its settings and shape, and the leading shape of x."""
 
@@ -47,11 +47,11 @@ class Data:
         named = {f"params.{name}": t for name, t in self.params._asdict().items() if t is not None}
         return {"x": self.x, **named}
 
-    def to(self, dtype: torch.dtype) -> Data:
-        """The same values in another dtype."""
+    def to(self, target: torch.dtype | torch.device) -> Data:
+        """The same values in another dtype or on another device."""
 
         def cast(tensor, trains=False):
-            return None if tensor is None else tensor.detach().to(dtype).requires_grad_(trains)
+            return None if tensor is None else tensor.detach().to(target).requires_grad_(trains)
 
         params = GeneratorParameters(*(cast(t, True) for t in self.params))
         return Data(cast(self.x, True), cast(self.weight), cast(self.bias), params, cast(self.grad))
@@ -98,13 +98,25 @@ CASES = [
 ]
 
 
+@dataclasses.dataclass(frozen=True)
+class Runner:
+    """An operation backend on a device."""
+
+    backend: str
+    device: torch.device
+
+
 def runnable(dtype: torch.dtype = torch.float32) -> list:
-    """Every operation backend as a test parameter, those that cannot run on this machine skipped with the reason."""
-    reasons = {name: backends.unavailable(name, CPU, dtype) for name in backends.OPERATION_BACKENDS}
-    return [
-        pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}"))
-        for name, reason in reasons.items()
-    ]
+    """Every backend on the CPU and on a CUDA device as test parameters, with the reason where it cannot run here."""
+    params = []
+    for device in (CPU, torch.device("cuda")):
+        absent = device.type == "cuda" and not torch.cuda.is_available()  # conftest.py skips what is marked
+        for name in backends.OPERATION_BACKENDS:
+            reason = None if absent else backends.unavailable(name, device, dtype)
+            marks = [pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}")]
+            marks += [pytest.mark.gpu] if device.type == "cuda" else []
+            params.append(pytest.param(Runner(name, device), marks=marks, id=f"{name}-{device}"))
+    return params
 
 
 def make_data(case: Case, dtype: torch.dtype = torch.float64) -> Data:
@@ -141,5 +153,6 @@ def run(function, data: Data, config: GenFTConfig, **options) -> dict[str, torch
 
 def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
     """Norm of the difference over the norm of `exact`, in float64; 0 for two empty or two zero tensors."""
+    exact = exact.to(actual.device)
     difference = (actual.double() - exact.double()).norm().item()
     return difference and difference / max(exact.double().norm().item(), 1e-300)

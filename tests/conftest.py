@@ -7,6 +7,9 @@ import torch
 
 from genft_kernels import scratch
 
+# Deterministic algorithms, which the fixture below turns on, want this of cuBLAS before it starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     import triton_interpreter
 

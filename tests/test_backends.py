@@ -1,6 +1,7 @@
 """Every operation backend against the specification, on the shared cases; and how a backend is chosen."""
 
 import dataclasses
+import functools
 import statistics
 from collections import defaultdict
 
@@ -8,27 +9,27 @@ import pytest
 import torch
 from cases import CASES, CPU, make_data, relative_error, run, runnable
 
-from genft_kernels import GeneratorParameters, backends, reference
-from genft_kernels.functional import generate_factors, genft_linear
+from genft_kernels import GeneratorParameters, backends, philox, reference
+from genft_kernels.functional import factored_linear, generate_factors, genft_linear
 
 LOW_PRECISION = [torch.float32, torch.float16, torch.bfloat16]
 
 
-BACKENDS = runnable()
+RUNNERS = runnable()
 
 
-@pytest.mark.parametrize("backend", runnable(torch.float64))
+@pytest.mark.parametrize("on", runnable(torch.float64))
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_float64_equals_the_reference(case, backend):
+def test_float64_equals_the_reference(case, on):
     data, options = make_data(case), dict(training=True, seed=case.seed)
     expected = run(reference.genft_linear, data, case.config, **options)
-    actual = run(genft_linear, data, case.config, backend=backend, **options)
+    actual = run(genft_linear, data.to(on.device), case.config, backend=on.backend, **options)
     for name, exact in expected.items():
         assert actual[name].shape == exact.shape and actual[name].dtype == exact.dtype, name
         assert relative_error(actual[name], exact) <= 1e-12, name
 
 
-def errors(function, case, dtype, **options):
+def errors(function, case, dtype, device, **options):
     """Relative error of y and each gradient against float64, as the median over random data.
 
     The median, because at a kink of the activation one rounding changes one gradient by its whole size.
@@ -37,13 +38,19 @@ def errors(function, case, dtype, **options):
     for seed in range(5):
         data = make_data(dataclasses.replace(case, seed=seed)).to(dtype)
         exact = run(reference.genft_linear, data.to(torch.float64), case.config, training=True, seed=seed)
-        for name, actual in run(function, data, case.config, training=True, seed=seed, **options).items():
+        found_here = run(function, data.to(device), case.config, training=True, seed=seed, **options)
+        for name, actual in found_here.items():
             assert actual.dtype == dtype and actual.isfinite().all(), name
             found[name].append(relative_error(actual, exact[name]))
     return {name: statistics.median(values) for name, values in found.items()}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@functools.cache
+def errors_of_plain_pytorch(case, dtype, device):
+    return errors(reference.genft_linear, case, dtype, device)
+
+
+@pytest.mark.parametrize("on", RUNNERS)
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
 @pytest.mark.parametrize(
     # The rounding of a single number is luck.
@@ -51,9 +58,9 @@ def errors(function, case, dtype, **options):
     [case for case in CASES if case.in_features * case.out_features > 1],
     ids=lambda case: case.name,
 )
-def test_error_is_at_most_twice_plain_pytorchs(case, dtype, backend):
-    plain = errors(reference.genft_linear, case, dtype)
-    for name, error in errors(genft_linear, case, dtype, backend=backend).items():
+def test_error_is_at_most_twice_plain_pytorchs(case, dtype, on):
+    plain = errors_of_plain_pytorch(case, dtype, on.device)
+    for name, error in errors(genft_linear, case, dtype, on.device, backend=on.backend).items():
         allowed = 2 * plain[name] + torch.finfo(dtype).eps
         assert error <= allowed, f"{name}: {error:.3g} > {allowed:.3g}"
 
@@ -72,15 +79,15 @@ def generated(weights, layers, shared, case, backend):
     return factors, dict(zip(inputs, torch.autograd.grad(loss, list(inputs.values())), strict=True))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("on", RUNNERS)
 @pytest.mark.parametrize("strides", ["equal", "different"])
 @pytest.mark.parametrize(
     "name", ["factored-wide-bias", "tiled-tall-bias", "dropout-tiled-bias-out_in", "ratio-all-rms-tiled", "row-tiled",
              "column-tiled-bias"]
 )  # fmt: skip
-def test_layers_in_one_call_equal_each_alone(name, strides, backend):
+def test_layers_in_one_call_equal_each_alone(name, strides, on):
     case = next(case for case in CASES if case.name == name)
-    data = [make_data(dataclasses.replace(case, seed=seed), torch.float32) for seed in range(3)]
+    data = [make_data(dataclasses.replace(case, seed=seed), torch.float32).to(on.device) for seed in range(3)]
     weights = [layer.weight for layer in data]
     if strides == "different":
         weights[1] = weights[1].t().contiguous().t()
@@ -91,9 +98,9 @@ def test_layers_in_one_call_equal_each_alone(name, strides, backend):
         )))
         for layer in data
     ]  # fmt: skip
-    seeds = torch.tensor([5, -3, 2**40])
-    together, grads = generated(weights, layers, seeds, case, backend)
-    alone = [generated(weights[i : i + 1], layers[i : i + 1], seeds[i : i + 1], case, backend) for i in range(3)]
+    seeds = torch.tensor([5, -3, 2**40], device=on.device)
+    together, grads = generated(weights, layers, seeds, case, on.backend)
+    alone = [generated(weights[i : i + 1], layers[i : i + 1], seeds[i : i + 1], case, on.backend) for i in range(3)]
     for index, (factors, _) in enumerate(alone):
         assert relative_error(together.h[index], factors.h[0]) <= 1e-6
         assert relative_error(together.b[index], factors.b[0]) <= 1e-6
@@ -103,39 +110,52 @@ def test_layers_in_one_call_equal_each_alone(name, strides, backend):
         assert relative_error(grad, expected) <= 1e-5, key
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("on", RUNNERS)
 @pytest.mark.parametrize("name", ["dropout-square", "dropout-tiled-bias-out_in", "column-tiled-bias", "row-tiled"])
-def test_dropout_follows_the_seed(name, backend):
+def test_dropout_follows_the_seed(name, on):
     case = next(case for case in CASES if case.name == name)
-    data = make_data(case, torch.float32)
+    data = make_data(case, torch.float32).to(on.device)
 
     def outputs(seed):
-        return run(genft_linear, data, case.config, backend=backend, training=True, seed=seed)["y"]
+        return run(genft_linear, data, case.config, backend=on.backend, training=True, seed=seed)["y"]
 
     assert torch.equal(outputs(3), outputs(3))
     assert torch.equal(outputs(3), outputs(torch.tensor([3])))
     assert not torch.allclose(outputs(3), outputs(4))
-    evaluated = run(genft_linear, data, case.config, backend=backend, seed=3)["y"]
+    evaluated = run(genft_linear, data, case.config, backend=on.backend, seed=3)["y"]
     assert not torch.allclose(evaluated, outputs(3))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_without_a_seed_one_is_drawn_from_torchs_generator(backend):
+@pytest.mark.parametrize("on", RUNNERS)
+@pytest.mark.parametrize("tokens", [37, 150])  # the identity and zeros below it: few and many tokens take other paths
+def test_the_mask_is_the_specifications_bit_for_bit(tokens, on):
+    n_in, n_out, seed = 37, 70, 2**50 + 7
+    x, ones = torch.zeros(tokens, n_in, device=on.device), torch.ones
+    x[:n_in] = torch.eye(n_in)
+    h, b, weight = ones(n_in, 1).to(x), ones(n_out, 1).to(x), torch.zeros(n_out, n_in).to(x)
+    settings = dict(dropout=0.4, training=True, seed=seed, backend=on.backend)
+    kept = factored_linear(x, weight, None, h, b, **settings)[:n_in].t() != 0  # [out, in]
+    expected = philox.keep_mask(torch.tensor([seed]), philox.ROW_STREAM, n_in, n_out, 0.4, slice(0, n_out))
+    assert torch.equal(kept.cpu(), expected.bool())
+
+
+@pytest.mark.parametrize("on", RUNNERS)
+def test_without_a_seed_one_is_drawn_from_torchs_generator(on):
     case = next(case for case in CASES if case.name == "dropout-square")
-    data = make_data(case, torch.float32)
+    data = make_data(case, torch.float32).to(on.device)
     results = []
     for seed in (4, 4, 5):
         torch.manual_seed(seed)
-        results.append(run(genft_linear, data, case.config, backend=backend, training=True)["y"])
+        results.append(run(genft_linear, data, case.config, backend=on.backend, training=True)["y"])
     assert torch.equal(results[0], results[1]) and not torch.allclose(results[0], results[2])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("on", RUNNERS)
 @pytest.mark.parametrize("name", ["factored-many-tokens", "tiled-many-tokens", "dropout-square"])
-def test_the_same_inputs_give_the_same_bits(name, backend):
+def test_the_same_inputs_give_the_same_bits(name, on):
     case = next(case for case in CASES if case.name == name)
-    data = make_data(case, torch.bfloat16)
-    first, second = (run(genft_linear, data, case.config, backend=backend, training=True, seed=7) for _ in range(2))
+    data = make_data(case, torch.bfloat16).to(on.device)
+    first, second = (run(genft_linear, data, case.config, backend=on.backend, training=True, seed=7) for _ in range(2))
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
