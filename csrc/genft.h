@@ -22,11 +22,10 @@ const char* error_string(int code);
 int thin_product(const void* const* matrices, int64_t stride, bool transposed, const void* thin, const void* bias,
                  void* out, void* pre, int layers, int m, int n, int k, int activation, int dtype, void* stream);
 
-// out float32 [splits, layers, k, n] = (grad * activation'(pre))[m, k]^T matrix_l [m, n], each split over its own
-// `rows_per_split` rows (a multiple of 64) of m. The sum over splits is left to the caller. pre is null for the identity.
-int thin_transposed(const void* grad, const void* pre, const void* const* matrices, int64_t stride, bool transposed,
-                    float* out, int layers, int m, int n, int k, int rows_per_split, int activation, int dtype,
-                    void* stream);
+// out float32 [layers, splits, k, n] = thin_l[m, k]^T matrix_l [m, n], each split over its own `rows_per_split` rows (a
+// multiple of 64). The sum over splits is left to the caller.
+int thin_transposed(const void* thin, const void* const* matrices, int64_t stride, bool transposed, float* out,
+                    int layers, int m, int n, int k, int rows_per_split, int dtype, void* stream);
 
 // h [layers, n_in, k] = inner(Y^T down^T + bias), Y = drop(outer(left right^T)) [n_out, n_in], never stored.
 // left [layers, n_out, k1], right [layers, n_in, k1], down [layers, k, n_out], bias [k] or null, seed int64 [layers] or

@@ -1,0 +1,132 @@
+"""The CUDA sources compiled by g++ and run on the CPU: one fiber for each CUDA thread (cuda_host.h).
+
+`install()` lets backend "cuda" compute on CPU tensors in this process. The first launch compiles, once for each state
+of the sources; processes wait for each other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib.machinery
+import importlib.util
+import os
+import pathlib
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+
+import torch
+from filelock import FileLock
+
+from genft_kernels.backends import cuda, cuda_kernels
+
+HERE = pathlib.Path(__file__).parent
+ROOT = HERE.parent.parent
+CSRC = ROOT / "csrc"
+_FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+
+
+def unavailable_reason() -> str | None:
+    """Why the sources cannot be compiled for the CPU here, or None."""
+    if shutil.which("g++") is None:
+        return "there is no g++ to run its kernels on the CPU"
+    if cuda_headers() is None:
+        return "there are no CUDA headers to run its kernels on the CPU (set CUDA_HOME)"
+    return None
+
+
+@functools.cache
+def cuda_headers() -> pathlib.Path | None:
+    """The folder of cuda_bf16.h."""
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), nvcc and pathlib.Path(nvcc).resolve().parent.parent, "/usr/local/cuda"]
+    for home in filter(None, homes):
+        if (pathlib.Path(home) / "include" / "cuda_bf16.h").is_file():
+            return pathlib.Path(home) / "include"
+    return None
+
+
+def build(csrc: pathlib.Path = CSRC, cache: pathlib.Path = ROOT / "build" / "cuda_host") -> pathlib.Path:
+    """The extension module of the sources in `csrc`, compiled unless `cache` has it."""
+    sources = sorted(csrc.glob("*.c*")) + [HERE / "buffers.cpp"]
+    headers = sorted(csrc.glob("*.h")) + sorted(csrc.glob("*.cuh")) + sorted(HERE.glob("*.h"))
+    state = repr(_FLAGS).encode() + b"".join(path.read_bytes() for path in sources + headers)
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    module = cache / hashlib.sha256(state).hexdigest()[:16] / f"genft_cuda{suffix}"
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / "lock"):
+        if not module.exists():
+            with tempfile.TemporaryDirectory(dir=cache) as folder:
+                _compile(sources, [csrc, HERE], pathlib.Path(folder) / module.name)
+                module.parent.mkdir(exist_ok=True)
+                (pathlib.Path(folder) / module.name).rename(module)
+    return module
+
+
+def _compile(sources: list[pathlib.Path], includes: list[pathlib.Path], module: pathlib.Path) -> None:
+    include = [f"-I{folder}" for folder in includes]
+    for folder in (cuda_headers(), pathlib.Path(torch.__file__).parent / "include", sysconfig.get_paths()["include"]):
+        include += ["-isystem", str(folder)]
+
+    def to_object(source: pathlib.Path) -> pathlib.Path:
+        target = module.parent / f"{source.name}.o"
+        run("g++", "-x", "c++", *_FLAGS, *include, "-c", source, "-o", target)
+        return target
+
+    def run(*command) -> None:
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise RuntimeError(f"g++ failed on the CUDA sources:\n{result.stderr[-3000:]}")
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(to_object, sources))
+    run("g++", "-shared", *objects, "-o", module)
+
+
+class Emulator:
+    """A compiled module, and launches that may touch their own tensors only."""
+
+    def __init__(self, path: pathlib.Path):
+        loader = importlib.machinery.ExtensionFileLoader("genft_cuda", str(path))
+        self.module: ModuleType = importlib.util.module_from_spec(
+            importlib.util.spec_from_loader("genft_cuda", loader)
+        )
+        loader.exec_module(self.module)
+        self._memory = ctypes.CDLL(str(path))
+
+    def launch(self, kernel: str, *arguments) -> None:
+        """`cuda_kernels.launch` on CPU tensors."""
+        cuda_kernels.device_of(arguments)
+        self._memory.cuda_host_forget_buffers()
+        for tensor in cuda_kernels.tensors_of(arguments):
+            begin, elements = tensor.data_ptr(), _extent(tensor)
+            self._memory.cuda_host_register_buffer(
+                ctypes.c_void_p(begin), ctypes.c_size_t(elements * tensor.element_size())
+            )
+        no_stream = 0
+        code = getattr(self.module, kernel)(*map(cuda_kernels.encoded, arguments), no_stream)
+        cuda_kernels.raise_for(code, kernel, self.module)
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Elements from the first to the last one, those between rows included."""
+    if tensor.numel() == 0:
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+@functools.cache
+def emulator() -> Emulator:
+    """The one of the project's sources, or of those in GENFT_CUDA_HOST_SOURCES (tests/cuda_faults.py)."""
+    return Emulator(build(pathlib.Path(os.environ.get("GENFT_CUDA_HOST_SOURCES", CSRC))))
+
+
+def install() -> None:
+    """Let backend "cuda" compute on CPU tensors in this process."""
+    cuda_kernels.launch = lambda kernel, *arguments: emulator().launch(kernel, *arguments)
+    cuda._device_reason = lambda device: unavailable_reason()
