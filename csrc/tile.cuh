@@ -150,6 +150,13 @@ struct Accumulator {
         }
     }
 
+    __device__ __forceinline__ void add(const Accumulator& other) {
+#pragma unroll
+        for (int i = 0; i < kRows * kColumns * 4; ++i) {
+            value[i / 4 / kColumns][i / 4 % kColumns][i % 4] += other.value[i / 4 / kColumns][i / 4 % kColumns][i % 4];
+        }
+    }
+
     __device__ __forceinline__ void store(Stage<kTile>& stage) {
         for_each([&](int row, int column, float element) { stage.at(row, column) = element; });
     }
@@ -170,8 +177,10 @@ __device__ __forceinline__ void multiply(Accumulator<kTile>& total, const Operan
     const auto b_at = [&](int column, int d) {
         return b + (kBTransposed ? d * kRow<T, kTile> + column : column * kRow<T, kDepth> + d);
     };
-    if constexpr (sizeof(T) == 4) {  // float32: exact products, one by one
+    if constexpr (sizeof(T) == 4) {  // float32: exact products; a slice is summed apart, so that long sums stay exact
+        Accumulator<kTile> slice;
         const int row = first_row + lane / 4, column = first_column + lane % 4 * 2;
+#pragma unroll 1
         for (int d = 0; d < depth; ++d) {
             float left[kRows][2], right[kColumns][2];
 #pragma unroll
@@ -183,10 +192,11 @@ __device__ __forceinline__ void multiply(Accumulator<kTile>& total, const Operan
 #pragma unroll
                 for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) total.value[m][n][e] += left[m][e / 2] * right[n][e % 2];
+                    for (int e = 0; e < 4; ++e) slice.value[m][n][e] += left[m][e / 2] * right[n][e % 2];
                 }
             }
         }
+        total.add(slice);
     } else {
         const int matrix = lane / 8, j = lane % 8;  // this lane addresses row j of the matrix
         for (int d = 0; d < depth; d += 16) {

@@ -2,6 +2,7 @@
 
 import os
 
+import cuda_host
 import pytest
 import torch
 
@@ -9,6 +10,8 @@ from genft_kernels import scratch
 
 # Deterministic algorithms, which the fixture below turns on, want this of cuBLAS before it starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+cuda_host.install()
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     import triton_interpreter

@@ -183,7 +183,7 @@ def test_an_explicit_backend_never_becomes_another(monkeypatch):
     monkeypatch.setattr(backends, "unavailable", lambda name, device, dtype: "it is broken today")
     with pytest.raises(RuntimeError, match="backend 'eager' cannot run on cpu: it is broken today"):
         backends.choose("eager", CPU, torch.float32)
-    with pytest.raises(ValueError, match="backend must be one of auto, eager, triton, reference; got 'cutlass'"):
+    with pytest.raises(ValueError, match="backend must be one of auto, eager, triton, cuda, reference; got 'cutlass'"):
         backends.choose("cutlass", CPU, torch.float32)
 
 

@@ -15,14 +15,17 @@ import torch
 
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # In the order in which "auto" asks them.
-OPERATION_BACKENDS = ("eager", "triton")
+OPERATION_BACKENDS = ("eager", "triton", "cuda")
 BACKENDS = ("auto", *OPERATION_BACKENDS, "reference")
 
 
+@torch.compiler.assume_constant_result  # else torch.compile would trace imports and the search for a compiler
 def unavailable(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why an operation backend cannot compute in `dtype` on `device`, or None if it can."""
     if name == "eager":
         return None  # plain PyTorch runs wherever PyTorch does
+    if name == "cuda":
+        return load(name).unavailable(device, dtype)
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     if dtype not in TRITON_DTYPES:
@@ -78,4 +81,5 @@ def explain(device: str | torch.device | None = None, dtype: torch.dtype = torch
 _REMARKS = {
     "eager": "available; plain PyTorch",
     "triton": "available by name; auto does not take it before a GPU has measured it",
+    "cuda": "available by name; auto does not take it before a GPU has measured it",
 }

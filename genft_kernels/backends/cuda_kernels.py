@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..activations import ACTIVATIONS, activation_backward
-from ..philox import COLUMN_STREAM
 from . import _jit
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # codes of genft.h
@@ -99,7 +98,9 @@ def _as_stored(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, int, bool]:
     matrix = matrix.to(dtype)
     (rows, columns), (row, column) = matrix.shape, matrix.stride()
     if max(rows, columns) > _MOST_ROWS:
-        raise ValueError(f"the CUDA kernels take matrices of at most {_MOST_ROWS} rows and columns, got {rows, columns}")
+        raise ValueError(
+            f"the CUDA kernels take matrices of at most {_MOST_ROWS} rows and columns, got {rows, columns}"
+        )
     if column == 1 or columns == 1:
         return matrix, row, False
     if row == 1 or rows == 1:

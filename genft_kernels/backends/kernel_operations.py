@@ -6,7 +6,7 @@ A module of kernels offers `thin_product`, `thin_transposed`, `row_forward`, `ro
 
 from __future__ import annotations
 
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ _MAIN_LOOP_TOKENS = 128
 class KernelOperations:
     """`column`, `row`, `linear` and their `_backward`s, by the kernels of one module."""
 
-    def __init__(self, kernels: ModuleType):
+    def __init__(self, kernels: ModuleType | SimpleNamespace):
         self._kernels = kernels
 
     def column(self, weights: list[Tensor], down: Tensor, bias: Tensor | None, activation: str):

@@ -20,6 +20,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
+import pybind11
 import torch
 from filelock import FileLock
 
@@ -53,7 +54,7 @@ def cuda_headers() -> pathlib.Path | None:
 
 def build(csrc: pathlib.Path = CSRC, cache: pathlib.Path = ROOT / "build" / "cuda_host") -> pathlib.Path:
     """The extension module of the sources in `csrc`, compiled unless `cache` has it."""
-    sources = sorted(csrc.glob("*.c*")) + [HERE / "buffers.cpp"]
+    sources = sorted(csrc.glob("*.cu")) + sorted(csrc.glob("*.cpp")) + [HERE / "buffers.cpp"]
     headers = sorted(csrc.glob("*.h")) + sorted(csrc.glob("*.cuh")) + sorted(HERE.glob("*.h"))
     state = repr(_FLAGS).encode() + b"".join(path.read_bytes() for path in sources + headers)
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
@@ -70,7 +71,7 @@ def build(csrc: pathlib.Path = CSRC, cache: pathlib.Path = ROOT / "build" / "cud
 
 def _compile(sources: list[pathlib.Path], includes: list[pathlib.Path], module: pathlib.Path) -> None:
     include = [f"-I{folder}" for folder in includes]
-    for folder in (cuda_headers(), pathlib.Path(torch.__file__).parent / "include", sysconfig.get_paths()["include"]):
+    for folder in (cuda_headers(), pybind11.get_include(), sysconfig.get_paths()["include"]):
         include += ["-isystem", str(folder)]
 
     def to_object(source: pathlib.Path) -> pathlib.Path:
@@ -93,15 +94,12 @@ class Emulator:
 
     def __init__(self, path: pathlib.Path):
         loader = importlib.machinery.ExtensionFileLoader("genft_cuda", str(path))
-        self.module: ModuleType = importlib.util.module_from_spec(
-            importlib.util.spec_from_loader("genft_cuda", loader)
-        )
+        self.module: ModuleType = importlib.util.module_from_spec(importlib.util.spec_from_loader("genft_cuda", loader))
         loader.exec_module(self.module)
         self._memory = ctypes.CDLL(str(path))
 
     def launch(self, kernel: str, *arguments) -> None:
         """`cuda_kernels.launch` on CPU tensors."""
-        cuda_kernels.device_of(arguments)
         self._memory.cuda_host_forget_buffers()
         for tensor in cuda_kernels.tensors_of(arguments):
             begin, elements = tensor.data_ptr(), _extent(tensor)
@@ -127,6 +125,12 @@ def emulator() -> Emulator:
 
 
 def install() -> None:
-    """Let backend "cuda" compute on CPU tensors in this process."""
-    cuda_kernels.launch = lambda kernel, *arguments: emulator().launch(kernel, *arguments)
-    cuda._device_reason = lambda device: unavailable_reason()
+    """Let backend "cuda" compute on CPU tensors in this process; those of a CUDA device still go there."""
+    launch_there, device_reason = cuda_kernels.launch, cuda._device_reason
+
+    def launch(kernel: str, *arguments) -> None:
+        here = cuda_kernels.device_of(arguments).type == "cpu"
+        (emulator().launch if here else launch_there)(kernel, *arguments)
+
+    cuda_kernels.launch = launch
+    cuda._device_reason = lambda device: unavailable_reason() if device.type == "cpu" else device_reason(device)
