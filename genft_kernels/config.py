@@ -38,6 +38,36 @@ class GeneratorParameters(NamedTuple):
     row_down_bias: torch.Tensor | None = None  # a2 [k]
     row_up_bias: torch.Tensor | None = None  # c2 [out]
 
+    @classmethod
+    def concatenated(
+        cls,
+        shared: Mapping[str, torch.Tensor],
+        specific: Mapping[str, torch.Tensor],
+        device: torch.device,
+        layers: int | None = None,
+    ) -> GeneratorParameters:
+        """The shared units followed by the layer's own, on `device`; differentiable.
+
+        Args:
+            shared: a generator's parameters, by the names here with s in place of k.
+            specific: a layer's own, by their names there; with `layers`, those of L layers, stacked [L, ...].
+            layers: L, which gives every matrix, but no bias, a leading dimension.
+        """
+
+        def along_units(name: str) -> torch.Tensor | None:
+            common = shared.get(name)
+            common = None if common is None else common.to(device)
+            if name.endswith("bias"):
+                return common
+            stage, end = name.split("_")
+            own = specific.get(f"{stage}_specific_{end}", specific.get(f"specific_{end}"))
+            if common is not None and layers is not None:
+                common = common.expand(layers, *common.shape)
+            halves = [half for half in (common, own) if half is not None]
+            return torch.cat(halves, -1 if end == "up" else -2) if len(halves) == 2 else next(iter(halves), None)
+
+        return cls(**{name: along_units(name) for name in cls._fields})
+
 
 @dataclasses.dataclass(frozen=True)
 class GenFTConfig:

@@ -65,16 +65,16 @@ def genft_linear(
     """
     check_linear(x, weight, bias)
     check_parameters(params, config, *weight.shape)
-    chosen = backends.choose(backend, x.device, _compute_dtype(x))
+    dtype = compute_dtype(x)
+    chosen = backends.choose(backend, x.device, dtype)
     if chosen == "reference":
         return reference.genft_linear(x, weight, bias, params, config, training=training, seed=seed)
-    dtype = _compute_dtype(x)
     dropout = config.dropout if training else 0.0
-    seed = _seed(seed, x.device, training, dropout, config.outer_activation, dtype)
+    seed = forward_seed(seed, x.device, training, dropout, config.outer_activation, dtype)
     group = GeneratorParameters(*(t if t is None or t.dim() == 1 else t[None] for t in params))
     generated = generate_factors([weight], group, config, dtype=dtype, dropout=dropout, seed=seed, backend=chosen)
     (factors,) = generated.unbind()
-    return _linear(x, weight, bias, factors, config.scaling, config.outer_activation, dropout, seed, chosen)
+    return apply_factors(x, weight, bias, factors, config.scaling, config.outer_activation, dropout, seed, chosen)
 
 
 def factored_linear(
@@ -107,16 +107,16 @@ def factored_linear(
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
-    chosen = backends.choose(backend, x.device, _compute_dtype(x))
+    chosen = backends.choose(backend, x.device, compute_dtype(x))
     if chosen == "reference":
         return reference.factored_linear(
             x, weight, bias, h, b, scale=scale, activation=activation, dropout=dropout, training=training, seed=seed
         )
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     dropout = dropout if training else 0.0
-    seed = _seed(seed, x.device, training, dropout, activation, dtype)
+    seed = forward_seed(seed, x.device, training, dropout, activation, dtype)
     factors = Factors(h.to(x.device, dtype), b.to(x.device, dtype), ROW_STREAM)
-    return _linear(x, weight, bias, factors, scale, activation, dropout, seed, chosen)
+    return apply_factors(x, weight, bias, factors, scale, activation, dropout, seed, chosen)
 
 
 def generate_factors(
@@ -177,15 +177,27 @@ def _with_bias_unit(
     return torch.cat([hidden, ones], 2), torch.cat([up, biases], 2)
 
 
-def _linear(x, weight, bias, factors, scale, activation, dropout, seed, backend) -> torch.Tensor:
-    dtype = _compute_dtype(x)
+def apply_factors(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    factors: Factors,
+    scale: float,
+    activation: str,
+    dropout: float,
+    seed: torch.Tensor | None,
+    backend: str,
+) -> torch.Tensor:
+    """The token side alone: `factored_linear` of arguments that were checked, the factors in `compute_dtype(x)`."""
+    dtype = compute_dtype(x)
     bias = None if bias is None else bias.to(dtype)
     h, b, stream = factors
     y, _ = ops.linear(x.to(dtype), weight, bias, h, b, seed, float(scale), activation, dropout, stream, backend)
     return y
 
 
-def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """What a layer computes in: x's dtype, or autocast's."""
     return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
 
 
@@ -198,7 +210,7 @@ def _weight_ratio(weights: Sequence[torch.Tensor], config: GenFTConfig) -> float
     return (weights[0].numel() ** 0.5 / norms)[:, None, None]
 
 
-def _seed(
+def forward_seed(
     seed: int | torch.Tensor | None,
     device: torch.device,
     training: bool,
@@ -206,7 +218,7 @@ def _seed(
     outer_activation: str,
     dtype: torch.dtype,
 ) -> torch.Tensor | None:
-    """The seed as a tensor, drawn where none is given but dropout or stochastic rounding will want one.
+    """A layer's seed as a tensor, drawn where none is given but dropout or stochastic rounding will want one.
 
     Outside training no seed is drawn: rounding then takes a fixed one, so that evaluation is repeatable.
     """

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from .checks import expected_shapes
-from .config import GeneratorParameters, GenFTConfig
+from .config import GenFTConfig
+from .groups import LayerGroup, is_tensor_subclass
 
 
 class GenFTGenerator(nn.Module):
@@ -18,6 +19,8 @@ class GenFTGenerator(nn.Module):
     Parameters, by the names of `GeneratorParameters`: `column_down [s, in]`, `column_up [in, s]`,
     `row_down [s, out]`, `row_up [out, s]` and, with bias, `column_down_bias [k]`, `column_up_bias [in]`,
     `row_down_bias [k]`, `row_up_bias [out]`. What the configuration does not have is None.
+
+    `group` is the `LayerGroup` of the layers that it serves.
 
     Args:
         in_features, out_features: the shape of the weights that it serves.
@@ -38,6 +41,7 @@ class GenFTGenerator(nn.Module):
     ) -> None:
         super().__init__()
         check_layer_shape(in_features, out_features, config)
+        self.group = LayerGroup()
         self.in_features = in_features
         self.out_features = out_features
         self.config = config
@@ -65,22 +69,19 @@ class GenFTGenerator(nn.Module):
                 if parameter is not None:
                     nn.init.zeros_(parameter)
 
-    def concatenated(self, specific: dict[str, torch.Tensor], device: torch.device) -> GeneratorParameters:
-        """One layer's parameters on `device`: the shared units followed by its `specific` ones.
+    def shared_parameters(self) -> dict[str, torch.Tensor]:
+        """Those that exist, by the names of `GeneratorParameters`."""
+        return {name: parameter for name, parameter in self._parameters.items() if parameter is not None}
 
-        `specific` maps the names of the four matrices to the layer's own units, in the shapes of
-        `GeneratorParameters` with r in place of k.
-        """
+    def __setattr__(self, name, value) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, torch.Tensor):  # FSDP gathers and shards so, without a trace in a version
+            self.group.sharded |= is_tensor_subclass(value)
+            self.group.forget()
 
-        def along_units(name: str) -> torch.Tensor | None:
-            shared = getattr(self, name)
-            shared = None if shared is None else shared.to(device)
-            halves = [half for half in (shared, specific.get(name)) if half is not None]
-            if not halves or name.endswith("bias"):
-                return shared
-            return halves[0] if len(halves) == 1 else torch.cat(halves, 1 if name.endswith("up") else 0)
-
-        return GeneratorParameters(**{name: along_units(name) for name in GeneratorParameters._fields})
+    def _apply(self, fn, recurse=True):
+        self.group.forget()
+        return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         config = self.config

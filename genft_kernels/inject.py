@@ -182,6 +182,17 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
             _set_submodule(model, name, module)
 
 
+def explain(model: nn.Module) -> str:
+    """`backends.explain` for an adapted model, and which of its layers are generated together, or why they are not.
+
+    Raises:
+        RuntimeError: the model has no adapter.
+    """
+    layers = list(_layers_of_an_adapted_model(model).values())
+    groups = {id(layer.generator.group): layer.generator.group for layer in layers}
+    return backends.explain(layers[0].weight.device, layers[0].weight.dtype, groups.values())
+
+
 class TrainableSummary(dict):
     """Numbers of parameters: "generators", "specific", "modules_to_save", "other", "trainable" and "total"."""
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import backends, reference
-from .checks import check_frozen_weight
+from .checks import check_frozen_weight, check_linear
 from .config import GeneratorParameters, GenFTConfig
-from .functional import genft_linear
+from .functional import apply_factors, compute_dtype, forward_seed, genft_linear
 from .generator import GenFTGenerator, last_stage_names
+from .groups import is_tensor_subclass
 
 __all__ = ["GenFTGenerator", "GenFTLinear"]
 
@@ -100,6 +102,7 @@ class GenFTLinear(nn.Linear):
     _fan_in_fan_out = False
     _unmerged: nn.Parameter | None = None
     _enabled = True
+    _sharded = False
 
     def _adapt(self, generator: GenFTGenerator, backend: str, blocks: tuple[int, tuple[int, ...]] | None = None):
         backends.check_name(backend)
@@ -115,10 +118,28 @@ class GenFTLinear(nn.Linear):
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        for name, matrix_shape in self._specific_shapes().items():
+        shapes = self._specific_shapes()
+        for name, matrix_shape in shapes.items():
             data = torch.empty(matrix_shape, device=self.weight.device, dtype=adapter_dtype(self.weight.dtype))
             self.register_parameter(name, nn.Parameter(data))
+        self.__dict__["specific_names"] = tuple(shapes)
         self.reset_specific_parameters()
+        generator.group.join(self)
+
+    def __setstate__(self, state) -> None:
+        super().__setstate__(state)
+        self.generator.group.join(self)  # a copied layer that of its copied generator
+
+    def __setattr__(self, name, value) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, Tensor):  # FSDP gathers and shards so, without a trace in a version
+            self.__dict__["_sharded"] = self._sharded or is_tensor_subclass(value)
+            self._forget_factors()
+
+    def _forget_factors(self) -> None:
+        generator = self.__dict__.get("generator") or self._modules.get("generator")
+        if generator is not None:  # else the layer is being made
+            generator.group.forget(self)
 
     def reset_specific_parameters(self) -> None:
         """Draw the layer's own units anew, zero where `zero_delta` asks."""
@@ -138,10 +159,30 @@ class GenFTLinear(nn.Linear):
         """(number of equal row blocks in the weight, those that are adapted)."""
         return self._blocks
 
+    def specific_parameters(self) -> list[nn.Parameter]:
+        """The layer's own trained parameters, in the order of `specific_names`."""
+        return [getattr(self, name) for name in self.specific_names]
+
+    def generation_inputs(self) -> list[Tensor]:
+        """What the layer's factors are generated from, beside the generator: W as it is stored, and its own units."""
+        return [self.weight if self._unmerged is None else self._unmerged, *self.specific_parameters()]
+
+    def adapted_weights(self) -> list[Tensor]:
+        """The adapted blocks of W, each [out, in] of the generator; views."""
+        count, adapted = self._blocks
+        blocks = self.frozen_weight.chunk(count)
+        return [blocks[index] for index in adapted]
+
     @property
-    def specific_names(self) -> tuple[str, ...]:
-        """Names of the layer's own trained parameters."""
-        return tuple(self._specific_shapes())
+    def column_dropout(self) -> float:
+        """The dropout of the column stage that is in effect now."""
+        config = self.config
+        return config.dropout if self.training and config.transform == "both" else 0.0
+
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters are, or have been, of a tensor class of their own, as FSDP's outside of a forward."""
+        return self._sharded or is_tensor_subclass(self.weight)
 
     @property
     def frozen_weight(self) -> Tensor:
@@ -156,15 +197,8 @@ class GenFTLinear(nn.Linear):
 
     def parameters_of_generator(self) -> GeneratorParameters:
         """The layer's trained tensors on its device, shared and specific units concatenated; differentiable."""
-        tied = self.config.ties_specific(self.generator.in_features, self.generator.out_features)
-        if self.config.specific_dim == 0:
-            specific = {}
-        elif tied:
-            down, up = self.specific_down, self.specific_up
-            specific = {"column_down": down, "column_up": up, "row_down": down, "row_up": up}
-        else:
-            specific = {name.replace("_specific", ""): getattr(self, name) for name in self.specific_names}
-        return self.generator.concatenated(specific, self.weight.device)
+        specific = dict(zip(self.specific_names, self.specific_parameters(), strict=True))
+        return GeneratorParameters.concatenated(self.generator.shared_parameters(), specific, self.weight.device)
 
     def delta_weight(self) -> Tensor:
         """dW [out, in] without dropout, generated from the frozen W, in float32 or wider; differentiable.
@@ -212,19 +246,36 @@ class GenFTLinear(nn.Linear):
             if self.training:
                 raise RuntimeError("a merged layer does not train: call unmerge() or eval() first")
             return F.linear(x, self.weight.t() if self._fan_in_fan_out else self.weight, self.bias)
-        params, (count, adapted) = self.parameters_of_generator(), self.blocks
+        # A compiled graph cannot hold what outlives it, and sharded parameters cannot be watched.
+        alone = torch.compiler.is_compiling() or self.backend == "reference" or self.sharded
+        updated = self._generated_alone(x) if alone else self._generated_in_group(x)
+        count, adapted = self._blocks
         if count == 1:
-            return self._adapted(x, self.frozen_weight, self.bias, params)
+            return updated(self.frozen_weight, self.bias, 0)
         weights = self.frozen_weight.chunk(count)
         biases = (None,) * count if self.bias is None else self.bias.chunk(count)
         outputs = [
-            self._adapted(x, weight, bias, params) if index in adapted else F.linear(x, weight, bias)
+            updated(weight, bias, adapted.index(index)) if index in adapted else F.linear(x, weight, bias)
             for index, (weight, bias) in enumerate(zip(weights, biases, strict=True))
         ]
         return torch.cat(outputs, -1)
 
-    def _adapted(self, x: Tensor, weight: Tensor, bias: Tensor | None, params: GeneratorParameters) -> Tensor:
-        return genft_linear(x, weight, bias, params, self.config, training=self.training, backend=self.backend)
+    def _generated_in_group(self, x: Tensor) -> Callable[[Tensor, Tensor | None, int], Tensor]:
+        """What makes y from (a block of W, of the bias, its place among the adapted ones)."""
+        check_linear(x, self.frozen_weight, self.bias)
+        config, training, dtype = self.config, self.training, compute_dtype(x)
+        psi, dropout = config.outer_activation, config.dropout if training else 0.0
+        backend = backends.choose(self.backend, x.device, dtype)
+        seeds = [forward_seed(None, x.device, training, dropout, psi, dtype) for _ in self._blocks[1]]
+        factors = self.generator.group.factors_for(self, dtype, backend, seeds)
+        return lambda weight, bias, place: apply_factors(
+            x, weight, bias, factors[place], config.scaling, psi, dropout, seeds[place], backend
+        )
+
+    def _generated_alone(self, x: Tensor) -> Callable[[Tensor, Tensor | None, int], Tensor]:
+        """The same, generating within the forward."""
+        params, options = self.parameters_of_generator(), dict(training=self.training, backend=self.backend)
+        return lambda weight, bias, place: genft_linear(x, weight, bias, params, self.config, **options)
 
     def extra_repr(self) -> str:
         config, (count, adapted) = self.config, self.blocks
@@ -238,6 +289,7 @@ class GenFTLinear(nn.Linear):
         return ", ".join(part for part in parts if part)
 
     def _apply(self, fn, recurse=True):
+        self._forget_factors()
         super()._apply(fn, recurse)
         if self._unmerged is not None:  # not registered, so it is moved by hand
             self._unmerged.data = fn(self._unmerged.data)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from collections.abc import Iterable
 from types import ModuleType
+from typing import Protocol
 
 import torch
 
@@ -17,6 +19,13 @@ TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # In the order in which "auto" asks them.
 OPERATION_BACKENDS = ("eager", "triton", "cuda")
 BACKENDS = ("auto", *OPERATION_BACKENDS, "reference")
+
+
+class Explains(Protocol):
+    """What has something to add to `explain`."""
+
+    def explain(self) -> list[str]:
+        """Lines."""
 
 
 @torch.compiler.assume_constant_result  # else torch.compile would trace imports and the search for a compiler
@@ -52,9 +61,10 @@ def choose(requested: str, device: torch.device, dtype: torch.dtype) -> str:
     if requested == "reference":
         return requested
     candidates = OPERATION_BACKENDS if requested == "auto" else (requested,)
-    reasons = {name: unavailable(name, device, dtype) for name in candidates}
-    for name, reason in reasons.items():
-        if reason is None:
+    reasons = {}
+    for name in candidates:
+        reasons[name] = unavailable(name, device, dtype)
+        if reasons[name] is None:
             return name
     raise RuntimeError("; ".join(f"backend {name!r} cannot run on {device}: {why}" for name, why in reasons.items()))
 
@@ -64,10 +74,13 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f".{name}", __name__)
 
 
-def explain(device: str | torch.device | None = None, dtype: torch.dtype = torch.float32) -> str:
+def explain(
+    device: str | torch.device | None = None, dtype: torch.dtype = torch.float32, groups: Iterable[Explains] = ()
+) -> str:
     """What "auto" picks for `dtype` on `device` and why, a line for each backend.
 
-    `device` defaults to the first CUDA device, or the CPU where there is none.
+    `device` defaults to the first CUDA device, or the CPU where there is none. `groups` are those of a model's layers
+    (`genft_kernels.explain(model)` finds them): which layers are generated together, and why others are not.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     lines = [f'backend="auto" on {device}: {choose("auto", device, dtype)}']
@@ -75,7 +88,8 @@ def explain(device: str | torch.device | None = None, dtype: torch.dtype = torch
         reason = unavailable(name, device, dtype)
         lines.append(f"  {name}: {_REMARKS[name] if reason is None else f'unavailable: {reason}'}")
     lines.append("  reference: available; the specification, materialises every matrix; only by name")
-    return "\n".join(lines)
+    explained = [line for group in groups for line in group.explain()]
+    return "\n".join([*lines, *(["generation:"] if explained else []), *(f"  {line}" for line in explained)])
 
 
 _REMARKS = {
