@@ -112,9 +112,9 @@ def seed_tensor(seed: int | torch.Tensor, device: torch.device) -> torch.Tensor:
     return torch.tensor([seed - 2**64 if seed >= 2**63 else seed], dtype=torch.int64, device=device)
 
 
-def draw_seed(device: torch.device, count: int = 1) -> torch.Tensor:
-    """Fresh seeds, int64 [count], from the default generator of `device`."""
-    return torch.randint(0, 2**63 - 1, (count,), dtype=torch.int64, device=device)
+def draw_seed(device: torch.device) -> torch.Tensor:
+    """A fresh seed, int64 [1], from the default generator of `device`."""
+    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
 def _check_floating(*named: tuple[str, torch.Tensor]) -> None:

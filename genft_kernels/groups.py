@@ -21,7 +21,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .checks import draw_seed
 from .functional import Factors
 from .generation import Generation
 
@@ -155,12 +154,14 @@ class LayerGroup:
         return [layer, *(each for each in others if obstacle(each) is None)]
 
     def generate(self, layers: list[nn.Module], settings: Settings, seeds: list[Tensor]) -> dict[nn.Module, Share]:
-        """One generation for `layers`; `seeds` are those of the first one, the others' are drawn."""
+        """One generation for `layers`; `seeds` are those of the first one, the others' follow from them."""
         counts = [len(layer.blocks[1]) for layer in layers]
         seed = None
         if settings.dropout > 0:
-            drawn = sum(counts[1:])
-            seed = torch.cat([*seeds, draw_seed(settings.device, drawn)]) if drawn else torch.cat(seeds)
+            # Nothing is drawn: the repetition of a checkpointed region would not draw it. Keys that differ by one give
+            # Philox streams that have nothing in common.
+            others = torch.arange(1, 1 + sum(counts[1:]), device=settings.device)
+            seed = torch.cat([*seeds, seeds[0] + others])
         self.generations += 1
         generation = Generation(layers, settings.dtype, settings.dropout, seed, settings.backend)
         common = Tensors(layers[0].generator.shared_parameters().values())
