@@ -45,7 +45,7 @@ def extensions():
 
 
 setup(
-    packages=["genft_kernels", "genft_kernels.backends", "genft_kernels.csrc"],
+    packages=["genft_kernels", "genft_kernels.backends", "genft_kernels.csrc", "genft_kernels.integrations"],
     package_dir={"genft_kernels": "genft_kernels", "genft_kernels.csrc": "csrc"},
     package_data={
         "genft_kernels": ["py.typed"],

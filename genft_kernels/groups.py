@@ -4,10 +4,11 @@ The factors of a layer do not depend on its input, so the first layer that is as
 layers that share its generator; the others find theirs at hand. They hold until
 
 - a parameter or W changes, is moved or replaced, or the dtype, the gradient mode or the training mode changes;
+- an optimizer steps on a parameter: the fused ones leave no trace in its version;
 - a backward pass has consumed them;
 - where the column stage has dropout, a layer asks again: each forward has masks of its own.
 
-So without gradients they hold until a parameter changes.
+So without gradients they hold until a parameter changes. A change through `parameter.data` cannot be seen.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .functional import Factors
 from .generation import Generation
@@ -60,41 +62,66 @@ def _state(tensor: Tensor) -> tuple | None:
 class Share:
     """One layer's part of a generation."""
 
-    def __init__(self, generation: Generation, blocks: slice, settings: Settings, common: Tensors, own: Tensors):
+    def __init__(self, generation: Generation, blocks: slice, settings: Settings, layer: nn.Module) -> None:
         self.generation, self.settings, self.taken = generation, settings, False
-        self._blocks, self._common, self._own = blocks, common, own
+        self._blocks = blocks
+        self._common = Tensors(layer.generator.shared_parameters().values())
+        self._own = Tensors(layer.generation_inputs())
+        self._steps = layer.generator.group.steps
 
     @property
     def factors(self) -> list[Factors]:
-        """Those of the layer's adapted blocks; the generation must not have been consumed."""
+        """Those of the layer's adapted blocks, of a fresh generation."""
         return self.generation.factors[self._blocks]
 
     def holds(self, layer: nn.Module) -> bool:
         """Whether what the factors were generated from is as it was."""
-        return self._own.unchanged(layer.generation_inputs()) and self._common.unchanged(
-            layer.generator.shared_parameters().values()
+        generator = layer.generator
+        return (
+            self._steps == generator.group.steps
+            and self._own.unchanged(layer.generation_inputs())
+            and self._common.unchanged(generator.shared_parameters().values())
         )
 
-    def serves(self, layer: nn.Module, settings: Settings) -> bool:
-        """Whether `layer` may have these factors now."""
-        if self.generation.factors is None or self.settings != settings or (self.taken and settings.dropout > 0):
-            return False
-        return self.holds(layer)
+    def take(self, layer: nn.Module, settings: Settings) -> list[Factors] | None:
+        """The factors for a forward of `layer`, or None if they do not hold for it."""
+        factors = self.generation.factors  # read once: the backward of another thread may consume them meanwhile
+        if factors is None or self.settings != settings or (self.taken and settings.dropout > 0):
+            return None
+        if not self.holds(layer):
+            return None
+        self.taken = True
+        return factors[self._blocks]
+
+
+_groups: weakref.WeakSet[LayerGroup] = weakref.WeakSet()
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
+    stepped = {id(parameter) for part in optimizer.param_groups for parameter in part["params"]}
+    for group in list(_groups):
+        if any(id(parameter) in stepped for parameter in group.parameters()):
+            group.steps += 1
+            group.forget()
+
+
+register_optimizer_step_post_hook(_after_step)
 
 
 class LayerGroup:
     """The layers that share a generator, and the factors last generated for each.
 
-    `generations` counts the calls of the generator. A copy of the group, as in a copied model, is empty: the copied
-    layers join the group of their own generator.
+    `generations` counts the calls of the generator, `steps` those of optimizers that train it. A copy of the group, as
+    in a copied model, is empty: the copied layers join the group of their own generator.
     """
 
     def __init__(self) -> None:
-        self.generations = 0
+        self.generations = self.steps = 0
         self.accumulation = None  # an `accumulation.Accumulation` while one is under way
         self.sharded = False
         self._shares: weakref.WeakKeyDictionary[nn.Module, Share | None] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
+        _groups.add(self)
 
     def __reduce__(self):
         return LayerGroup, ()
@@ -113,6 +140,12 @@ class LayerGroup:
         for each in self.layers if layer is None else [layer]:
             if each in self._shares:
                 self._shares[each] = None
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All that is trained in the generator and the layers."""
+        layers = self.layers
+        own = [parameter for layer in layers for parameter in layer.specific_parameters()]
+        return [*layers[0].generator.shared_parameters().values(), *own] if layers else []
 
     def factors_for(self, layer: nn.Module, dtype: torch.dtype, backend: str, seeds: list[Tensor]) -> list[Factors]:
         """The factors of the layer's adapted blocks in `dtype`.
@@ -140,10 +173,8 @@ class LayerGroup:
                 # The repetition draws this forward's seeds again, but nothing that a group drew.
                 return self.generate([layer], settings, seeds)[layer].factors
             share = self._shares.get(layer)
-            if share is None or not share.serves(layer, settings):
-                share = self._renew(layer, settings, seeds)
-            share.taken = True
-            return share.factors
+            factors = None if share is None else share.take(layer, settings)
+            return self._renew(layer, settings, seeds) if factors is None else factors
 
     def together_with(self, layer: nn.Module) -> list[nn.Module]:
         """The layers to generate when `layer` asks, itself first."""
@@ -164,11 +195,9 @@ class LayerGroup:
             seed = torch.cat([*seeds, seeds[0] + others])
         self.generations += 1
         generation = Generation(layers, settings.dtype, settings.dropout, seed, settings.backend)
-        common = Tensors(layers[0].generator.shared_parameters().values())
         shares, start = {}, 0
         for layer, count in zip(layers, counts, strict=True):
-            own = Tensors(layer.generation_inputs())
-            shares[layer] = Share(generation, slice(start, start + count), settings, common, own)
+            shares[layer] = Share(generation, slice(start, start + count), settings, layer)
             start += count
         return shares
 
@@ -186,13 +215,14 @@ class LayerGroup:
             f"{shape}: {_layers(n)} each in a generation of its own: {reason}" for reason, n in alone.items()
         ]
 
-    def _renew(self, layer: nn.Module, settings: Settings, seeds: list[Tensor]) -> Share:
+    def _renew(self, layer: nn.Module, settings: Settings, seeds: list[Tensor]) -> list[Factors]:
         in_backward = torch._C._current_graph_task_id() != -1
         # In a backward (reentrant checkpointing) the gradient of a whole group would be computed for each region.
         shares = self.generate([layer] if in_backward else self.together_with(layer), settings, seeds)
         if not in_backward and layer in self._shares:
             self._shares.update(shares)
-        return shares[layer]
+        shares[layer].taken = True
+        return shares[layer].factors
 
 
 def obstacle(layer: nn.Module) -> str | None:

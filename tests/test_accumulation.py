@@ -181,10 +181,11 @@ def test_nesting_raises_and_does_not_disturb_the_outer_one():
     assert_close(gradients(model), expected)
 
 
-def test_a_step_inside_raises():
+@pytest.mark.parametrize("options", [{}, dict(fused=True)], ids=["", "fused"])
+def test_a_step_inside_raises(options):
     for at_once in (True, False):
         model = adapted()
-        optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1, weight_decay=0.1)
+        optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1, **options)
         with pytest.raises(RuntimeError, match="step the optimizer after the context"), accumulate(model):
             run(model)
             for parameter in model.parameters():

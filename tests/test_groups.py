@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -67,7 +68,16 @@ def test_autocast_generates_in_its_own_dtype_and_returns_gradients_in_the_parame
 # --- when factors hold, and when they end ---------------------------------------------------------------------------
 
 
+def step(model, make):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    make(trained, lr=0.1).step()
+
+
 CHANGES = {
+    "optimizer": lambda model: step(model, torch.optim.SGD),
+    "fused-optimizer": lambda model: step(model, partial(torch.optim.AdamW, fused=True)),
     "shared": lambda model: randomise(model.genft_generators),
     "specific": lambda model: nn.init.ones_(model.layers[1].attention.value.specific_up),
     "weight": lambda model: model.layers[0].attention.query.weight.zero_(),

@@ -1,0 +1,1 @@
+"""For other libraries; each module imports the one that it is for."""
