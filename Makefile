@@ -1,10 +1,11 @@
-# make test | demo | lint | bench-layer | kernels-report | wheel; each makes the environment it needs.
+# make test | demo | lint | bench-layer | kernels-report | cuda-report | wheel | wheel-prebuilt;
+# each makes the environment it needs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
 
-.PHONY: env test test-triton-next mutations lint demo sweep bench-layer kernels-report wheel clean
+.PHONY: env test test-triton-next mutations lint demo sweep bench-layer kernels-report cuda-report wheel wheel-prebuilt clean
 
 env: $(VENV)/.ready
 
@@ -55,9 +56,18 @@ bench-layer: env
 kernels-report: env
 	$(BIN)/python -m benchmarks.kernels_report $(ARGS)
 
+# Registers, spills and shared memory of the CUDA kernels; needs nvcc, but no GPU.
+cuda-report: env
+	$(BIN)/python -m benchmarks.cuda_report $(ARGS)
+
 wheel: env
 	rm -rf build dist
 	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
+# The same with the CUDA kernels compiled into it.
+wheel-prebuilt: env
+	rm -rf build dist-prebuilt
+	GENFT_PREBUILD=1 $(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist-prebuilt .
+
 clean:
-	rm -rf $(VENV) build dist demo-output *.egg-info
+	rm -rf $(VENV) build dist dist-prebuilt demo-output *.egg-info

@@ -9,15 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_kernels import compilations, write_logging_nvcc, write_nvcc, write_tree
+from tiny_kernels import NVCC, compilations, needs_nvcc, write_logging_nvcc, write_nvcc, write_tree
 
 from genft_kernels.backends import _build, _jit
 
-try:
-    NVCC = _build.find_nvcc()
-except _build.BuildError as error:
-    NVCC, NO_NVCC = None, str(error)
-needs_nvcc = pytest.mark.skipif(NVCC is None, reason=f"needs nvcc: {NVCC or NO_NVCC}")
 PATIENCE = 240  # seconds; other work may share the machine
 
 

@@ -5,6 +5,16 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+import pytest
+
+from genft_kernels.backends import _build
+
+try:
+    NVCC, NO_NVCC = _build.find_nvcc(), ""
+except _build.BuildError as error:
+    NVCC, NO_NVCC = None, str(error)
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason=NO_NVCC)
+
 BUILD = """\
 module _tiny
 binding binding.cpp

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-MANIFEST = "manifest.json"
+MANIFEST, LOG = "manifest.json", "build.log"
 OLDEST_NVCC = (12, 0)  # the first that knows sm_90a and C++17 in device code as these sources use it
 SYSTEM_NVCC = Path("/usr/local/cuda/bin/nvcc")
 INSTALL_HINT = "install the CUDA toolkit, or pip install 'genft_kernels[nvcc]'"
@@ -152,9 +152,10 @@ def compile_flags(recipe: Recipe, archs: Sequence[str], strict: bool = False) ->
 
 
 def build(recipe: Recipe, nvcc: Nvcc, archs: Sequence[str], output: Path, strict: bool = False) -> dict:
-    """Compile and link the extension into the folder `output`, with a manifest that says what it is.
+    """Compile and link the extension into the new folder `output`, beside the compiler's log and a manifest.
 
-    Returns the manifest: `module` (file name), `sha256`, `sources` (digest), `archs`, `nvcc`, `python`, `seconds`.
+    The manifest, which is returned: `module` (file name), `sha256`, `sources` (digest), `archs`, `nvcc` (version),
+    `python` (suffix of its extensions), `seconds`.
 
     Raises:
         BuildError: the compiler failed; with its last lines.
@@ -165,7 +166,8 @@ def build(recipe: Recipe, nvcc: Nvcc, archs: Sequence[str], output: Path, strict
     for name, content in recipe.files.items():
         (work / name).write_bytes(content)
     (work / "build.ninja").write_text(_ninja_file(recipe, nvcc, compile_flags(recipe, archs, strict), target))
-    run = run_ninja(work)
+    run = _run_ninja(work)
+    (output / LOG).write_text(run.stdout)
     if run.returncode:
         raise BuildError(
             f"nvcc {version} ({nvcc.path}) could not compile the CUDA kernels for {', '.join(archs)}:\n"
@@ -186,7 +188,7 @@ def build(recipe: Recipe, nvcc: Nvcc, archs: Sequence[str], output: Path, strict
     return manifest
 
 
-def run_ninja(folder: Path) -> subprocess.CompletedProcess:
+def _run_ninja(folder: Path) -> subprocess.CompletedProcess:
     """Run ninja in `folder`, standard error joined to standard output."""
     import ninja
 

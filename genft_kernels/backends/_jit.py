@@ -142,7 +142,7 @@ def _compile_into(cache: Path, plan: _Plan) -> ModuleType:
             manifest = build(plan.recipe, plan.nvcc, plan.archs, folder)
             shutil.rmtree(cache / plan.key, ignore_errors=True)  # a damaged one
             folder.rename(cache / plan.key)
-            module = _import(cache / plan.key)
+            module = import_build(cache / plan.key)
         except (BuildError, ImportError) as error:
             _failures[plan.key] = str(error)
             raise BuildError(str(error)) from error
@@ -173,7 +173,7 @@ def _usable(folder: Path) -> ModuleType | None:
     if not (folder / MANIFEST).is_file():
         return None
     try:
-        return _import(folder)
+        return import_build(folder)
     except (OSError, ValueError, KeyError, ImportError) as error:
         _say(f"the CUDA kernels in {folder} are damaged and not used: {error}")
         return None
@@ -183,7 +183,7 @@ def _manifest(folder: Path) -> dict:
     return json.loads((folder / MANIFEST).read_text())
 
 
-def _import(folder: Path) -> ModuleType:
+def import_build(folder: Path) -> ModuleType:
     """Import a build; ValueError if its file is not the one that was compiled."""
     manifest = _manifest(folder)
     path = folder / manifest["module"]
