@@ -1,5 +1,6 @@
 """Compiling the CUDA kernels on first use: the cache, and everything that can go wrong. No GPU is needed."""
 
+import contextlib
 import json
 import os
 import signal
@@ -112,7 +113,7 @@ def test_changed_sources_are_compiled_anew(tree, cache, home):
 
 
 @needs_nvcc
-@pytest.mark.parametrize("damage", ["truncated", "no module", "manifest"])
+@pytest.mark.parametrize("damage", ["truncated", "altered", "no module", "manifest"])
 def test_a_damaged_build_is_compiled_anew(damage, tree, cache, home, capsys):
     _jit.load(tree)
     (entry,) = entries(cache)
@@ -122,6 +123,8 @@ def test_a_damaged_build_is_compiled_anew(damage, tree, cache, home, capsys):
     module.unlink()
     if damage == "truncated":
         module.write_bytes(content[: len(content) // 2])
+    elif damage == "altered":
+        module.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     elif damage == "manifest":
         module.write_bytes(content)
         (entry / "manifest.json").write_text('{"module": ')
@@ -137,60 +140,47 @@ USER = (
 )
 
 
-def start_user(tree):
-    """A process of its own that loads the module and prints its answer."""
-    return subprocess.Popen(
-        [sys.executable, "-c", USER, str(tree)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        cwd=Path(__file__).parent.parent,
-    )
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.02)
+@contextlib.contextmanager
+def users(tree, count):
+    """Processes of their own that load the module and print its answer; at the end nothing of them is left."""
+    command = [sys.executable, "-c", USER, str(tree)]
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    processes = [subprocess.Popen(command, cwd=Path(__file__).parent.parent, **options) for _ in range(count)]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # the compilers it started as well
+            process.communicate()
 
 
 @needs_nvcc
 def test_of_two_processes_one_compiles_and_one_waits(tree, cache, home):
     (home / "wait").touch()
-    users = [start_user(tree), start_user(tree)]
-    try:
-        waiting = _wait_for_line(users, "another process compiles the CUDA kernels; waiting for it")
+    with users(tree, 2) as processes:
+        first = {process: process.stderr.readline() for process in processes}
+        (waiting,) = [p for p, line in first.items() if "another process compiles the CUDA kernels; waiting" in line]
         (home / "wait").unlink()
-        for user in users:
-            out, err = user.communicate(timeout=PATIENCE)
-            assert (out, user.returncode) == ("42\n", 0), err
-            assert ("compiled the CUDA kernels in" in err) == (user is not waiting)
-    finally:
-        for user in users:
-            user.kill()
+        for process in processes:
+            out, err = process.communicate(timeout=PATIENCE)
+            assert (out, process.returncode) == ("42\n", 0), err
+            assert ("compiled the CUDA kernels in" in err) == (process is not waiting)
     assert compilations(home) == 1
-
-
-def _wait_for_line(users, line):
-    """The process whose first line on standard error it is; the other's must be that it compiles."""
-    first = {user: user.stderr.readline() for user in users}
-    waiting = [user for user in users if line in first[user]]
-    assert len(waiting) == 1 and sum("compiling the CUDA kernels" in text for text in first.values()) == 1, first
-    return waiting[0]
 
 
 @needs_nvcc
 def test_a_killed_build_is_swept_away_by_the_next(tree, cache, home):
     (home / "wait").touch()
-    killed = start_user(tree)
-    wait_until(lambda: compilations(home) == 1)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.communicate()
-    assert list(cache.glob("*.building")) and not entries(cache)
-    (home / "wait").unlink()
-    assert _jit.load(tree).answer() == 42 and compilations(home) == 2
+    with users(tree, 1) as (killed,):
+        deadline = time.monotonic() + PATIENCE
+        while compilations(home) == 0 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        killed.kill()
+        killed.wait()
+        assert list(cache.glob("*.building")) and not entries(cache)
+        (home / "wait").unlink()  # its compiler, left alone, goes on as well
+        assert _jit.load(tree).answer() == 42 and compilations(home) == 2
     assert not list(cache.glob("*.building")) and len(entries(cache)) == 1
 
 

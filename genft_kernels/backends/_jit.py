@@ -215,6 +215,7 @@ def _capabilities() -> list[tuple[int, int]]:
     return [capability for capability in found if capability >= (8, 0)]
 
 
+@functools.cache
 def _package_sources() -> Path:
     package = Path(__file__).parent.parent
     installed = package / "csrc"
