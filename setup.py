@@ -31,6 +31,7 @@ class Prebuild(build_ext):
         shutil.rmtree(folder, ignore_errors=True)
         recipe = build.Recipe.read(ROOT / "csrc")
         build.build(recipe, build.find_nvcc(), recipe.archs, folder)
+        (folder / build.LOG).unlink()
 
 
 def extensions():

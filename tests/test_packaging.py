@@ -60,6 +60,8 @@ def test_a_wheel_with_compiled_kernels_needs_no_compiler(project, tmp_path):
     wheel, output = make_wheel(project, GENFT_PREBUILD="1")
     assert wheel is not None, output
     assert re.search(r"-cp\d+-cp\d+-linux_\w+\.whl$", wheel.name)
+    inside = {name.split("/")[-1] for name in zipfile.ZipFile(wheel).namelist() if "prebuilt" in name}
+    assert len(inside) == 2 and "manifest.json" in inside
     site = tmp_path / "site"
     installed = run(sys.executable, "-m", "pip", "install", "--no-deps", "-t", str(site), str(wheel), cwd=tmp_path)
     assert installed.returncode == 0, installed.stdout
