@@ -2,11 +2,24 @@
 
 import sys
 
-from genft_kernels.backends import _jit
+import torch
+
+from genft_kernels import GenFTConfig, GenFTLinear
+from genft_kernels.backends import _jit, cuda_kernels
 
 expected = sys.argv[1]  # "cached" or "prebuilt"
 kernels = _jit.load()
 assert "site-packages" in _jit.__file__, f"not the installed package: {_jit.__file__}"
 assert f"CUDA kernels: {expected} " in _jit.state(), _jit.state()
-assert kernels.error_string(0) == "no error"
-print(f"installed kernels: {expected}, loaded")
+if torch.cuda.is_available():
+    layer = GenFTLinear(48, 32, config=GenFTConfig(outer_activation="gelu"), backend="cuda").cuda()
+    layer(torch.randn(5, 48, device="cuda")).sum().backward()
+    print(f"installed kernels: {expected}; forward and backward ran")
+else:
+    code = kernels.fold(0, 48, False, 0, 0, 0, 0, 48, 48, 8, 0, 1.0, 0, 1.0, 0, 1, 0)
+    try:
+        cuda_kernels.raise_for(code, "fold", kernels)
+    except RuntimeError as error:
+        print(f"installed kernels: {expected}; without a GPU: {error}")
+    else:
+        raise AssertionError("a launch without a GPU is no error")

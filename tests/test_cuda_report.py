@@ -5,7 +5,7 @@ import torch
 from tiny_kernels import needs_nvcc, write_tree
 
 from benchmarks import cuda_launches, cuda_report
-from genft_kernels.backends import _build, _jit
+from genft_kernels.backends import _build, _jit, cuda_kernels
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,9 @@ def test_the_module_imports_and_a_launch_without_a_gpu_is_an_error(compiled):
     kernels = _jit.import_build(compiled[0])
     for name, values in cuda_launches.launchers():
         code = getattr(kernels, name)(*[choices[0] for choices in values])
-        assert "driver" in kernels.error_string(code) or "no CUDA-capable device" in kernels.error_string(code), name
+        message = f"CUDA kernel '{name}' failed to launch: .*(driver|no CUDA-capable device)"
+        with pytest.raises(RuntimeError, match=message):
+            cuda_kernels.raise_for(code, name, kernels)
 
 
 @needs_nvcc
