@@ -28,7 +28,6 @@ class Explains(Protocol):
         """Lines."""
 
 
-@torch.compiler.assume_constant_result  # else torch.compile would trace imports and the search for a compiler
 def unavailable(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why an operation backend cannot compute in `dtype` on `device`, or None if it can."""
     if name == "eager":
@@ -42,6 +41,11 @@ def unavailable(name: str, device: torch.device, dtype: torch.dtype) -> str | No
     if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
         return None
     return f"it needs a CUDA device, not {device.type}"
+
+
+# torch.compile takes the answer as it is, or it would trace imports and the search for a compiler. It is what
+# torch.compiler.assume_constant_result sets, which imports torch._dynamo and with it Triton.
+unavailable._dynamo_marked_constant = True
 
 
 def check_name(name: str) -> None:
