@@ -8,7 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
@@ -46,7 +46,7 @@ def extensions():
 
 
 setup(
-    packages=["genft_kernels", "genft_kernels.backends", "genft_kernels.csrc", "genft_kernels.integrations"],
+    packages=[*find_packages(include=["genft_kernels", "genft_kernels.*"]), "genft_kernels.csrc"],
     package_dir={"genft_kernels": "genft_kernels", "genft_kernels.csrc": "csrc"},
     package_data={
         "genft_kernels": ["py.typed"],

@@ -50,8 +50,9 @@ def test_a_plain_wheel_is_pure_and_carries_the_sources(project):
     assert wheel is not None, output
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    wanted = ("build.txt", "fill.cu", "binding.cpp", "answer.h")
-    assert {f"genft_kernels/csrc/{name}" for name in wanted} <= set(names)
+    wanted = {f"genft_kernels/csrc/{name}" for name in ("build.txt", "fill.cu", "binding.cpp", "answer.h")}
+    wanted |= {str(path.relative_to(project)) for path in project.glob("genft_kernels/**/*.py")}
+    assert wanted <= set(names)
     assert not [name for name in names if "prebuilt" in name]
 
 
