@@ -19,6 +19,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
 TARGETS = {
@@ -57,7 +58,7 @@ class Launch:
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Within the context launches are taken down, in order and without repetition, and nothing runs."""
+    """Within the context launches, with every setting to choose from, are taken down once each, and nothing runs."""
     launches: list[Launch] = []
 
     def record(self, *args, grid, warmup, **kwargs):
@@ -67,11 +68,17 @@ def recording() -> Iterator[list[Launch]]:
         if launch not in launches:
             launches.append(launch)
 
-    original, JITFunction.run = JITFunction.run, record
+    def record_settings(self, *args, **kwargs):
+        self.nargs = dict(zip(self.arg_names, args, strict=False))
+        for config in self.prune_configs(kwargs):
+            self.fn.run(*args, **kwargs, **config.all_kwargs())
+
+    runs = JITFunction.run, Autotuner.run
+    JITFunction.run, Autotuner.run = record, record_settings
     try:
         yield launches
     finally:
-        JITFunction.run = original
+        JITFunction.run, Autotuner.run = runs
 
 
 def _launch(kernel: JITFunction, values: list, options: dict) -> Launch:

@@ -18,8 +18,10 @@ from .triton_math import (
     rank_k_tile,
     round_up_or_down,
     thin_rows,
+    tile_of_program,
     word_tile,
 )
+from .triton_tuning import bucket, tuned
 
 
 @triton.jit
@@ -29,15 +31,17 @@ def _matrix_tile(matrix, rows, columns, n_rows, n_columns, stride_row, stride_co
     return tl.load(matrix + at, mask=mask, other=0.0)
 
 
-@triton.jit
+@tuned("bucket", "m", "n", "k")
+@triton.jit(do_not_specialize=["bucket"])
 def _extended_k(
-    tokens, matrix, bias, small, thin, out, t, m, n, k, stride_t, stride_n, stride_mm, stride_mn, scale,
+    tokens, matrix, bias, small, thin, out, t, bucket, m, n, k, stride_t, stride_n, stride_mm, stride_mn, scale,
     HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, SLICES: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out [t, m] = tokens [t, n] matrix[m, n]^T + scale * small [t, k] thin[m, k]^T + bias, one accumulator."""
-    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    columns = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_tile, column_tile = tile_of_program(tl.cdiv(t, BLOCK_T), tl.cdiv(m, BLOCK_M))
+    rows = row_tile * BLOCK_T + tl.arange(0, BLOCK_T)
+    columns = column_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     total = rank_k_tile(small, thin, rows, columns, t, m, k, SLICES, PRECISION, BLOCK_T, BLOCK_M) * scale
     for start in range(0, n, BLOCK_N):
         inner = start + tl.arange(0, BLOCK_N)
@@ -65,9 +69,10 @@ def _update_tile(
     return update
 
 
-@triton.jit
+@tuned("bucket", "n_out", "n_in", "k", "ACTIVATION", "DROPOUT", "OVER_OUT")
+@triton.jit(do_not_specialize=["bucket"])
 def _main_loop(
-    tokens, weight, bias, b, h, seed, out, t, n_out, n_in, k, stride_t, stride_n, stride_wo, stride_wi,
+    tokens, weight, bias, b, h, seed, out, t, bucket, n_out, n_in, k, stride_t, stride_n, stride_wo, stride_wi,
     threshold, keep_scale, stream, scale,
     ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr, OVER_OUT: tl.constexpr,
     PRECISION: tl.constexpr, SLICES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK: tl.constexpr,
@@ -130,9 +135,10 @@ def _fold(
     tl.store(out + at, exact.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@tuned("bucket", "n_out", "n_in", "k", "ACTIVATION", "DROPOUT")
+@triton.jit(do_not_specialize=["bucket"])
 def _contract(
-    dy, x, b, h, seed, dh, db, t, n_out, n_in, k, stride_dt, stride_do, stride_xt, stride_xi,
+    dy, x, b, h, seed, dh, db, t, bucket, n_out, n_in, k, stride_dt, stride_do, stride_xt, stride_xi,
     threshold, keep_scale, stream, scale,
     ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr, NEED_H: tl.constexpr, NEED_B: tl.constexpr,
     PRECISION: tl.constexpr, SLICES: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr,
@@ -142,7 +148,7 @@ def _contract(
 
     Partial sums, added up afterwards in a fixed order: db [in tiles, out, k], dh [out tiles, in, k], float32.
     """
-    out_tile, in_tile = tl.program_id(0), tl.program_id(1)
+    out_tile, in_tile = tile_of_program(tl.cdiv(n_out, BLOCK_OUT), tl.cdiv(n_in, BLOCK_IN))
     rows = out_tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     columns = in_tile * BLOCK_IN + tl.arange(0, BLOCK_IN)
     g = tl.zeros((BLOCK_OUT, BLOCK_IN), dtype=tl.float32)
@@ -178,8 +184,8 @@ def extended_k(tokens, matrix, bias, small, thin, scale: float) -> Tensor:
     out = tokens.new_empty((t, m))
     block = matrix_block(tokens)
     if t:
-        _extended_k[(triton.cdiv(t, block), triton.cdiv(m, block))](
-            tokens, matrix, bias, small.contiguous(), thin.contiguous(), out, t, m, n, k,
+        _extended_k[(triton.cdiv(t, block) * triton.cdiv(m, block),)](
+            tokens, matrix, bias, small.contiguous(), thin.contiguous(), out, t, bucket(t), m, n, k,
             *tokens.stride(), *matrix.stride(), scale,
             HAS_BIAS=bias is not None, PRECISION=precision(tokens), SLICES=slices(k),
             BLOCK_T=block, BLOCK_M=block, BLOCK_N=edge(tokens), num_warps=max(4, block // 16),
@@ -196,7 +202,7 @@ def main_loop(tokens, weight, bias, h, b, seed, scale, activation, dropout, stre
     if t:
         block = edge(tokens)
         _main_loop[(triton.cdiv(t, 16), triton.cdiv(n_kept, block))](
-            tokens, weight, bias, b.contiguous(), h.contiguous(), seed, out, t, n_out, n_in, k,
+            tokens, weight, bias, b.contiguous(), h.contiguous(), seed, out, t, bucket(t), n_out, n_in, k,
             *tokens.stride(), *weight.stride(), threshold, keep_scale, stream, scale,
             ACTIVATION=activation, DROPOUT=dropout > 0, HAS_BIAS=bias is not None, OVER_OUT=over_out,
             PRECISION=precision(tokens), SLICES=slices(k), BLOCK_T=16, BLOCK=block,
@@ -229,8 +235,8 @@ def contract(dy, x, h, b, seed, scale, activation, dropout, stream, need_h: bool
     dh = torch.empty((out_tiles, n_in, k), dtype=torch.float32, device=dy.device) if need_h else None
     db = torch.empty((in_tiles, n_out, k), dtype=torch.float32, device=dy.device) if need_b else None
     seed, threshold, keep_scale = dropout_arguments(dropout, seed, dy.device)
-    _contract[(out_tiles, in_tiles)](
-        dy, x, b.contiguous(), h.contiguous(), seed, dh, db, t, n_out, n_in, k, *dy.stride(), *x.stride(),
+    _contract[(out_tiles * in_tiles,)](
+        dy, x, b.contiguous(), h.contiguous(), seed, dh, db, t, bucket(t), n_out, n_in, k, *dy.stride(), *x.stride(),
         threshold, keep_scale, stream, scale,
         ACTIVATION=activation, DROPOUT=dropout > 0, NEED_H=need_h, NEED_B=need_b,
         PRECISION=precision(h), SLICES=slices(k), BLOCK_K=unit_block(k, h), CHUNKS=triton.cdiv(k, unit_block(k, h)),

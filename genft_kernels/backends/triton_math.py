@@ -48,6 +48,13 @@ def activation_slope(z, NAME: tl.constexpr):
 
 
 @triton.jit
+def tile_of_program(row_tiles, column_tiles):
+    """(row tile, column tile) of a program, so that programs that run together share what they read from memory."""
+    program = tl.program_id(0)
+    return tl.swizzle2d(program // column_tiles, program % column_tiles, row_tiles, column_tiles, 8)
+
+
+@triton.jit
 def thin_rows(thin, rows, units, n_rows, n_units):
     """Rows of a contiguous thin matrix [n_rows, n_units], zero outside it: [rows, units]."""
     mask = (rows[:, None] < n_rows) & (units[None, :] < n_units)

@@ -163,8 +163,10 @@ def row_backward(grad, left, right, down, pre, seed, outer: str, dropout: float,
         ddown = ddown_t.mT.contiguous()
     if need_right:
         dright = right.new_empty((layers, n_in, k1))
-        _row_backward_in[(triton.cdiv(n_in, block), chunks, layers)](
-            *thin, dright, *numbers, BLOCK_OUT=32, BLOCK_IN=block, **settings
+        # In float32 any larger tile spills for some k, on one card or another.
+        height, width = (32, block) if left.dtype.itemsize == 2 else (16, 16)
+        _row_backward_in[(triton.cdiv(n_in, width), chunks, layers)](
+            *thin, dright, *numbers, BLOCK_OUT=height, BLOCK_IN=width, **settings
         )
     dbias = dz.sum((0, 1), dtype=torch.float32).to(grad.dtype) if need_bias else None
     return dleft if need_left else None, dright, ddown if need_down else None, dbias
