@@ -70,7 +70,7 @@ def genft_linear(
     if chosen == "reference":
         return reference.genft_linear(x, weight, bias, params, config, training=training, seed=seed)
     dropout = config.dropout if training else 0.0
-    seed = forward_seed(seed, x.device, training, dropout, config.outer_activation, dtype)
+    seed = forward_seed(seed, x.device, training, dropout, config.outer_activation, dtype, chosen)
     group = GeneratorParameters(*(t if t is None or t.dim() == 1 else t[None] for t in params))
     generated = generate_factors([weight], group, config, dtype=dtype, dropout=dropout, seed=seed, backend=chosen)
     (factors,) = generated.unbind()
@@ -114,7 +114,7 @@ def factored_linear(
         )
     dtype = compute_dtype(x)
     dropout = dropout if training else 0.0
-    seed = forward_seed(seed, x.device, training, dropout, activation, dtype)
+    seed = forward_seed(seed, x.device, training, dropout, activation, dtype, chosen)
     factors = Factors(h.to(x.device, dtype), b.to(x.device, dtype), ROW_STREAM)
     return apply_factors(x, weight, bias, factors, scale, activation, dropout, seed, chosen)
 
@@ -217,6 +217,7 @@ def forward_seed(
     dropout: float,
     outer_activation: str,
     dtype: torch.dtype,
+    backend: str,
 ) -> torch.Tensor | None:
     """A layer's seed as a tensor, drawn where none is given but dropout or stochastic rounding will want one.
 
@@ -224,5 +225,7 @@ def forward_seed(
     """
     if seed is not None:
         return seed_tensor(seed, device)
-    rounds = not is_factored(outer_activation, dropout) and dtype.itemsize == 2
+    # What is folded is rounded; in the factored form only kernels ever fold.
+    folds = backend != "eager" or not is_factored(outer_activation, dropout)
+    rounds = folds and dtype.itemsize == 2
     return draw_seed(device) if training and (dropout > 0 or rounds) else None

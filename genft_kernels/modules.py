@@ -266,7 +266,7 @@ class GenFTLinear(nn.Linear):
         config, training, dtype = self.config, self.training, compute_dtype(x)
         psi, dropout = config.outer_activation, config.dropout if training else 0.0
         backend = backends.choose(self.backend, x.device, dtype)
-        seeds = [forward_seed(None, x.device, training, dropout, psi, dtype) for _ in self._blocks[1]]
+        seeds = [forward_seed(None, x.device, training, dropout, psi, dtype, backend) for _ in self._blocks[1]]
         factors = self.generator.group.factors_for(self, dtype, backend, seeds)
         return lambda weight, bias, place: apply_factors(
             x, weight, bias, factors[place], config.scaling, psi, dropout, seeds[place], backend

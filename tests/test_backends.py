@@ -10,6 +10,7 @@ import torch
 from cases import CASES, CPU, make_data, relative_error, run, runnable
 
 from genft_kernels import GeneratorParameters, backends, philox, reference
+from genft_kernels.backends import choices
 from genft_kernels.functional import factored_linear, generate_factors, genft_linear
 
 LOW_PRECISION = [torch.float32, torch.float16, torch.bfloat16]
@@ -148,6 +149,33 @@ def test_without_a_seed_one_is_drawn_from_torchs_generator(on):
         torch.manual_seed(seed)
         results.append(run(genft_linear, data, case.config, backend=on.backend, training=True)["y"])
     assert torch.equal(results[0], results[1]) and not torch.allclose(results[0], results[2])
+
+
+@pytest.mark.parametrize("on", RUNNERS)
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+@pytest.mark.parametrize("name", ["factored-square", "factored-wide-bias", "column-factored", "tiled-square"])
+def test_every_way_of_running_linear_is_right(name, dtype, on, monkeypatch):
+    """Where the shared cases' few tokens take one way, force the other: the factored and the tiled form folded."""
+    monkeypatch.setattr(choices, "choices_for", lambda device: choices.Choices(0, 0, 0))
+    case = next(case for case in CASES if case.name == name)
+    plain = errors_of_plain_pytorch(case, dtype, on.device)
+    for key, error in errors(genft_linear, case, dtype, on.device, backend=on.backend).items():
+        allowed = 2 * plain[key] + torch.finfo(dtype).eps
+        assert error <= allowed, f"{key}: {error:.3g} > {allowed:.3g}"
+
+
+def test_the_choice_follows_the_shape_and_knows_every_card(monkeypatch):
+    counted, small, large = (
+        choices.COUNTED,
+        torch.empty(768, 768, device="meta"),
+        torch.empty(4096, 4096, device="meta"),
+    )
+    assert not counted.folds(4096, small) and counted.folds(8192, small)
+    assert not counted.folds(128, large) and counted.folds(1024, large)
+    monkeypatch.setitem(choices.MEASURED, (9, 0), choices.Choices(64, 1, 1))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: {0: (9, 0), 1: (12, 9)}[device.index])
+    assert choices.choices_for(torch.device("cuda:0")).main_loop_tokens == 64
+    assert choices.choices_for(torch.device("cuda:1")) == choices.choices_for(CPU) == counted
 
 
 @pytest.mark.parametrize("on", RUNNERS)

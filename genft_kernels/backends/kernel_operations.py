@@ -13,10 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import is_factored
-from . import eager
-
-# Up to this many tokens W is read once and the update's tile made on the way; beyond, a folded W feeds a vendor GEMM.
-_MAIN_LOOP_TOKENS = 128
+from . import choices, eager
 
 
 class KernelOperations:
@@ -51,10 +48,12 @@ class KernelOperations:
         """(y = x (W + scale * drop(psi(b h^T)))^T + bias  [..., out], x h  [tokens, k] in the factored form)."""
         tokens, xh = x.reshape(-1, x.shape[-1]), None  # [T, in]
         update = seed, scale, activation, dropout, stream
-        if is_factored(activation, dropout):
+        factored, chosen = is_factored(activation, dropout), choices.choices_for(x.device)
+        if factored:
             xh = self._thin(tokens, h)  # [T, k]
+        if factored and not chosen.folds(tokens.shape[0], weight):
             y = self._kernels.extended_k(tokens, weight, bias, xh, b, scale)
-        elif tokens.shape[0] <= _MAIN_LOOP_TOKENS:
+        elif not factored and tokens.shape[0] <= chosen.main_loop_tokens:
             y = self._kernels.main_loop(tokens, weight, bias, h, b, *update, over_out=False)
         else:
             y = F.linear(tokens, self._kernels.fold(weight, h, b, *update), bias)
@@ -66,22 +65,23 @@ class KernelOperations:
         dy = grad.reshape(-1, grad.shape[-1])  # [T, out]
         tokens = None if x is None else x.reshape(-1, x.shape[-1])  # [T, in]
         update = seed, scale, activation, dropout, stream
+        factored, chosen = is_factored(activation, dropout), choices.choices_for(dy.device)
         dx = dh = db = None
-        if is_factored(activation, dropout):
-            dyb = self._thin(dy, b) if need_x or need_h else None  # [T, k]
-            if need_x:
-                dx = self._kernels.extended_k(dy, weight.t(), None, dyb, h, scale)
+        extends = factored and need_x and not chosen.folds(dy.shape[0], weight)
+        if factored:
+            dyb = self._thin(dy, b) if extends or need_h else None  # [T, k]
             if need_h:
                 dh = self._thin_gradient(dyb, tokens, scale)
             if need_b:
                 db = self._thin_gradient(xh, dy, scale)
-        else:
-            if need_x and dy.shape[0] <= _MAIN_LOOP_TOKENS:
-                dx = self._kernels.main_loop(dy, weight, None, h, b, *update, over_out=True)
-            elif need_x:
-                dx = dy @ self._kernels.fold(weight, h, b, *update)
-            if need_h or need_b:
-                dh, db = self._kernels.contract(dy, tokens, h, b, *update, need_h, need_b)
+        elif need_h or need_b:
+            dh, db = self._kernels.contract(dy, tokens, h, b, *update, need_h, need_b)
+        if extends:
+            dx = self._kernels.extended_k(dy, weight.t(), None, dyb, h, scale)
+        elif need_x and not factored and dy.shape[0] <= chosen.main_loop_tokens:
+            dx = self._kernels.main_loop(dy, weight, None, h, b, *update, over_out=True)
+        elif need_x:
+            dx = dy @ self._kernels.fold(weight, h, b, *update)
         dx = dx.reshape(*grad.shape[:-1], dx.shape[-1]) if need_x else None
         dbias = dy.sum(0, dtype=torch.float32).to(grad.dtype) if need_bias else None
         return dx, dbias, dh, db
