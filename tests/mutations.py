@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parent.parent
 BACKENDS = "genft_kernels/backends/"
-INTERPRETED = ["tests/test_backends.py", "tests/test_triton.py", "-k", "triton and (square or tall or wide or many)"]
+INTERPRETED = ["tests/test_backends.py", "tests/test_triton.py", "-k", "triton and (square or tall or wide or many) or beyond"]
 EAGER = ["tests/test_backends.py", "tests/test_precision.py", "-k", "eager"]
 
 
@@ -84,6 +84,27 @@ FAULTS = [
         BACKENDS + "triton_linear.py",
         "rows = summed if OVER_OUT else kept",
         "rows = kept if OVER_OUT else summed",
+        INTERPRETED,
+    ),
+    Fault(
+        "matrix tile: addresses of 32 bits",
+        BACKENDS + "triton_linear.py",
+        "rows[:, None].to(tl.int64) * stride_row + columns[None, :].to(tl.int64) * stride_column",
+        "rows[:, None] * stride_row + columns[None, :] * stride_column",
+        INTERPRETED,
+    ),
+    Fault(
+        "row: every layer draws the first one's mask",
+        BACKENDS + "triton_row.py",
+        "key = tl.load(seed + layer)",
+        "key = tl.load(seed)",
+        INTERPRETED,
+    ),
+    Fault(
+        "thin product: every layer reads the first one's weight",
+        BACKENDS + "triton_thin.py",
+        "tl.load(offsets + layer)",
+        "tl.load(offsets)",
         INTERPRETED,
     ),
     Fault(

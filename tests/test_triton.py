@@ -118,6 +118,42 @@ def test_strides_of_every_operand_are_respected():
                 torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
+@interpreted
+@pytest.mark.parametrize("activation", ["identity", "gelu"])
+@pytest.mark.parametrize("tokens", [5, 140])
+def test_addresses_beyond_two_to_the_31(activation, tokens, tmp_path):
+    """Rows of x, dy and W lie 2**31 / 3 elements apart, in a file of which only what is touched exists."""
+    from genft_kernels.backends import triton
+
+    apart = 2**31 // 3
+    file = torch.from_file(str(tmp_path / "sparse"), shared=True, size=5 * apart, dtype=torch.float32)
+    close = [torch.randn(shape) for shape in ((tokens, 24), (5, 24), (tokens, 5))]  # x, W, dy
+    x, weight, dy = close
+    # Many tokens would need too large a file: the columns then lie apart.
+    far_dy = file.as_strided((tokens, 5), (1, apart)).copy_(dy)
+    far_weight = file[1000:].as_strided((5, 24), (apart, 1)).copy_(weight)
+    h, b, settings = torch.randn(24, 3), torch.randn(5, 3), (torch.tensor([3]), 0.5, activation, 0.0, 1)
+    expected, xh = triton.linear(x, weight, None, h, b, *settings)
+    actual, _ = triton.linear(x, far_weight, None, h, b, *settings)
+    torch.testing.assert_close(actual, expected)
+    needs = [True, False, True, True]
+    expected = triton.linear_backward(dy, x, weight, h, b, xh, *settings, needs)
+    actual = triton.linear_backward(far_dy, x, far_weight, h, b, xh, *settings, needs)
+    for one, other in zip(actual, expected, strict=True):
+        assert one is other is None or torch.allclose(one, other, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["factored-square", "dropout-tiled-bias-out_in"])
+def test_compiles_without_a_graph_break(name):
+    case = next(case for case in CASES if case.name == name)
+    data, options = make_data(case, torch.float32), dict(training=True, seed=torch.tensor([3]), backend="triton")
+    expected = run(genft_linear, data, case.config, **options)
+    compiled = run(torch.compile(genft_linear, fullgraph=True, backend="aot_eager"), data, case.config, **options)
+    for key in expected:
+        torch.testing.assert_close(compiled[key], expected[key])
+
+
 @compiled
 def test_shipped_kernels_fit_the_cards():
     """No spill, shared memory within the limit, wgmma in the sm_90 matrix kernels; sm_100 and gfx942 compile."""
