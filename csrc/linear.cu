@@ -93,8 +93,10 @@ __global__ void __launch_bounds__(Warps<kEdge>::kThreads)
             multiply<false, kOverOut>(frozen, shared.tokens[buffer], shared.weight[buffer]);
         }
         multiply<false, kOverOut>(updated, shared.tokens[buffer], shared.update);
-        __syncthreads();  // all but what is under way is free
-        if (kBuffers == 1 && summed + kEdge < n_summed) load(summed + kEdge);
+        if (kBuffers == 1 && summed + kEdge < n_summed) {
+            __syncthreads();  // the one buffer is free
+            load(summed + kEdge);
+        }
     }
 
     frozen.store(shared.stage);

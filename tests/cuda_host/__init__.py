@@ -13,10 +13,10 @@ import importlib.machinery
 import importlib.util
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sysconfig
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
@@ -53,40 +53,49 @@ def cuda_headers() -> pathlib.Path | None:
 
 
 def build(csrc: pathlib.Path = CSRC, cache: pathlib.Path = ROOT / "build" / "cuda_host") -> pathlib.Path:
-    """The extension module of the sources in `csrc`, compiled unless `cache` has it."""
-    sources = sorted(csrc.glob("*.cu")) + sorted(csrc.glob("*.cpp")) + [HERE / "buffers.cpp"]
-    headers = sorted(csrc.glob("*.h")) + sorted(csrc.glob("*.cuh")) + sorted(HERE.glob("*.h"))
-    state = repr(_FLAGS).encode() + b"".join(path.read_bytes() for path in sources + headers)
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    module = cache / hashlib.sha256(state).hexdigest()[:16] / f"genft_cuda{suffix}"
+    """The extension module of the sources in `csrc`. `cache` keeps what has been compiled, by its text."""
     cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / "lock"):
-        if not module.exists():
-            with tempfile.TemporaryDirectory(dir=cache) as folder:
-                _compile(sources, [csrc, HERE], pathlib.Path(folder) / module.name)
-                module.parent.mkdir(exist_ok=True)
-                (pathlib.Path(folder) / module.name).rename(module)
-    return module
+    sources = [*sorted(csrc.glob("*.cu")), *sorted(csrc.glob("*.cpp")), HERE / "buffers.cpp"]
+    with FileLock(cache / "lock"), ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda source: _object(source, csrc, cache), sources))
+        state = _digest(*(path.name.encode() for path in objects))
+        return _made(cache / state / f"genft_cuda{sysconfig.get_config_var('EXT_SUFFIX')}", "-shared", *objects)
 
 
-def _compile(sources: list[pathlib.Path], includes: list[pathlib.Path], module: pathlib.Path) -> None:
-    include = [f"-I{folder}" for folder in includes]
+def _object(source: pathlib.Path, csrc: pathlib.Path, cache: pathlib.Path) -> pathlib.Path:
+    include = [f"-I{csrc}", f"-I{HERE}"]
     for folder in (cuda_headers(), pybind11.get_include(), sysconfig.get_paths()["include"]):
         include += ["-isystem", str(folder)]
+    texts = [path.read_bytes() for path in _with_includes(source, [csrc, HERE])]
+    target = cache / f"{source.name}.{_digest(repr(_FLAGS).encode(), *texts)}.o"
+    return _made(target, "-x", "c++", *_FLAGS, *include, "-c", source)
 
-    def to_object(source: pathlib.Path) -> pathlib.Path:
-        target = module.parent / f"{source.name}.o"
-        run("g++", "-x", "c++", *_FLAGS, *include, "-c", source, "-o", target)
-        return target
 
-    def run(*command) -> None:
-        result = subprocess.run(command, capture_output=True, text=True)
+def _with_includes(source: pathlib.Path, folders: list[pathlib.Path]) -> list[pathlib.Path]:
+    """The file and all that it includes from `folders`, directly or not."""
+    found = [source]
+    for path in found:
+        for name in re.findall(r'^#include "(.+)"', path.read_text(), re.MULTILINE):
+            header = next(folder / name for folder in folders if (folder / name).is_file())
+            if header not in found:
+                found.append(header)
+    return found
+
+
+def _digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _made(target: pathlib.Path, *arguments) -> pathlib.Path:
+    """`target`, made by g++ unless it is there; nobody sees half of it."""
+    if not target.exists():
+        target.parent.mkdir(exist_ok=True)
+        unfinished = target.with_name(f"{target.name}.{os.getpid()}")
+        result = subprocess.run(["g++", *arguments, "-o", unfinished], capture_output=True, text=True)
         if result.returncode:
             raise RuntimeError(f"g++ failed on the CUDA sources:\n{result.stderr[-3000:]}")
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(to_object, sources))
-    run("g++", "-shared", *objects, "-o", module)
+        unfinished.rename(target)
+    return target
 
 
 class Emulator:
@@ -120,8 +129,8 @@ def _extent(tensor: torch.Tensor) -> int:
 
 @functools.cache
 def emulator() -> Emulator:
-    """The one of the project's sources, or of those in GENFT_CUDA_HOST_SOURCES (tests/cuda_faults.py)."""
-    return Emulator(build(pathlib.Path(os.environ.get("GENFT_CUDA_HOST_SOURCES", CSRC))))
+    """The one of the project's sources."""
+    return Emulator(build(CSRC))
 
 
 def install() -> None:
