@@ -52,31 +52,31 @@ def cuda_headers() -> pathlib.Path | None:
     return None
 
 
-def build(csrc: pathlib.Path = CSRC, cache: pathlib.Path = ROOT / "build" / "cuda_host") -> pathlib.Path:
-    """The extension module of the sources in `csrc`. `cache` keeps what has been compiled, by its text."""
+def build(*sources: pathlib.Path) -> pathlib.Path:
+    """A shared library of `sources`. The cache keeps what has been compiled, by its text."""
+    cache = ROOT / "build" / "cuda_host"
     cache.mkdir(parents=True, exist_ok=True)
-    sources = [*sorted(csrc.glob("*.cu")), *sorted(csrc.glob("*.cpp")), HERE / "buffers.cpp"]
     with FileLock(cache / "lock"), ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda source: _object(source, csrc, cache), sources))
+        objects = list(pool.map(lambda source: _object(source, cache), [*sources, HERE / "buffers.cpp"]))
         state = _digest(*(path.name.encode() for path in objects))
         return _made(cache / state / f"genft_cuda{sysconfig.get_config_var('EXT_SUFFIX')}", "-shared", *objects)
 
 
-def _object(source: pathlib.Path, csrc: pathlib.Path, cache: pathlib.Path) -> pathlib.Path:
-    include = [f"-I{csrc}", f"-I{HERE}"]
+def _object(source: pathlib.Path, cache: pathlib.Path) -> pathlib.Path:
+    include = [f"-I{CSRC}", f"-I{HERE}"]
     for folder in (cuda_headers(), pybind11.get_include(), sysconfig.get_paths()["include"]):
         include += ["-isystem", str(folder)]
-    texts = [path.read_bytes() for path in _with_includes(source, [csrc, HERE])]
+    texts = [path.read_bytes() for path in _with_includes(source)]
     target = cache / f"{source.name}.{_digest(repr(_FLAGS).encode(), *texts)}.o"
     return _made(target, "-x", "c++", *_FLAGS, *include, "-c", source)
 
 
-def _with_includes(source: pathlib.Path, folders: list[pathlib.Path]) -> list[pathlib.Path]:
-    """The file and all that it includes from `folders`, directly or not."""
+def _with_includes(source: pathlib.Path) -> list[pathlib.Path]:
+    """The file and all that it includes from the project, directly or not."""
     found = [source]
     for path in found:
         for name in re.findall(r'^#include "(.+)"', path.read_text(), re.MULTILINE):
-            header = next(folder / name for folder in folders if (folder / name).is_file())
+            header = next(folder / name for folder in (CSRC, HERE) if (folder / name).is_file())
             if header not in found:
                 found.append(header)
     return found
@@ -130,7 +130,7 @@ def _extent(tensor: torch.Tensor) -> int:
 @functools.cache
 def emulator() -> Emulator:
     """The one of the project's sources."""
-    return Emulator(build(CSRC))
+    return Emulator(build(*sorted(CSRC.glob("*.cu")), *sorted(CSRC.glob("*.cpp"))))
 
 
 def install() -> None:
