@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
 
-.PHONY: env test test-triton-next mutations lint demo sweep bench-layer kernels-report cuda-report wheel wheel-prebuilt clean
+.PHONY: env test test-triton-next mutations cuda-faults lint demo sweep bench-layer kernels-report cuda-report wheel wheel-prebuilt clean
 
 env: $(VENV)/.ready
 
@@ -37,6 +37,10 @@ test-triton-next: env
 # Planted faults: each must turn a test red.
 mutations: env
 	$(BIN)/python -m tests.mutations
+
+# The same in the CUDA kernels, which g++ compiles and the CPU runs.
+cuda-faults: env
+	$(BIN)/python -m tests.cuda_faults
 
 lint: env
 	$(BIN)/ruff check .

@@ -303,6 +303,38 @@ def test_wrong_dtypes_are_named(device):
         cuda_kernels.fold(weight, h.float(), b.bfloat16(), *update)
 
 
+def test_a_wrong_shape_is_named_before_anything_runs(device):
+    ones = torch.ones
+    weight, h, b = (ones(shape, device=device) for shape in ((5, 6), (6, 2), (5, 2)))
+    update = 1.0, "gelu", 0.5, philox.ROW_STREAM
+    seed = torch.tensor([1], device=device)
+    with pytest.raises(ValueError, match=r"b must be \[5, 2\], got \[6, 2\]"):
+        cuda_kernels.fold(weight, h, h, seed, *update)
+    with pytest.raises(ValueError, match="seed must be int64 with 1 elements, got torch.int32 with 1"):
+        cuda_kernels.fold(weight, h, b, seed.int(), *update)
+    with pytest.raises(ValueError, match=r"x must be \[3, 6\], got \[4, 6\]"):
+        cuda_kernels.contract(ones(3, 5).to(weight), ones(4, 6).to(weight), h, b, seed, *update, True, True)
+    with pytest.raises(ValueError, match=r"tokens must be \[3, 6\], got \[3, 5\]"):
+        cuda_kernels.main_loop(ones(3, 5).to(weight), weight, None, h, b, seed, *update, False)
+    with pytest.raises(ValueError, match=r"small must be \[3, 2\], got \[3, 4\]"):
+        cuda_kernels.extended_k(ones(3, 6).to(weight), weight, None, ones(3, 4).to(weight), b, 1.0)
+    with pytest.raises(ValueError, match=r"matrix 1 must be \[5, 6\], got \[6, 5\]"):
+        cuda_kernels.thin_product([weight, weight.t()], ones(2, 3, 6).to(weight), None, "identity")
+    with pytest.raises(ValueError, match=r"grad must be \[1, 5, 3\], got \[2, 5, 3\]"):
+        cuda_kernels.thin_transposed(ones(2, 5, 3).to(weight), [weight], None, "identity")
+    with pytest.raises(ValueError, match="seed must be int64 with 2 elements, got torch.int64 with 1"):
+        cuda_kernels.row_forward(
+            ones(2, 5, 3).to(weight),
+            ones(2, 6, 3).to(weight),
+            ones(2, 4, 5).to(weight),
+            None,
+            seed,
+            "tanh",
+            0.5,
+            "tanh",
+        )
+
+
 def test_tensors_of_two_devices_are_named():
     weight, h, b = (random(torch.float32, CPU, *shape) for shape in ((5, 6), (6, 2), (5, 2)))
     with pytest.raises(RuntimeError, match="on one device, not on cpu and meta"):

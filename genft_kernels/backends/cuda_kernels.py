@@ -88,6 +88,17 @@ def _dtype(*tensors: Tensor | None) -> torch.dtype:
     return dtype
 
 
+def _check_shapes(
+    seed: Tensor | None = None, layers: int = 1, **expected: tuple[Tensor | None, tuple[int, ...]]
+) -> None:
+    """ValueError that names the tensor whose shape is not the expected one; the kernels would read beside it."""
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
+    if seed is not None and (seed.dtype != torch.int64 or seed.numel() != layers):
+        raise ValueError(f"seed must be int64 with {layers} elements, got {seed.dtype} with {seed.numel()}")
+
+
 def _tiles(n: int) -> int:
     return -(-n // _EDGE)
 
@@ -144,7 +155,8 @@ def thin_product(
 
     `matrices` are L of one shape; `thin` is [L, k, n].
     """
-    dtype, (m, n), (layers, k, _) = _dtype(thin, bias), matrices[0].shape, thin.shape
+    dtype, (m, n), layers, k = _dtype(thin, bias), matrices[0].shape, len(matrices), thin.shape[1]
+    _check_shapes(thin=(thin, (layers, k, n)), bias=(bias, (k,)), **_of_one_shape(matrices))
     out = thin.new_empty((layers, m, k))
     pre = None if activation == "identity" else torch.empty_like(out)
     if m:
@@ -156,7 +168,12 @@ def thin_product(
 
 def thin_transposed(grad: Tensor, matrices: list[Tensor], pre: Tensor | None, activation: str) -> Tensor:
     """(grad * activation'(pre))[L, m, k]^T matrix [m, n]: [L, k, n] float32, summed in a fixed order."""
-    dtype, (m, n), (layers, _, k) = _dtype(grad), matrices[0].shape, grad.shape
+    dtype, (m, n), layers, k = _dtype(grad), matrices[0].shape, len(matrices), grad.shape[2]
+    _check_shapes(
+        grad=(grad, (layers, m, k)),
+        pre=(pre if activation != "identity" else None, (layers, m, k)),
+        **_of_one_shape(matrices),
+    )
     dz = activation_backward(activation, grad, pre).contiguous()
     # Enough blocks for a large card, but at least 512 rows for each.
     splits = max(1, min(-(-256 // (_tiles(n) * _tiles(k) * layers)), -(-m // 512)))
@@ -166,12 +183,19 @@ def thin_transposed(grad: Tensor, matrices: list[Tensor], pre: Tensor | None, ac
     return out[:, 0] if out.shape[1] == 1 else out.sum(1)
 
 
+def _of_one_shape(matrices: list[Tensor]) -> dict:
+    return {f"matrix {index}": (matrix, tuple(matrices[0].shape)) for index, matrix in enumerate(matrices)}
+
+
 # --- the row stage --------------------------------------------------------------------------------------------------
 
 
 def row_forward(left, right, down, bias, seed, outer: str, dropout: float, inner: str) -> tuple[Tensor, Tensor | None]:
     """(h [L, in, k], what the inner activation was applied to or None)."""
     dtype, (layers, n_out, k1), n_in, k = _dtype(left, right, down, bias), left.shape, right.shape[1], down.shape[1]
+    _check_shapes(
+        seed, layers, right=(right, (layers, n_in, k1)), down=(down, (layers, k, n_out)), bias=(bias, (k,))
+    )  # fmt: skip
     h = down.new_empty((layers, n_in, k))
     pre = None if inner == "identity" else torch.empty_like(h)
     launch(
@@ -185,6 +209,10 @@ def row_backward(grad, left, right, down, pre, seed, outer: str, dropout: float,
     """(dleft [L, out, k1], dright [L, in, k1], dA [L, k, out], da [k]), those that `needs` names."""
     need_left, need_right, need_down, need_bias = needs
     dtype, (layers, n_out, k1), n_in, k = _dtype(grad, left, right, down), left.shape, right.shape[1], down.shape[1]
+    _check_shapes(
+        seed, layers, right=(right, (layers, n_in, k1)), down=(down, (layers, k, n_out)),
+        grad=(grad, (layers, n_in, k)), pre=(pre if inner != "identity" else None, (layers, n_in, k)),
+    )  # fmt: skip
     dz = activation_backward(inner, grad, pre)  # [L, in, k]
     left, right, down, dz, seed = _contiguous(left, right, down, dz, seed)
     given = left, right, down, dz, seed
@@ -206,6 +234,7 @@ def row_backward(grad, left, right, down, pre, seed, outer: str, dropout: float,
 def extended_k(tokens, matrix, bias, small, thin, scale: float) -> Tensor:
     """tokens [T, n] matrix[m, n]^T + scale * small [T, k] thin[m, k]^T + bias: [T, m] in the tokens' dtype."""
     dtype, (t, n), (m, k) = _dtype(tokens, bias, small, thin), tokens.shape, thin.shape
+    _check_shapes(matrix=(matrix, (m, n)), bias=(bias, (m,)), small=(small, (t, k)))
     out = tokens.new_empty((t, m))
     if t:
         launch(
@@ -218,7 +247,9 @@ def extended_k(tokens, matrix, bias, small, thin, scale: float) -> Tensor:
 def main_loop(tokens, weight, bias, h, b, seed, scale, activation, dropout, stream, over_out: bool) -> Tensor:
     """tokens [T, in] (W + scale * U)^T + bias, or with `over_out` tokens [T, out] (W + scale * U)."""
     dtype, (n_out, n_in), k, t = _dtype(tokens, bias, h, b), weight.shape, h.shape[1], tokens.shape[0]
-    out = tokens.new_empty((t, n_in if over_out else n_out))
+    n_summed, n_kept = (n_out, n_in) if over_out else (n_in, n_out)
+    _check_shapes(seed, tokens=(tokens, (t, n_summed)), bias=(bias, (n_kept,)), h=(h, (n_in, k)), b=(b, (n_out, k)))
+    out = tokens.new_empty((t, n_kept))
     if t:
         launch(
             "main_loop", *_rows(tokens, dtype), *_as_stored(weight, dtype), *_contiguous(bias, b, h, seed), out,
@@ -230,6 +261,7 @@ def main_loop(tokens, weight, bias, h, b, seed, scale, activation, dropout, stre
 def fold(weight, h, b, seed, scale, activation, dropout, stream) -> Tensor:
     """W + scale * drop(psi(b h^T)) [out, in] in the factors' dtype; it lies in memory as W does."""
     dtype, (n_out, n_in), k = _dtype(h, b), weight.shape, h.shape[1]
+    _check_shapes(seed, h=(h, (n_in, k)), b=(b, (n_out, k)))
     weight, stride, transposed = _as_stored(weight, dtype)
     out = h.new_empty((n_in, n_out)).t() if transposed else h.new_empty((n_out, n_in))
     launch(
@@ -242,6 +274,7 @@ def fold(weight, h, b, seed, scale, activation, dropout, stream) -> Tensor:
 def contract(dy, x, h, b, seed, scale, activation, dropout, stream, need_h: bool, need_b: bool):
     """(dh [in, k], db [out, k]) in the factors' dtype, None where not needed."""
     dtype, (t, n_out), (n_in, k) = _dtype(dy, x, h, b), dy.shape, h.shape
+    _check_shapes(seed, x=(x, (t, n_in)), b=(b, (n_out, k)))
     dh = torch.empty((_tiles(n_out), n_in, k), dtype=torch.float32, device=dy.device) if need_h else None
     db = torch.empty((_tiles(n_in), n_out, k), dtype=torch.float32, device=dy.device) if need_b else None
     launch(
