@@ -1,0 +1,156 @@
+"""GenFT and its floors as workloads: this package's layer and its two halves, the official way, and bare products."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.problem import Problem
+from benchmarks.workload import Products, Workload
+from genft_kernels import GeneratorParameters, GenFTConfig, reference
+from genft_kernels.activations import activate
+from genft_kernels.functional import factored_linear, generate_factors, genft_linear
+from genft_kernels.philox import COLUMN_STREAM, ROW_STREAM, keep_mask
+
+
+def frozen(problem: Problem) -> Workload:
+    """`nn.Linear` without an update."""
+    weight = problem.weight
+
+    def formula(leaves: dict[str, Tensor]) -> tuple[Tensor]:
+        return (F.linear(leaves["x"], weight.to(leaves["x"].dtype)),)
+
+    return Workload(lambda: F.linear(problem.x, weight), {"x": problem.x}, (problem.dy,), formula, (weight,))
+
+
+def floor(problem: Problem) -> Workload:
+    """The big products that the form needs (design section 3) and nothing else, without autograd.
+
+    x W^T forward and dy W backward; the tiled form also dy^T x.
+    """
+    x, dy, weight = problem.x.detach(), problem.dy, problem.weight
+    y, dx, products = torch.empty_like(dy), torch.empty_like(x), {"x": problem.x}
+    if tiled := _is_tiled(problem):
+        dw = torch.empty_like(weight)
+        products["weight"] = weight
+
+    def backward() -> tuple[Tensor, ...]:
+        torch.mm(dy, weight, out=dx)
+        return (dx, torch.mm(dy.t(), x, out=dw)) if tiled else (dx,)
+
+    def formula(leaves: dict[str, Tensor]) -> tuple[Tensor]:
+        return (F.linear(leaves["x"], leaves.get("weight", weight).to(leaves["x"].dtype)),)
+
+    return Products(
+        lambda: (torch.mm(x, weight.t(), out=y),), products, (dy,), formula, (weight,), backward_function=backward
+    )
+
+
+def layer(problem: Problem, backend: str) -> Workload:
+    """The whole layer: W and the generator's parameters to H, and with it x to y."""
+    settings = {"training": True, "seed": problem.seed, "backend": backend}
+    arguments = problem.x, problem.weight, None, problem.params, problem.config
+    return _generated(problem, lambda: genft_linear(*arguments, **settings))
+
+
+def generation(problem: Problem, backend: str) -> Workload:
+    """The half that does not see x: W and parameters to the thin factors h [in, k] and b [out, k]."""
+    config, params = problem.config, GeneratorParameters(*(t if t is None else t[None] for t in problem.params))
+    settings = {"dtype": problem.x.dtype, "dropout": config.dropout, "seed": problem.seed, "backend": backend}
+
+    def generate() -> tuple[Tensor, Tensor]:
+        h, b, _ = generate_factors([problem.weight], params, config, **settings)
+        return h[0], b[0]
+
+    def applied() -> Tensor:
+        # The specification's token side makes what the factors stand for comparable.
+        return reference.factored_linear(
+            problem.x, problem.weight, None, *generate(), scale=config.scaling, activation=config.outer_activation,
+            dropout=config.dropout, training=True, seed=problem.seed,
+        )  # fmt: skip
+
+    checked = _generated(problem, applied)
+    leaves = {name: leaf for name, leaf in checked.leaves.items() if name != "x"}
+    with torch.no_grad():
+        grads = tuple(torch.randn_like(factor) for factor in generate())
+    return Workload(generate, leaves, grads, checked.formula, checked.frozen, checked=checked)
+
+
+def token_side(problem: Problem, backend: str) -> Workload:
+    """The half that sees x: thin factors to y, as once they are generated."""
+    case, config = problem.case, problem.config
+    h, b = problem.factors(case.k)
+    settings = {"activation": config.outer_activation, "dropout": config.dropout}
+    settings |= {"scale": problem.scale(case.k, **settings), "training": True, "seed": problem.seed}
+
+    def formula(leaves: dict[str, Tensor]) -> tuple[Tensor]:
+        x = leaves["x"]
+        return (reference.factored_linear(x, problem.weight.to(x.dtype), None, leaves["h"], leaves["b"], **settings),)
+
+    return Workload(
+        lambda: factored_linear(problem.x, problem.weight, None, h, b, **settings, backend=backend),
+        {"x": problem.x, "h": h, "b": b}, (problem.dy,), formula, (problem.weight,),
+    )  # fmt: skip
+
+
+def official(problem: Problem, compiled: bool) -> Workload:
+    """The official way: the update is materialised, every step of it kept for backward, and two outputs are added.
+
+    Its parameters are in W's dtype. In the timed one dropout is PyTorch's; the gate looks at the same function with
+    the masks of the specification in its place.
+    """
+    if compiled and problem.device.type == "cuda":
+        torch._functorch.config.donated_buffer = False  # a GPU's backward is timed by asking for it again and again
+    forward = torch.compile(_official_linear, fullgraph=True, dynamic=False) if compiled else _official_linear
+    config = problem.config
+    params = GeneratorParameters(
+        *(t if t is None else t.detach().to(problem.x.dtype).requires_grad_() for t in problem.params)
+    )
+    arguments = problem.x, problem.weight, params, config
+    workload = _generated(problem, lambda: forward(*arguments, None), params)
+    if config.dropout == 0:
+        return workload
+    sizes = problem.weight.shape[1], problem.weight.shape[0], config.dropout
+    masks = [
+        keep_mask(problem.seed, stream, *sizes).to(problem.x.dtype) / (1 - config.dropout)
+        for stream in (COLUMN_STREAM, ROW_STREAM)
+    ]  # [out, in]
+    checked = _generated(problem, lambda: forward(*arguments, masks), params)
+    return dataclasses.replace(workload, checked=checked)
+
+
+def _official_linear(
+    x: Tensor, weight: Tensor, params: GeneratorParameters, config: GenFTConfig, masks: list[Tensor] | None
+) -> Tensor:
+    def dropped(update: Tensor, mask: Tensor | None) -> Tensor:
+        return F.dropout(update, config.dropout) if mask is None else update * mask
+
+    column_mask, row_mask = masks or (None, None)
+    phi, psi = config.inner_activation, config.outer_activation
+    z1 = F.linear(weight * config.weight_ratio, params.column_down)  # [out, k]
+    y1 = dropped(activate(psi, F.linear(activate(phi, z1), params.column_up)), column_mask)  # [out, in]
+    z2 = F.linear(y1.T, params.row_down)  # [in, k]
+    d = dropped(activate(psi, F.linear(activate(phi, z2), params.row_up)), None if masks is None else row_mask.T)
+    return F.linear(x, weight) + x @ (config.scaling * d)  # d [in, out]
+
+
+def _generated(problem: Problem, function, params: GeneratorParameters | None = None) -> Workload:
+    """A workload over x and the generator's parameters, held to the specification."""
+    present = {f"params.{name}": t for name, t in (params or problem.params)._asdict().items() if t is not None}
+
+    def formula(leaves: dict[str, Tensor]) -> tuple[Tensor]:
+        x = leaves["x"]
+        named = GeneratorParameters(**{name: leaves.get(f"params.{name}") for name in GeneratorParameters._fields})
+        weight = problem.weight.to(x.dtype)
+        return (
+            reference.genft_linear(x, weight, None, named, problem.config, training=True, seed=problem.seed),
+        )  # fmt: skip
+
+    return Workload(function, {"x": problem.x, **present}, (problem.dy,), formula, (problem.weight,))
+
+
+def _is_tiled(problem: Problem) -> bool:
+    return problem.case.form != "factored"

@@ -1,0 +1,122 @@
+"""Clocks. On a CPU providers take turns, and ratios are taken within a turn; on a GPU each is timed with a cold L2.
+
+Every time is in seconds.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+from benchmarks.workload import Workload
+
+# Directions (or whatever a clock tells apart) to seconds, from one turn.
+Sample = dict[str, float]
+WARM_UP = 2
+# A call shorter than this is repeated until it takes as long: a clock read and a context switch must not matter.
+SHORTEST_SAMPLE = 5e-3
+# Tokens up to which a GPU is timed by replay of a CUDA graph: below, a launch costs the host more than the card.
+REPLAYED_TOKENS = 1024
+
+
+def take_turns(clocks: Mapping[str, Callable[[], Sample]], seconds: float, least: int = 7) -> dict[str, list[Sample]]:
+    """Samples of every clock, in turns A B C, B C A, C A B, ..., so that a slow spell of the machine hits all.
+
+    As many turns as fit in about `seconds`, at least `least`; the i-th samples of all clocks are of one turn.
+    """
+    names = list(clocks)
+    for name in names:
+        for _ in range(WARM_UP):
+            clocks[name]()
+    samples: dict[str, list[Sample]] = {name: [] for name in names}
+    start, turn = time.perf_counter(), 0
+    with _no_garbage_collection():
+        while turn < least or time.perf_counter() - start < seconds:
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
+                samples[name].append(clocks[name]())
+            turn += 1
+    return samples
+
+
+def cpu_clock(workload: Workload) -> Callable[[], Sample]:
+    """Times forward, backward and both in one go, repeated where a call is short."""
+
+    def once(repeats: int) -> Sample:
+        forward = backward = 0.0
+        for _ in range(repeats):
+            start = time.perf_counter()
+            outputs = workload.forward()
+            middle = time.perf_counter()
+            grads = workload.backward(outputs)
+            end = time.perf_counter()
+            forward, backward = forward + middle - start, backward + end - middle
+            del outputs, grads
+        per_layer = repeats * workload.projections
+        return {
+            "forward": forward / per_layer, "backward": backward / per_layer, "both": (forward + backward) / per_layer,
+        }  # fmt: skip
+
+    once(WARM_UP)
+    duration = once(WARM_UP)["both"] * workload.projections
+    repeats = max(1, round(SHORTEST_SAMPLE / duration))
+    return lambda: once(repeats)
+
+
+def quantiles(values: list[float]) -> tuple[float, float, float]:
+    """(p20, p50, p80)."""
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    return fifths[0], statistics.median(values), fifths[3]
+
+
+def ratios(samples: list[Sample], base: list[Sample], direction: str) -> list[float]:
+    """Turn by turn, how many times as long as `base`."""
+    return [mine[direction] / other[direction] for mine, other in zip(samples, base, strict=True)]
+
+
+def gpu_quantiles(workload: Workload, direction: str, replay: bool) -> tuple[float, float, float]:
+    """(p20, p50, p80) of one direction by CUDA events, L2 flushed before every call (`triton.testing.do_bench`).
+
+    With `replay` the call is captured in a CUDA graph first, and its replay is timed.
+    """
+    from triton.testing import do_bench
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # a graph's backward runs where its forward did, so both on the captured stream
+        call = _direction(workload, direction)
+        for _ in range(WARM_UP):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    if replay:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            call()
+        call = graph.replay
+    with torch.cuda.stream(torch.cuda.current_stream() if replay else stream):
+        low, middle, high = do_bench(call, quantiles=[0.2, 0.5, 0.8])
+    return tuple(1e-3 * each / workload.projections for each in (low, middle, high))
+
+
+def _direction(workload: Workload, direction: str) -> Callable[[], object]:
+    if direction == "forward":
+        return workload.forward
+    if direction == "both":
+        return lambda: workload.backward(workload.forward())
+    outputs = workload.forward()
+    return lambda: workload.backward(outputs, retain=True)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
