@@ -1,11 +1,11 @@
-# make test | demo | lint | bench-layer | kernels-report | cuda-report | wheel | wheel-prebuilt;
+# make test | demo | lint | bench | bench-report | kernels-report | cuda-report | wheel | wheel-prebuilt;
 # each makes the environment it needs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
 
-.PHONY: env test test-triton-next mutations cuda-faults lint demo sweep bench-layer kernels-report cuda-report wheel wheel-prebuilt clean
+.PHONY: env test test-triton-next mutations cuda-faults lint demo sweep bench bench-report kernels-report cuda-report wheel wheel-prebuilt clean
 
 env: $(VENV)/.ready
 
@@ -53,8 +53,14 @@ demo: env
 sweep: env
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.finetune.sweep $(ARGS)
 
-bench-layer: env
-	$(BIN)/python -m benchmarks.layer $(ARGS)
+# Every provider side by side: minutes on a CPU, the full grid on a GPU. Other packages' LoRA kernels take part where
+# they are installed (pip install --no-deps unsloth nemo-automodel); without them they show as unavailable.
+bench: env
+	$(BIN)/python -m benchmarks $(ARGS)
+
+# Plots, benchmarks/results/RESULTS.md and the README's figures, from the result files.
+bench-report: env
+	$(BIN)/python -m benchmarks.report $(ARGS)
 
 # Registers, spills, shared memory and matrix instructions of the Triton kernels; needs no GPU.
 kernels-report: env

@@ -78,6 +78,7 @@ def unavailable(providers: Sequence[Provider], cases: Sequence[Case], device: to
 def _run_case(
     providers: Sequence[Provider], case: Case, device: torch.device, directions: Sequence[str], seconds: float
 ) -> Iterator[Row]:
+    torch.compiler.reset()  # what was compiled for other cases would only be searched through
     problem, small = Problem(case, device), Problem(case, device, ratio=SMALL_RATIO)
     passed: dict[str, _Passed] = {}
     for provider in providers:
@@ -131,19 +132,19 @@ def _measured(
         ratios = {base: tuple(time / median for time in times) for base, median in bases.items()}
     has_floor = "floor" in ratios and provider.part != "generation"  # that has none among the layer's products
     kept = None if provider.name == "floor" else memory.workload_kept_bytes(workload)
-    peak = memory.peak_bytes(_work(workload, direction), device) // workload.projections
+    peak = memory.peak_bytes(work(workload, direction), device) // workload.projections
     return case.key | {
         "provider": provider.name, "direction": direction, "status": "measured", "part": provider.part,
         "rank": provider.rank(case) if provider.rank else None, "projections": workload.projections,
         "time_ms": [round(1e3 * time, 5) for time in times], "samples": samples and len(samples[provider.name]),
         "ratios": {base: [round(each, 4) for each in three] for base, three in ratios.items()},
         "floor_fraction": round(1 / ratios["floor"][1], 4) if has_floor else None,
-        "kept_bytes": kept, "peak_bytes": peak, "launches": memory.launches(_work(workload, direction), device),
+        "kept_bytes": kept, "peak_bytes": peak, "launches": memory.launches(work(workload, direction), device),
         "gain_y": passed.gain and round(passed.gain[0], 4), "gain_dx": passed.gain and round(passed.gain[1], 4),
     }  # fmt: skip
 
 
-def _work(workload: Workload, direction: str) -> Callable[[], object]:
+def work(workload: Workload, direction: str) -> Callable[[], object]:
     """One call of one direction; for the backward alone its forward has run already."""
     if direction == "forward":
         return workload.forward

@@ -17,7 +17,6 @@ from benchmarks.workload import Workload
 
 # Directions (or whatever a clock tells apart) to seconds, from one turn.
 Sample = dict[str, float]
-WARM_UP = 2
 # A call shorter than this is repeated until it takes as long: a clock read and a context switch must not matter.
 SHORTEST_SAMPLE = 5e-3
 # Tokens up to which a GPU is timed by replay of a CUDA graph: below, a launch costs the host more than the card.
@@ -30,9 +29,6 @@ def take_turns(clocks: Mapping[str, Callable[[], Sample]], seconds: float, least
     As many turns as fit in about `seconds`, at least `least`; the i-th samples of all clocks are of one turn.
     """
     names = list(clocks)
-    for name in names:
-        for _ in range(WARM_UP):
-            clocks[name]()
     samples: dict[str, list[Sample]] = {name: [] for name in names}
     start, turn = time.perf_counter(), 0
     with _no_garbage_collection():
@@ -62,8 +58,8 @@ def cpu_clock(workload: Workload) -> Callable[[], Sample]:
             "forward": forward / per_layer, "backward": backward / per_layer, "both": (forward + backward) / per_layer,
         }  # fmt: skip
 
-    once(WARM_UP)
-    duration = once(WARM_UP)["both"] * workload.projections
+    once(1)  # warm
+    duration = once(1)["both"] * workload.projections
     repeats = max(1, round(SHORTEST_SAMPLE / duration))
     return lambda: once(repeats)
 
@@ -90,7 +86,7 @@ def gpu_quantiles(workload: Workload, direction: str, replay: bool) -> tuple[flo
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # a graph's backward runs where its forward did, so both on the captured stream
         call = _direction(workload, direction)
-        for _ in range(WARM_UP):
+        for _ in range(3):  # compiles, tunes, fills the allocator: none of it may happen in a capture
             call()
     torch.cuda.current_stream().wait_stream(stream)
     if replay:
