@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -23,30 +24,33 @@ def frozen(problem: Problem) -> Workload:
     def formula(leaves: dict[str, Tensor]) -> tuple[Tensor]:
         return (F.linear(leaves["x"], weight.to(leaves["x"].dtype)),)
 
-    return Workload(lambda: F.linear(problem.x, weight), {"x": problem.x}, (problem.dy,), formula, (weight,))
+    function = functools.partial(F.linear, problem.x, weight)
+    return Workload(function, {"x": problem.x}, (problem.dy,), formula, ("frozen",), (weight,))
 
 
-def floor(problem: Problem) -> Workload:
-    """The big products that the form needs (design section 3) and nothing else, without autograd.
+def floor(problem: Problem, products: int) -> Workload:
+    """The big products that a form needs (design section 3) and nothing else, without autograd.
 
-    x W^T forward and dy W backward; the tiled form also dy^T x.
+    Two: x W^T forward and dy W backward. Three: backward also dy^T x, as the tiled form has it.
     """
     x, dy, weight = problem.x.detach(), problem.dy, problem.weight
-    y, dx, products = torch.empty_like(dy), torch.empty_like(x), {"x": problem.x}
-    if tiled := _is_tiled(problem):
+    y, dx, leaves = torch.empty_like(dy), torch.empty_like(x), {"x": problem.x}
+    if products == 3:
         dw = torch.empty_like(weight)
-        products["weight"] = weight
+        leaves["weight"] = weight
+
+    def forward() -> tuple[Tensor]:
+        return (torch.mm(x, weight.t(), out=y),)
 
     def backward() -> tuple[Tensor, ...]:
         torch.mm(dy, weight, out=dx)
-        return (dx, torch.mm(dy.t(), x, out=dw)) if tiled else (dx,)
+        return (dx, torch.mm(dy.t(), x, out=dw)) if products == 3 else (dx,)
 
     def formula(leaves: dict[str, Tensor]) -> tuple[Tensor]:
         return (F.linear(leaves["x"], leaves.get("weight", weight).to(leaves["x"].dtype)),)
 
-    return Products(
-        lambda: (torch.mm(x, weight.t(), out=y),), products, (dy,), formula, (weight,), backward_function=backward
-    )
+    same_as = "floor", products
+    return Products(forward, leaves, (dy,), formula, same_as, (weight,), backward_function=backward)
 
 
 def layer(problem: Problem, backend: str) -> Workload:
@@ -76,7 +80,7 @@ def generation(problem: Problem, backend: str) -> Workload:
     leaves = {name: leaf for name, leaf in checked.leaves.items() if name != "x"}
     with torch.no_grad():
         grads = tuple(torch.randn_like(factor) for factor in generate())
-    return Workload(generate, leaves, grads, checked.formula, checked.frozen, checked=checked)
+    return dataclasses.replace(checked, function=generate, leaves=leaves, grads=grads, checked=checked)
 
 
 def token_side(problem: Problem, backend: str) -> Workload:
@@ -92,7 +96,7 @@ def token_side(problem: Problem, backend: str) -> Workload:
 
     return Workload(
         lambda: factored_linear(problem.x, problem.weight, None, h, b, **settings, backend=backend),
-        {"x": problem.x, "h": h, "b": b}, (problem.dy,), formula, (problem.weight,),
+        {"x": problem.x, "h": h, "b": b}, (problem.dy,), formula, ("token side",), (problem.weight,),
     )  # fmt: skip
 
 
@@ -144,13 +148,7 @@ def _generated(problem: Problem, function, params: GeneratorParameters | None = 
     def formula(leaves: dict[str, Tensor]) -> tuple[Tensor]:
         x = leaves["x"]
         named = GeneratorParameters(**{name: leaves.get(f"params.{name}") for name in GeneratorParameters._fields})
-        weight = problem.weight.to(x.dtype)
-        return (
-            reference.genft_linear(x, weight, None, named, problem.config, training=True, seed=problem.seed),
-        )  # fmt: skip
+        settings = {"training": True, "seed": problem.seed}
+        return (reference.genft_linear(x, problem.weight.to(x.dtype), None, named, problem.config, **settings),)
 
-    return Workload(function, {"x": problem.x, **present}, (problem.dy,), formula, (problem.weight,))
-
-
-def _is_tiled(problem: Problem) -> bool:
-    return problem.case.form != "factored"
+    return Workload(function, {"x": problem.x, **present}, (problem.dy,), formula, ("genft",), (problem.weight,))

@@ -27,6 +27,7 @@ class _Passed:
     provider: Provider
     workload: Workload
     gain: tuple[float, float] | None  # of y and dx
+    kept_bytes: int
 
 
 def run(
@@ -62,7 +63,7 @@ def record(store: ResultStore, row: Row) -> None:
 
 def gated_workload(provider: Provider, case: Case, device: torch.device) -> Workload:
     """A workload that passed its gate, for other clocks than this module's; WrongResult where it did not."""
-    return _gated(provider, Problem(case, device), None).workload
+    return _gated(provider, Problem(case, device), {}).workload
 
 
 def unavailable(providers: Sequence[Provider], cases: Sequence[Case], device: torch.device) -> dict[str, str]:
@@ -79,7 +80,8 @@ def _run_case(
     providers: Sequence[Provider], case: Case, device: torch.device, directions: Sequence[str], seconds: float
 ) -> Iterator[Row]:
     torch.compiler.reset()  # what was compiled for other cases would only be searched through
-    problem, small = Problem(case, device), Problem(case, device, ratio=SMALL_RATIO)
+    problem = Problem(case, device)
+    expected: dict[tuple, Expected] = {}
     passed: dict[str, _Passed] = {}
     for provider in providers:
         reason = provider.obstacle(case, device)
@@ -87,7 +89,7 @@ def _run_case(
             yield _refusal(case, provider, "unavailable", reason)
             continue
         try:
-            passed[provider.name] = _gated(provider, problem, small)
+            passed[provider.name] = _gated(provider, problem, expected)
         except WrongResult as error:
             yield _refusal(case, provider, "wrong", str(error))
         except Exception as error:
@@ -105,13 +107,17 @@ def _run_case(
             yield _failure(case, passed[name].provider, error)
 
 
-def _gated(provider: Provider, problem: Problem, small: Problem | None) -> _Passed:
+def _gated(provider: Provider, problem: Problem, expected: dict[tuple, Expected]) -> _Passed:
+    """Build, check and look into a provider. `expected` holds what the last formula gave, for those that share it."""
     workload = provider.build(problem)
-    expected = Expected.of(workload, problem.case.dtype)
-    expected.check(workload, problem.case.dtype)
-    measures_gain = small is not None and provider.updates
-    gain = delta_gain(provider.build(small), expected, problem, small) if measures_gain else None
-    return _Passed(provider, workload, gain)
+    if workload.same_as not in expected:
+        expected.clear()
+        expected[workload.same_as] = Expected.of(workload, problem.case.dtype)
+    truth = expected[workload.same_as]
+    truth.check(workload, problem.case.dtype)
+    small = problem.with_ratio(SMALL_RATIO)
+    gain = delta_gain(provider.build(small), truth, problem, small) if provider.updates else None
+    return _Passed(provider, workload, gain, memory.workload_kept_bytes(workload))
 
 
 def _measured(
@@ -130,16 +136,15 @@ def _measured(
         medians[provider.name, direction] = times[1]
         bases = {base: medians[base, direction] for base in BASELINES if (base, direction) in medians}
         ratios = {base: tuple(time / median for time in times) for base, median in bases.items()}
-    has_floor = "floor" in ratios and provider.part != "generation"  # that has none among the layer's products
-    kept = None if provider.name == "floor" else memory.workload_kept_bytes(workload)
+    floor, launches = ratios.get(provider.floor(case)), memory.launches(work(workload, direction), device)
     peak = memory.peak_bytes(work(workload, direction), device) // workload.projections
     return case.key | {
         "provider": provider.name, "direction": direction, "status": "measured", "part": provider.part,
         "rank": provider.rank(case) if provider.rank else None, "projections": workload.projections,
         "time_ms": [round(1e3 * time, 5) for time in times], "samples": samples and len(samples[provider.name]),
         "ratios": {base: [round(each, 4) for each in three] for base, three in ratios.items()},
-        "floor_fraction": round(1 / ratios["floor"][1], 4) if has_floor else None,
-        "kept_bytes": kept, "peak_bytes": peak, "launches": memory.launches(work(workload, direction), device),
+        "floor_fraction": floor and round(1 / floor[1], 4),
+        "kept_bytes": passed.kept_bytes, "peak_bytes": peak, "launches": launches,
         "gain_y": passed.gain and round(passed.gain[0], 4), "gain_dx": passed.gain and round(passed.gain[1], 4),
     }  # fmt: skip
 

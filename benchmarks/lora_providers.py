@@ -17,16 +17,9 @@ from genft_kernels.functional import factored_linear
 
 def fused(problem: Problem, rank: int, backend: str) -> Workload:
     """This package's: `factored_linear` with psi = identity, h = A^T and b = B."""
-    h, b = problem.factors(rank)
-    scale = problem.scale(rank)
-
-    def formula(leaves: dict[str, Tensor]) -> tuple[Tensor]:
-        return (_lora(problem, leaves["x"], leaves["h"].T, leaves["b"], scale),)
-
-    return Workload(
-        lambda: factored_linear(problem.x, problem.weight, None, h, b, scale=scale, backend=backend),
-        {"x": problem.x, "h": h, "b": b}, (problem.dy,), formula, (problem.weight,),
-    )  # fmt: skip
+    a, b, scale = _matrices(problem, rank)
+    settings = {"scale": scale, "backend": backend}
+    return _workload(problem, a, b, scale, lambda: factored_linear(problem.x, problem.weight, None, a.T, b, **settings))
 
 
 def peft(problem: Problem, rank: int, dtype: torch.dtype) -> Workload:
@@ -96,7 +89,7 @@ def unsloth_qkv(problem: Problem, rank: int) -> Workload:
 
     return Workload(
         lambda: tuple(y.squeeze(0) for y in function(problem.x[None], *arguments, False)),
-        leaves, (problem.dy,) * 3, formula, tuple(weights), projections=3,
+        leaves, (problem.dy,) * 3, formula, ("three loras", rank), tuple(weights), projections=3,
     )  # fmt: skip
 
 
@@ -119,7 +112,8 @@ def _workload(problem: Problem, a: Tensor, b: Tensor, scale: float, function) ->
     def formula(leaves: dict[str, Tensor]) -> tuple[Tensor]:
         return (_lora(problem, leaves["x"], leaves["a"], leaves["b"], scale),)
 
-    return Workload(function, {"x": problem.x, "a": a, "b": b}, (problem.dy,), formula, (problem.weight,))
+    leaves = {"x": problem.x, "a": a, "b": b}
+    return Workload(function, leaves, (problem.dy,), formula, ("lora", len(a)), (problem.weight,))
 
 
 def _lora(problem: Problem, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import zlib
 
@@ -23,7 +24,7 @@ class Problem:
     float32 as the package keeps them over a 16-bit W.
 
     Args:
-        ratio: ||dW|| / ||W|| of every update, GenFT's and LoRA's; problems that differ in it differ in sigma alone.
+        ratio: ||dW|| / ||W|| of every update, GenFT's and LoRA's; it decides sigma and nothing else.
     """
 
     case: Case
@@ -39,6 +40,13 @@ class Problem:
         self.config = self._unscaled_config()
         self.params = self._generator_parameters()
         self.config = dataclasses.replace(self.config, scaling=self._scaling(self._delta_norm()))
+
+    def with_ratio(self, ratio: float) -> Problem:
+        """The same tensors with another `ratio`."""
+        other = copy.copy(self)
+        other.ratio = ratio
+        other.config = dataclasses.replace(self.config, scaling=self.config.scaling * ratio / self.ratio)
+        return other
 
     def factors(self, rank: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """Trained h [in, rank] and b [out, rank] of a factored update, or of a LoRA with A = h^T and B = b.
@@ -85,7 +93,6 @@ class Problem:
         return GeneratorParameters(**{name: made.get(name) for name in GeneratorParameters._fields})
 
     def _random(self, name: str, *shape: int, scale: float = 1.0) -> Tensor:
-        # Drawn on the CPU from the name, so that the values depend neither on the device nor on who asks first.
-        generator = torch.Generator().manual_seed(SEED + zlib.crc32(name.encode()))
-        values = torch.randn(shape, generator=generator) * scale
-        return values.to(self.device, self.case.dtype)
+        # Seeded by the name, so that the values do not depend on who asks first.
+        generator = torch.Generator(self.device).manual_seed(SEED + zlib.crc32(name.encode()))
+        return torch.randn(shape, generator=generator, device=self.device).mul_(scale).to(self.case.dtype)

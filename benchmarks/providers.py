@@ -15,9 +15,17 @@ from benchmarks.workload import Workload
 from genft_kernels import backends
 
 # What the others' time is divided by, pair by pair, where it ran.
-BASELINES = ("floor", "frozen", "peft-lora", "official")
+BASELINES = ("two-product-floor", "three-product-floor", "frozen", "peft-lora", "official")
 # Every name that the package may offer operations under, whether this version has it or not.
 _BACKENDS = tuple(dict.fromkeys((*backends.OPERATION_BACKENDS, "eager", "triton", "cuda")))
+
+
+def _always(name: str | None, case: Case) -> str | None:
+    return name
+
+
+def _floor_of_form(case: Case) -> str | None:
+    return "two-product-floor" if case.form == "factored" else "three-product-floor"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +39,7 @@ class Provider:
         obstacle: why it cannot run a case on a device, or None.
         part: "layer" is all that a forward and backward do; "generation" and "token side" are GenFT's two halves.
         rank: of a LoRA, for a case.
+        floor: the name of the floor that it is measured by, for a case; generation has none among a layer's products.
         updates: whether its y is a frozen layer's with an update.
     """
 
@@ -40,6 +49,7 @@ class Provider:
     obstacle: Callable[[Case, torch.device], str | None] = lambda case, device: None
     part: str = "layer"
     rank: Callable[[Case], int] | None = None
+    floor: Callable[[Case], str | None] = functools.partial(_always, "two-product-floor")
     updates: bool = True
 
 
@@ -54,16 +64,20 @@ def _backend_obstacle(case: Case, device: torch.device, backend: str) -> str | N
     return backends.unavailable(backend, device, case.dtype)
 
 
-def _genft() -> Iterable[Provider]:
+def _genft(part: str) -> Iterable[Provider]:
+    """One part of GenFT in every backend."""
+    build = {
+        "layer": genft_providers.layer, "generation": genft_providers.generation,
+        "token side": genft_providers.token_side,
+    }[part]  # fmt: skip
     for backend in _BACKENDS:
-        obstacle = functools.partial(_backend_obstacle, backend=backend)
-        for suffix, part, build in (
-            ("", "layer", genft_providers.layer),
-            ("-token-side", "token side", genft_providers.token_side),
-            ("-generation", "generation", genft_providers.generation),
-        ):
-            title = f"GenFT {backend}" + ("" if part == "layer" else f", {part} alone")
-            yield Provider(f"genft-{backend}{suffix}", title, functools.partial(build, backend=backend), obstacle, part)
+        whole, generates = part == "layer", part == "generation"
+        yield Provider(
+            f"genft-{backend}" + ("" if whole else f"-{part.replace(' ', '-')}"),
+            f"GenFT {backend}" + ("" if whole else f", {part} alone"),
+            functools.partial(build, backend=backend), functools.partial(_backend_obstacle, backend=backend), part,
+            floor=functools.partial(_always, None) if generates else _floor_of_form, updates=not generates,
+        )  # fmt: skip
 
 
 def _lora() -> Iterable[Provider]:
@@ -81,11 +95,11 @@ def _lora() -> Iterable[Provider]:
         obstacle = functools.partial(_backend_obstacle, backend=backend)
         build = functools.partial(lora_providers.fused, backend=backend)
         ways.insert(2, (f"fused-lora-{backend}", f"LoRA by factored_linear, {backend}", build, obstacle))
-    for name, title, build, obstacle in ways:
-        for suffix, remark, rank in (
-            ("", "", lambda case: case.k),
-            ("-equal-parameters", ", equal parameters", lambda case: case.rank_of_equal_parameters),
-        ):
+    for suffix, remark, rank in (
+        ("", "", lambda case: case.k),
+        ("-equal-parameters", ", equal parameters", lambda case: case.rank_of_equal_parameters),
+    ):
+        for name, title, build, obstacle in ways:
             yield Provider(
                 name + suffix, title + remark, functools.partial(_with_rank, build=build, rank=rank), obstacle,
                 rank=rank,
@@ -146,14 +160,24 @@ def _missing(load: Callable[[], object]) -> str | None:
 
 
 def _registry() -> Iterable[Provider]:
-    yield Provider("floor", "floor: the big products alone", genft_providers.floor, updates=False)
+    """Those that the gate holds to one formula stand together: it is evaluated once for all of them."""
+    for name, products, title in (
+        ("two-product-floor", 2, "floor: x·Wᵀ and dy·W alone"),
+        ("three-product-floor", 3, "floor: x·Wᵀ, dy·W and dyᵀ·x alone"),
+    ):
+        build, itself = functools.partial(genft_providers.floor, products=products), functools.partial(_always, name)
+        yield Provider(name, title, build, floor=itself, updates=False)
     yield Provider("frozen", "frozen nn.Linear", genft_providers.frozen, updates=False)
-    yield from _genft()
-    yield Provider("official", "GenFT, official way", functools.partial(genft_providers.official, compiled=False))
-    yield Provider(
-        "official-compiled", "GenFT, official way, torch.compile",
-        functools.partial(genft_providers.official, compiled=True),
-    )  # fmt: skip
+    yield from _genft("layer")
+    yield from _genft("generation")
+    for name, title, compiled in (
+        ("official", "GenFT, official way", False),
+        ("official-compiled", "GenFT, official way, torch.compile", True),
+    ):
+        yield Provider(
+            name, title, functools.partial(genft_providers.official, compiled=compiled), floor=_floor_of_form
+        )
+    yield from _genft("token side")
     yield from _lora()
 
 

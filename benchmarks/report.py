@@ -19,11 +19,12 @@ _INTRODUCTION = """\
 
 `make bench` measures, `make bench-report` writes this file from the rows beside it; do not edit it. One table a case.
 Times are medians of milliseconds, of one layer; "both" is a forward and its backward, gradients for x and all that
-trains. A CPU's providers take turns, and a ratio is the median over the turns of two times of one turn; a GPU's are
-timed one after another, each call with a cold L2, by replay of a CUDA graph up to 1,024 tokens.
+trains. A CPU's providers take turns, two calls each of which the faster counts, and a ratio is the median over the
+turns of two times of one turn; freed memory stays with the process. A GPU's are timed one after another, each call with
+a cold L2, by replay of a CUDA graph up to 1,024 tokens.
 
-- **of floor**: the time of the big products alone, which nothing can do without (1 + 1 in the factored form, 1 + 2 in
-  the tiled), over this time.
+- **of floor**: the time of the big products alone, which this one cannot do without, over its time: x·Wᵀ and dy·W, and
+  for GenFT's tiled form also dyᵀ·x.
 - **kept**: what autograd saves for the backward, beside x, W and what trains. **peak**: the most memory at once beyond
   what was there, results included.
 - **gain**: how much of an update of a thousandth of W arrives in y and in dx; 1 is all of it.

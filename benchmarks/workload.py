@@ -21,6 +21,7 @@ class Workload:
         leaves: what gets a gradient, by name.
         grads: the gradient of each output.
         formula: what the outputs must be.
+        same_as: workloads of one problem with equal `same_as` have the same formula on the same leaves.
         frozen: tensors that are there anyway, and so are no cost of keeping: the weight.
         projections: how many layers one call computes; time and memory are reported for one of them.
         checked: what the gate runs in place of this one, where that alone can be compared.
@@ -30,6 +31,7 @@ class Workload:
     leaves: dict[str, Tensor]
     grads: tuple[Tensor, ...]
     formula: Formula
+    same_as: tuple[str | int, ...]
     frozen: tuple[Tensor, ...] = ()
     projections: int = 1
     checked: Workload | None = None

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import agreement, harness, lora_providers, memory, report, third_party, timing
+from benchmarks import agreement, genft_providers, harness, lora_providers, memory, report, third_party, timing
 from benchmarks.__main__ import main as bench
 from benchmarks.cases import FORMS, LAYERS, Case, Layer, cpu_cases, gpu_grid
 from benchmarks.gate import Expected, WrongResult
@@ -42,9 +42,9 @@ def of(rows, provider, direction="both"):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("provider", [p for p in PROVIDERS.values() if p.name != "official-compiled"], ids=str)
-def test_every_provider_passes_its_gate(provider, form, dtype):
-    which = case(form, dtype)
+@pytest.mark.parametrize("name", [name for name in PROVIDERS if name != "official-compiled"])
+def test_every_provider_passes_its_gate(name, form, dtype):
+    which, provider = case(form, dtype), PROVIDERS[name]
     if reason := provider.obstacle(which, CPU):
         pytest.skip(f"{provider.name}: {reason}")
     harness.gated_workload(provider, which, CPU)
@@ -60,7 +60,7 @@ def _wrong(what):
     """The frozen layer, with one thing wrong."""
 
     def build(problem):
-        workload = PROVIDERS["frozen"].build(problem)
+        workload = genft_providers.frozen(problem)
         weight = problem.weight
 
         class Wrong(torch.autograd.Function):
@@ -129,12 +129,16 @@ def test_what_cannot_run_says_why():
 
 
 def test_rows_say_where_they_come_from():
-    row = of(measure(select(["floor", "frozen", "peft-lora", "genft-eager"]), case("tiled")), "genft-eager")
+    names = ["two-product-floor", "three-product-floor", "frozen", "peft-lora", "genft-eager"]
+    rows = measure(select(names), case("tiled"))
+    row = of(rows, "genft-eager")
     assert {"device", "commit", "torch", "python", "genft_kernels", "peft"} <= row.keys()
     assert (row["in"], row["out"], row["tokens"], row["dtype"], row["k"]) == (96, 64, 33, "float32", 8)
     assert row["time_ms"] == sorted(row["time_ms"]) and row["time_ms"][0] > 0 and row["samples"] >= 7
-    assert set(row["ratios"]) == {"floor", "frozen", "peft-lora"}
-    assert row["floor_fraction"] == pytest.approx(1 / row["ratios"]["floor"][1], abs=1e-3)
+    assert set(row["ratios"]) == {"two-product-floor", "three-product-floor", "frozen", "peft-lora"}
+    for name, floor in (("genft-eager", "three-product-floor"), ("peft-lora", "two-product-floor")):
+        measured = of(rows, name)  # each by the products that it needs itself
+        assert measured["floor_fraction"] == pytest.approx(1 / measured["ratios"][floor][1], abs=1e-3)
     assert row["launches"] is None  # a CPU launches nothing
 
 
@@ -313,7 +317,15 @@ def test_a_red_gate_makes_the_command_fail(tmp_path, monkeypatch, capsys):
 def results(tmp_path):
     """Rows of a small run, one of them wrong, and a README to write into."""
     store = ResultStore("Test Device", "layer", harness.KEY, tmp_path)
-    names = ["floor", "frozen", "genft-eager", "genft-eager-token-side", "genft-triton", "official", "peft-lora"]
+    names = [
+        "two-product-floor",
+        "frozen",
+        "genft-eager",
+        "genft-eager-token-side",
+        "genft-triton",
+        "official",
+        "peft-lora",
+    ]
     cases = [case(tokens=tokens) for tokens in (8, 16, 33)]
     for row in measure([*select(names), _wrong("dx")], *cases):
         harness.record(store, row)
@@ -365,7 +377,7 @@ def test_agreement_compares_two_runs(results, tmp_path, capsys):
 
 
 def test_the_pytest_suite_runs_over_the_registry():
-    command = ["pytest", "benchmarks", "--benchmark-only", "-q", "-k", "factored and forward and (floor or triton)"]
+    command = ["pytest", "benchmarks", "--benchmark-only", "-q", "-k", "factored and forward and (frozen or triton)"]
     done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed" in done.stdout and "unavailable: it needs a CUDA device" in done.stdout
