@@ -16,8 +16,6 @@ from genft_kernels import backends
 
 # What the others' time is divided by, pair by pair, where it ran.
 BASELINES = ("two-product-floor", "three-product-floor", "frozen", "peft-lora", "official")
-# Every name that the package may offer operations under, whether this version has it or not.
-_BACKENDS = tuple(dict.fromkeys((*backends.OPERATION_BACKENDS, "eager", "triton", "cuda")))
 
 
 def _always(name: str | None, case: Case) -> str | None:
@@ -59,8 +57,6 @@ def select(names: Iterable[str]) -> list[Provider]:
 
 
 def _backend_obstacle(case: Case, device: torch.device, backend: str) -> str | None:
-    if backend not in backends.OPERATION_BACKENDS:
-        return f"this version has no {backend} backend"
     return backends.unavailable(backend, device, case.dtype)
 
 
@@ -70,7 +66,7 @@ def _genft(part: str) -> Iterable[Provider]:
         "layer": genft_providers.layer, "generation": genft_providers.generation,
         "token side": genft_providers.token_side,
     }[part]  # fmt: skip
-    for backend in _BACKENDS:
+    for backend in backends.OPERATION_BACKENDS:
         whole, generates = part == "layer", part == "generation"
         yield Provider(
             f"genft-{backend}" + ("" if whole else f"-{part.replace(' ', '-')}"),
@@ -82,19 +78,24 @@ def _genft(part: str) -> Iterable[Provider]:
 
 def _lora() -> Iterable[Provider]:
     """Each LoRA at two ranks: GenFT's k, and that of equal trainable parameters."""
+    ours = [
+        (
+            f"fused-lora-{backend}", f"LoRA by factored_linear, {backend}",
+            functools.partial(lora_providers.fused, backend=backend),
+            functools.partial(_backend_obstacle, backend=backend),
+        )
+        for backend in backends.OPERATION_BACKENDS
+    ]  # fmt: skip
     ways = [
         ("peft-lora", "PEFT LoRA", _peft, _needs_peft),
         ("peft-lora-float32", "PEFT LoRA, float32 adapters", _peft_float32, _needs_peft_and_16_bits),
+        *ours,
         ("hand-lora", "LoRA, gradients by hand", lora_providers.hand_derived, _nothing),
         ("unsloth-lora", "unsloth LoRA_W", lora_providers.unsloth, _needs_unsloth),
         ("unsloth-qkv", "unsloth LoRA_QKV, a third of it", lora_providers.unsloth_qkv, _needs_unsloth),
         ("nemo-lora", "NeMo Automodel LoRA, PyTorch", _nemo, _needs_nemo),
         ("nemo-lora-triton", "NeMo Automodel LoRA, Triton", _nemo_triton, _needs_nemo_triton),
-    ]  # fmt: skip
-    for backend in _BACKENDS:
-        obstacle = functools.partial(_backend_obstacle, backend=backend)
-        build = functools.partial(lora_providers.fused, backend=backend)
-        ways.insert(2, (f"fused-lora-{backend}", f"LoRA by factored_linear, {backend}", build, obstacle))
+    ]
     for suffix, remark, rank in (
         ("", "", lambda case: case.k),
         ("-equal-parameters", ", equal parameters", lambda case: case.rank_of_equal_parameters),
