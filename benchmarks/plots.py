@@ -45,6 +45,7 @@ def draw_cases(rows: Iterable[Row], path: Path) -> bool:
                     label=title(name) if group == next(iter(_groups_of(name, cases))) else None,
                 )  # fmt: skip
     axes.set_yticks(range(len(cases)), [_label(case) for case in cases])
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.axvline(1, color="#4c72b0", linewidth=0.8)
     axes.set_xscale("log")
