@@ -19,8 +19,9 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
+
+from genft_kernels.backends.triton_tuning import STAGES, Tuned
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -69,16 +70,15 @@ def recording() -> Iterator[list[Launch]]:
             launches.append(launch)
 
     def record_settings(self, *args, **kwargs):
-        self.nargs = dict(zip(self.arg_names, args, strict=False))
-        for config in self.prune_configs(kwargs):
-            self.fn.run(*args, **kwargs, **config.all_kwargs())
+        for stages in STAGES if args[0].dtype.itemsize == 2 else STAGES[:1]:
+            self.kernel.run(*args, **kwargs, num_stages=stages)
 
-    runs = JITFunction.run, Autotuner.run
-    JITFunction.run, Autotuner.run = record, record_settings
+    runs = JITFunction.run, Tuned.run
+    JITFunction.run, Tuned.run = record, record_settings
     try:
         yield launches
     finally:
-        JITFunction.run, Autotuner.run = runs
+        JITFunction.run, Tuned.run = runs
 
 
 def _launch(kernel: JITFunction, values: list, options: dict) -> Launch:

@@ -16,7 +16,12 @@ from typing import NamedTuple
 ROOT = pathlib.Path(__file__).parent.parent
 NOT_COMPILED = "g++ failed on the CUDA sources"  # says tests/cuda_host
 BACKENDS = "genft_kernels/backends/"
-INTERPRETED = ["tests/test_backends.py", "tests/test_triton.py", "-k", "triton and (square or tall or wide or many) or beyond"]
+INTERPRETED = [
+    "tests/test_backends.py",
+    "tests/test_triton.py",
+    "-k",
+    "triton and (square or tall or wide or many) or beyond",
+]
 EAGER = ["tests/test_backends.py", "tests/test_precision.py", "-k", "eager"]
 
 

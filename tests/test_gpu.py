@@ -66,16 +66,14 @@ def test_the_same_bits_in_ten_runs(case, on):
 @pytest.mark.parametrize("case", REAL[:3], ids=lambda case: case.name)
 def test_what_is_tuned_does_not_show_in_a_result(case, monkeypatch):
     """Triton's pipeline depths leave every bit alone, so a measurement cannot make two runs differ."""
-    from triton.runtime.autotuner import Autotuner
+    from genft_kernels.backends.triton_tuning import STAGES, Tuned
 
-    data = make_data(case).to(torch.bfloat16).to(CUDA)
-    results = []
-    for index in range(3):
-        monkeypatch.setattr(
-            Autotuner,
-            "run",
-            lambda self, *args, index=index, **kwargs: self.fn.run(*args, **kwargs, **self.configs[index].all_kwargs()),
-        )
+    def with_stages(stages):
+        return lambda self, *args, **kwargs: self.kernel.run(*args, num_stages=stages, **kwargs)
+
+    data, results = make_data(case).to(torch.bfloat16).to(CUDA), []
+    for stages in STAGES:
+        monkeypatch.setattr(Tuned, "run", with_stages(stages))
         results.append(run(genft_linear, data, case.config, training=True, seed=5, backend="triton"))
     assert all(torch.equal(results[0][name], other[name]) for other in results[1:] for name in other)
 

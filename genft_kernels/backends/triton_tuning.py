@@ -1,34 +1,49 @@
 """Measured choice of the software pipeline's depth, kept on disk by Triton (`triton.autotune`, its cache folder).
 
-It leaves the order of every sum alone, so the outcome of a measurement never shows in a result. Where nothing can be
-measured, the first depth is taken.
+It leaves the order of every sum alone, so the outcome of a measurement never shows in a result.
 """
 
 from __future__ import annotations
 
 import triton
 from torch import Tensor
+from triton.runtime.jit import KernelInterface
 
-_STAGES = (3, 4, 2)
+STAGES = (3, 4, 2)  # the usual first
+_SMALL = 1 << 20  # elements of the largest operand, below which no depth matters
+
+
+class Tuned(KernelInterface):
+    """A kernel whose `num_stages` is measured anew for the values of the arguments in `key` and each dtype.
+
+    float32 takes the usual depth: its products run without matrix instructions, and a deeper pipeline only spills. So
+    do small operands, and Triton's interpreter.
+    """
+
+    def __init__(self, kernel: KernelInterface, key: tuple[str, ...]) -> None:
+        # num_warps is the launch's to give; None leaves it out here.
+        configs = [triton.Config({}, num_warps=None, num_stages=stages) for stages in STAGES]
+        self.kernel, self.measured = kernel, triton.autotune(configs, list(key), cache_results=True)(kernel)
+
+    def run(self, *args, **kwargs):
+        if worth_measuring(args):
+            return self.measured.run(*args, **kwargs)
+        return self.kernel.run(*args, num_stages=STAGES[0], **kwargs)
 
 
 def tuned(*key: str):
-    """Decorate a kernel whose `num_stages` is measured anew for the values of the arguments in `key` and each dtype.
+    """Decorate a kernel to be `Tuned` by the arguments that `key` names."""
+    return lambda kernel: Tuned(kernel, key)
 
-    float32 takes the first depth: its products run without matrix instructions, and a deeper pipeline only spills.
-    """
-    # num_warps is the launch's to give; None leaves it out here.
-    configs = [triton.Config({}, num_warps=None, num_stages=stages) for stages in _STAGES]
+
+def worth_measuring(arguments: tuple) -> bool:
+    """Whether the pipeline's depth can matter."""
     if triton.knobs.runtime.interpret:
-        configs = configs[:1]
-    return triton.autotune(configs, list(key), {"early_config_prune": _first_in_float32}, cache_results=True)
+        return False
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    return tensors[0].dtype.itemsize == 2 and max(tensor.numel() for tensor in tensors) >= _SMALL
 
 
 def bucket(rows: int) -> int:
     """Rows rounded up to a power of two: what a choice is made for, so that few lengths of a batch need measuring."""
     return triton.next_power_of_2(max(rows, 1))
-
-
-def _first_in_float32(configs: list[triton.Config], arguments: dict, **_) -> list[triton.Config]:
-    tensors = (value for value in arguments.values() if isinstance(value, Tensor))
-    return configs[:1] if next(tensors).dtype.itemsize > 2 else configs
