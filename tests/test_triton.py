@@ -155,6 +155,19 @@ def test_compiles_without_a_graph_break(name):
 
 
 @compiled
+def test_the_pipeline_is_measured_where_it_can_matter_and_kept_on_disk(monkeypatch):
+    from genft_kernels.backends.triton_linear import _extended_k as kernel
+
+    ran = []
+    monkeypatch.setattr(kernel.kernel, "run", lambda *args, **kwargs: ran.append(kwargs["num_stages"]))
+    monkeypatch.setattr(kernel.measured, "run", lambda *args, **kwargs: ran.append("measured"))
+    for shape, dtype in (((1024, 1024), torch.bfloat16), ((64, 64), torch.bfloat16), ((1024, 1024), torch.float32)):
+        kernel[(1,)](torch.empty(shape, dtype=dtype), 5)
+    assert ran == ["measured", 3, 3]
+    assert kernel.measured.cache_results
+
+
+@compiled
 def test_shipped_kernels_fit_the_cards():
     """No spill, shared memory within the limit, wgmma in the sm_90 matrix kernels; sm_100 and gfx942 compile."""
     from benchmarks.kernels_report import faults, rows_of

@@ -1,0 +1,170 @@
+"""`python -m benchmarks.device`: everything a GPU is for, in one call, most valuable first.
+
+Builds the CUDA kernels, runs the GPU tests, times the core cases, runs compute-sanitizer, installs the wheel beside
+an empty package folder, measures the card's ceilings and model steps, then goes on with the full grid. Each check is
+a row of benchmarks/results/<device>/checks.jsonl as soon as it ends; timings go where `make bench` puts them. A later
+call leaves out the cases that this commit has measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.environment import REPOSITORY, device_name, environment
+from benchmarks.results_store import RESULTS, ResultStore
+
+PYTHON = sys.executable
+_PYTEST = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu")
+_SHARED = ("tests/test_backends.py", "tests/test_precision.py")
+# Every kernel of a backend, forward and backward, in few cases: few and many tokens, both forms, masks, bias.
+_SANITIZED = "alone and tiled-tall or many-tokens and float16 and not delta"
+_MODULE = """
+import torch
+from genft_kernels import GenFTConfig, GenFTLinear
+layer = GenFTLinear(96, 64, config=GenFTConfig(dropout=0.1, zero_delta=False), backend="cuda", device="cuda")
+layer(torch.randn(200, 96, device="cuda")).sum().backward()
+assert all(p.grad.isfinite().all() for p in layer.parameters() if p.requires_grad)
+import genft_kernels
+print("installed wheel:", genft_kernels.__file__)
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """A command that must end well, and the most seconds that it may take."""
+
+    name: str
+    command: tuple[str, ...]
+    seconds: float
+    variables: tuple[tuple[str, str], ...] = ()
+
+
+def sanitizer(tool: str) -> Check:
+    """compute-sanitizer's `tool` over the kernels of both backends."""
+    command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all")
+    tests = (*_PYTEST, "tests/test_backends.py", "-k", f"(triton-cuda or cuda-cuda) and ({_SANITIZED})")
+    # Without a cache of PyTorch's own, every tensor is an allocation whose bounds are known.
+    return Check(tool, (*command, *tests), 100, (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),))
+
+
+def bench(name: str, seconds: float, *arguments: str) -> Check:
+    """The layer benchmark on some cases."""
+    return Check(name, (PYTHON, "-m", "benchmarks", *arguments), seconds)
+
+
+def checks(output: Path, scratch: Path) -> list[Check]:
+    """All of them, most valuable first; `scratch` is a folder to install into."""
+    to = ("--output", str(output))
+    install = (PYTHON, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index")
+    wheel = f"{' '.join(install)} --target {scratch} . && cd {scratch} && PYTHONPATH={scratch} {PYTHON} -c '{_MODULE}'"
+    core = ("--layer", "llama-7b-qv", "roberta-base-qv", "--k", "26", "--form", "factored", "tiled")
+    return [
+        Check("build", (PYTHON, "-c", "from genft_kernels.backends import _jit; _jit.load()"), 90),
+        Check("shared cases", (*_PYTEST, "-n", "8", *_SHARED), 150),
+        Check("real sizes, graphs, synchronisation", (*_PYTEST, "-n", "2", "tests/test_gpu.py"), 150),
+        bench("core timings, many tokens", 100, *core, "--tokens", "8192", *to),
+        bench("core timings, few tokens", 60, *core, "--tokens", "16", *to),
+        sanitizer("memcheck"),
+        sanitizer("racecheck"),
+        sanitizer("initcheck"),
+        Check("model step", (PYTHON, "-m", "benchmarks.model_step", *to), 120),
+        Check("installed wheel", ("bash", "-c", wheel), 120, (("GENFT_CACHE_DIR", str(scratch / "cache")),)),
+        bench("full grid", 3600, "--resume", *to),
+    ]
+
+
+def run_check(check: Check, limit: float, log: Path) -> dict:
+    """Run a check for at most `limit` seconds; what it printed is added to `log`. Returns its row, without the name."""
+    start, environ = time.perf_counter(), {**os.environ, **dict(check.variables)}
+    with log.open("ab") as file:
+        file.write(f"\n=== {check.name}: {' '.join(check.command)}\n".encode())
+        file.flush()
+        begin = file.tell()
+        try:
+            process = subprocess.Popen(
+                check.command,
+                cwd=REPOSITORY,
+                env=environ,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except FileNotFoundError:
+            return {"status": "unavailable", "seconds": 0.0, "last": f"{check.command[0]} is not on this machine"}
+        try:
+            status = "passed" if process.wait(limit) == 0 else f"failed with {process.returncode}"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            process.wait()
+            status = "out of time"
+    lines = log.read_bytes()[begin:].decode(errors="replace").strip().splitlines()
+    last = re.sub(r"\x1b\[[0-9;]*m", "", lines[-1]) if lines else ""
+    return {"status": status, "seconds": round(time.perf_counter() - start, 1), "last": last[:300]}
+
+
+def run_all(todo: Sequence[Check], store: ResultStore, fields: dict, minutes: float, log: Path) -> bool:
+    """Run checks while time is left, a row for each as it ends; True if none failed."""
+    deadline, sound = time.perf_counter() + 60 * minutes, True
+    for check in todo:
+        left = deadline - time.perf_counter()
+        if left < 10:
+            print(f"{check.name}: no time left")
+            continue
+        row = {"check": check.name} | run_check(check, min(check.seconds, left), log)
+        store.upsert([row | fields])
+        sound &= not row["status"].startswith("failed")
+        print(f"{check.name}: {row['status']} in {row['seconds']} s: {row['last']}", flush=True)
+    return sound
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the checks and return the exit status: 1 if one failed, 2 for bad arguments or without a GPU."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.device", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=9.0, help="in all (default %(default)s)")
+    parser.add_argument("--only", nargs="+", metavar="CHECK", help="the checks to run, by the start of their names")
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="default benchmarks/results")
+    parser.add_argument("--list", action="store_true", help="show the checks and stop")
+    options = parser.parse_args(argv)
+    if not options.minutes > 0:
+        parser.error("--minutes must be above 0")
+    output = options.output.resolve()
+    with tempfile.TemporaryDirectory() as scratch:
+        todo = checks(output, Path(scratch))
+        names = [check.name for check in todo]
+        unknown = [name for name in options.only or () if not any(each.startswith(name) for each in names)]
+        if unknown:
+            parser.error(f"--only: no {', '.join(unknown)}; there are {'; '.join(names)}")
+        if options.only:
+            todo = [check for check in todo if check.name.startswith(tuple(options.only))]
+        if options.list:
+            print("\n".join(f"{check.name}: {' '.join(check.command)}" for check in todo))
+            return 0
+        if not torch.cuda.is_available():
+            print("this machine has no CUDA device that PyTorch can use", file=sys.stderr)
+            return 2
+        device = torch.device("cuda")
+        store = ResultStore(device_name(device), "checks", ("check",), output)
+        store.path.parent.mkdir(parents=True, exist_ok=True)
+        log = store.path.with_name("checks.log")
+        log.unlink(missing_ok=True)
+        fields = environment(device) | {"nvcc": shutil.which("nvcc")}
+        print(fields)
+        return 0 if run_all(todo, store, fields, options.minutes, log) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
