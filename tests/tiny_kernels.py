@@ -79,3 +79,11 @@ def compilations(home: Path) -> int:
     """How often an nvcc of `write_logging_nvcc` compiled the kernel."""
     log = home / "log"
     return sum("-c fill.cu" in line for line in log.read_text().splitlines()) if log.exists() else 0
+
+
+def hide_nvcc(monkeypatch, tmp_path: Path) -> None:
+    """Let no nvcc be found for the time of a test."""
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(_build, "SYSTEM_NVCC", tmp_path / "nvcc")
+    monkeypatch.setattr(_build.importlib.util, "find_spec", lambda name: None)
