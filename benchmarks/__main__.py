@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import os
 import sys
@@ -15,7 +16,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.cases import DIRECTIONS, DTYPES, FORMS, LAYERS, SPLITS, Case, default_cases
-from benchmarks.environment import device_name
+from benchmarks.environment import environment
 from benchmarks.providers import PROVIDERS, Provider
 from benchmarks.results_store import RESULTS, ResultStore, Row
 
@@ -31,8 +32,16 @@ finished providers are kept)."""
 def main(argv: list[str] | None = None) -> int:
     """Measure, print a line for each row, and return the exit status."""
     options = _parse(argv)
-    store = ResultStore(device_name(options.device), "layer", harness.KEY, options.output)
-    print(f"{device_name(options.device)}: {len(options.cases)} cases, {len(options.providers)} providers")
+    fields = environment(options.device)
+    try:
+        store = ResultStore(fields["device"], "layer", harness.KEY, options.output)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.resume:
+        done = functools.partial(harness.is_done, store, options.providers, commit=fields["commit"])
+        options.cases = [case for case in options.cases if not done(case)]
+    print(f"{fields['device']}: {len(options.cases)} cases, {len(options.providers)} providers")
     for name, reason in harness.unavailable(options.providers, options.cases, options.device).items():
         print(f"{name}: unavailable: {reason}")
     if options.list:
@@ -86,6 +95,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device", type=_device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="default benchmarks/results")
+    parser.add_argument("--resume", action="store_true", help="leave out cases that have all rows of this commit")
     parser.add_argument("--list", action="store_true", help="show the cases and what is unavailable, and stop")
     options = parser.parse_args(argv)
     options.providers = _providers(parser, options.provider)

@@ -8,6 +8,7 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch import config as functorch_config
 
 from benchmarks.problem import Problem
 from benchmarks.workload import Products, Workload
@@ -107,7 +108,7 @@ def official(problem: Problem, compiled: bool) -> Workload:
     the masks of the specification in its place.
     """
     if compiled and problem.device.type == "cuda":
-        torch._functorch.config.donated_buffer = False  # a GPU's backward is timed by asking for it again and again
+        functorch_config.donated_buffer = False  # a GPU's backward is timed by asking for it again and again
     forward = torch.compile(_official_linear, fullgraph=True, dynamic=False) if compiled else _official_linear
     config = problem.config
     params = GeneratorParameters(

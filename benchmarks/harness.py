@@ -61,6 +61,19 @@ def record(store: ResultStore, row: Row) -> None:
     store.upsert([row])
 
 
+def is_done(store: ResultStore, providers: Sequence[Provider], case: Case, commit: str | None) -> bool:
+    """Whether a store has every provider's rows of a case, of this commit: what a resumed run leaves out."""
+
+    def up_to_date(provider: Provider, direction: str | None) -> bool:
+        row = store.get(case.key | {"provider": provider.name, "direction": direction})
+        return row is not None and row["commit"] == commit
+
+    return all(
+        up_to_date(provider, None) or all(up_to_date(provider, direction) for direction in DIRECTIONS)
+        for provider in providers
+    )
+
+
 def gated_workload(provider: Provider, case: Case, device: torch.device) -> Workload:
     """A workload that passed its gate, for other clocks than this module's; WrongResult where it did not."""
     return _gated(provider, Problem(case, device), {}).workload
@@ -137,14 +150,15 @@ def _measured(
         bases = {base: medians[base, direction] for base in BASELINES if (base, direction) in medians}
         ratios = {base: tuple(time / median for time in times) for base, median in bases.items()}
     floor, launches = ratios.get(provider.floor(case)), memory.launches(work(workload, direction), device)
-    peak = memory.peak_bytes(work(workload, direction), device) // workload.projections
+    peak = memory.peak_bytes(work(workload, direction), device)
     return case.key | {
         "provider": provider.name, "direction": direction, "status": "measured", "part": provider.part,
         "rank": provider.rank(case) if provider.rank else None, "projections": workload.projections,
         "time_ms": [round(1e3 * time, 5) for time in times], "samples": samples and len(samples[provider.name]),
         "ratios": {base: [round(each, 4) for each in three] for base, three in ratios.items()},
         "floor_fraction": floor and round(1 / floor[1], 4),
-        "kept_bytes": passed.kept_bytes, "peak_bytes": peak, "launches": launches,
+        "kept_bytes": passed.kept_bytes, "peak_bytes": peak // workload.projections,
+        "launches": launches and round(launches / workload.projections, 1),
         "gain_y": passed.gain and round(passed.gain[0], 4), "gain_dx": passed.gain and round(passed.gain[1], 4),
     }  # fmt: skip
 

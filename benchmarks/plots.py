@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 from benchmarks.results_store import Row
-from benchmarks.tables import by_case, measured, title
+from benchmarks.tables import by_case, measured, telling, title
 
 # Shown where they were measured, in this order, each with its colour.
 SHOWN = {
@@ -19,19 +19,17 @@ SHOWN = {
     "genft-eager": "#2e7d32", "genft-triton": "#55a868", "genft-cuda": "#a5d6a7",
     "official": "#c44e52", "official-compiled": "#e39c9e",
 }  # fmt: skip
-MOST_CASES = 12
 
 
 def draw_cases(rows: Iterable[Row], path: Path) -> bool:
     """Bars, a group for each case: forward and backward relative to PEFT LoRA of rank k; False with nothing to draw.
 
-    Whiskers go from p20 to p80. Of a full grid the largest sizes are drawn, at most `MOST_CASES`.
+    Whiskers go from p20 to p80.
     """
-    cases = {case: providers for case, each in by_case(rows).items() if (providers := _relative(measured(each)))}
+    relative = {case: providers for case, each in by_case(rows).items() if (providers := _relative(measured(each)))}
+    cases = {case: relative[case] for case in telling(relative)}
     if not cases:
         return False
-    largest = sorted(cases, key=lambda case: case[3] * case[1] * case[2], reverse=True)[:MOST_CASES]
-    cases = {case: providers for case, providers in cases.items() if case in largest}
     names = [name for name in SHOWN if any(name in providers for providers in cases.values())]
     figure, axes = pyplot.subplots(figsize=(11, 1.2 + 0.14 * len(names) * len(cases)), layout="constrained")
     height = 0.84 / len(names)

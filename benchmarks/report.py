@@ -128,9 +128,10 @@ def _summary_table(rows: list[Row]) -> str:
         "layer, tokens, dtype, k, form", "PEFT LoRA ms", "GenFT × LoRA", "of floor", "GenFT, H given × LoRA",
         "official × LoRA", "kept MiB: GenFT", "LoRA", "official",
     )  # fmt: skip
-    lines = []
-    for case, each in tables.by_case(rows).items():
-        both = {name: directions["both"] for name, directions in tables.measured(each).items() if "both" in directions}
+    lines, cases = [], tables.by_case(rows)
+    for case in tables.telling(cases):
+        found = tables.measured(cases[case])
+        both = {name: directions["both"] for name, directions in found.items() if "both" in directions}
         lora, official = both.get("peft-lora"), both.get("official")
         genft, token_side = (_fastest(both, part) for part in ("layer", "token side"))
         if lora is None or genft is None:

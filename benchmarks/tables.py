@@ -31,6 +31,17 @@ def by_case(rows: Iterable[Row]) -> dict[tuple, list[Row]]:
     return groups
 
 
+def telling(cases: Iterable[tuple], most: int = 12) -> list[tuple]:
+    """All cases where they are few; else of each (layer, dtype, form) the one nearest to 8,192 tokens, smallest k."""
+    cases = list(cases)
+    if len(cases) <= most:
+        return cases
+    chosen: dict[tuple, tuple] = {}
+    for case in sorted(cases, key=lambda case: (abs(case[3] - 8192), case[5])):
+        chosen.setdefault((case[0], case[4], case[6]), case)
+    return [case for case in cases if case in chosen.values()]
+
+
 def case_title(case: tuple) -> str:
     """One case in words."""
     layer, n_in, n_out, tokens, dtype, k, form = case

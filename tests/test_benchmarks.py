@@ -10,7 +10,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import agreement, genft_providers, harness, lora_providers, memory, report, third_party, timing
+from benchmarks import (
+    agreement,
+    environment,
+    genft_providers,
+    harness,
+    lora_providers,
+    memory,
+    report,
+    tables,
+    third_party,
+    timing,
+)
 from benchmarks.__main__ import main as bench
 from benchmarks.cases import FORMS, LAYERS, Case, Layer, cpu_cases, gpu_grid
 from benchmarks.gate import Expected, WrongResult
@@ -42,7 +53,8 @@ def of(rows, provider, direction="both"):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", [name for name in PROVIDERS if name != "official-compiled"])
+# Compiled: one form below. CUDA: its kernels run on a CPU in tests of their own.
+@pytest.mark.parametrize("name", [name for name in PROVIDERS if name != "official-compiled" and "cuda" not in name])
 def test_every_provider_passes_its_gate(name, form, dtype):
     which, provider = case(form, dtype), PROVIDERS[name]
     if reason := provider.obstacle(which, CPU):
@@ -179,6 +191,13 @@ def test_the_cases_cover_what_they_should():
     assert any(each.layer.in_features != each.layer.out_features for each in small)
 
 
+def test_of_a_full_grid_the_report_shows_one_case_for_each_layer_and_form():
+    cases = [tuple(each.key.values()) for each in gpu_grid()]
+    shown = tables.telling(cases)
+    assert len(shown) == 5 * 3 and {each[3] for each in shown} == {8192} and {each[5] for each in shown} == {8}
+    assert tables.telling(cases[:12]) == cases[:12]
+
+
 # --- measures -------------------------------------------------------------------------------------------------------
 
 
@@ -292,6 +311,24 @@ def test_the_command_measures_and_writes(tmp_path, capsys):
     assert len(rows) == 3 + 3 + 1 and {row["tokens"] for row in rows} == {7}
     printed = capsys.readouterr().out
     assert "genft-triton: unavailable: it needs a CUDA device" in printed.splitlines()[1]
+
+
+def test_a_resumed_run_leaves_out_what_is_done(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(environment, "_commit", lambda: "one")
+    arguments = [*ARGUMENTS, "--provider", "frozen", "genft-triton", "--output", str(tmp_path), "--resume"]
+    assert bench(arguments) == 0 and "1 cases" in capsys.readouterr().out
+    assert bench(arguments) == 0 and "0 cases" in capsys.readouterr().out
+    assert bench([*arguments, "--provider", "frozen", "peft-lora"]) == 0 and "1 cases" in capsys.readouterr().out
+    monkeypatch.setattr(environment, "_commit", lambda: "two")
+    assert bench(arguments) == 0 and "1 cases" in capsys.readouterr().out
+
+
+def test_a_broken_result_file_is_an_error_not_overwritten(tmp_path, capsys):
+    path = tmp_path / folder_name(environment.device_name(CPU)) / "layer.jsonl"
+    path.parent.mkdir()
+    path.write_text("not JSON\n")
+    assert bench([*ARGUMENTS, "--output", str(tmp_path)]) == 2
+    assert "line 1: not JSON" in capsys.readouterr().err and path.read_text() == "not JSON\n"
 
 
 def test_an_interrupted_run_keeps_the_finished_rows(tmp_path, monkeypatch, capsys):
