@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if options.resume:
-        done = functools.partial(harness.is_done, store, options.providers, commit=fields["commit"])
+        done = functools.partial(harness.is_done, store, options.providers, sources=fields["sources"])
         options.cases = [case for case in options.cases if not done(case)]
     print(f"{fields['device']}: {len(options.cases)} cases, {len(options.providers)} providers")
     for name, reason in harness.unavailable(options.providers, options.cases, options.device).items():
@@ -95,7 +95,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device", type=_device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="default benchmarks/results")
-    parser.add_argument("--resume", action="store_true", help="leave out cases that have all rows of this commit")
+    parser.add_argument("--resume", action="store_true", help="leave out cases that have all rows of these sources")
     parser.add_argument("--list", action="store_true", help="show the cases and what is unavailable, and stop")
     options = parser.parse_args(argv)
     options.providers = _providers(parser, options.provider)

@@ -3,7 +3,7 @@
 Builds the CUDA kernels, runs the GPU tests, times the core cases, runs compute-sanitizer, installs the wheel beside
 an empty package folder, measures the card's ceilings and model steps, then goes on with the full grid. Each check is
 a row of benchmarks/results/<device>/checks.jsonl as soon as it ends; timings go where `make bench` puts them. A later
-call leaves out the cases that this commit has measured.
+call leaves out the cases that the same sources have measured.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import platform
 import subprocess
 from pathlib import Path
@@ -23,10 +25,11 @@ def device_name(device: torch.device) -> str:
 
 
 def environment(device: torch.device) -> dict[str, str | int | None]:
-    """Device, versions and commit."""
+    """Device, versions, commit and a digest of what was measured."""
     versions = {package.replace("-", "_"): third_party.version(package) for package in _PACKAGES}
     fields = {
-        "device": device_name(device), "commit": _commit(), "genft_kernels": genft_kernels.__version__,
+        "device": device_name(device), "commit": _commit(), "sources": sources(),
+        "genft_kernels": genft_kernels.__version__,
         "python": platform.python_version(), "torch": torch.__version__, **versions,
     }  # fmt: skip
     if device.type == "cuda":
@@ -34,6 +37,16 @@ def environment(device: torch.device) -> dict[str, str | int | None]:
         return fields | {"cuda": torch.version.cuda, "capability": f"sm_{major}{minor}"}
     amx = torch.cpu._is_amx_tile_supported()
     return fields | {"cpu_capability": torch.backends.cpu.get_cpu_capability() + (" with AMX" if amx else "")}
+
+
+@functools.cache
+def sources() -> str:
+    """Digest of the package, its CUDA sources and the benchmarks: the same wherever they are, a repository or not."""
+    digest = hashlib.sha256()
+    files = [path for folder in ("genft_kernels", "csrc", "benchmarks") for path in (REPOSITORY / folder).rglob("*")]
+    for path in sorted(path for path in files if path.suffix in (".py", ".h", ".cuh", ".cu", ".cpp", ".txt")):
+        digest.update(str(path.relative_to(REPOSITORY)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _commit() -> str | None:

@@ -61,12 +61,12 @@ def record(store: ResultStore, row: Row) -> None:
     store.upsert([row])
 
 
-def is_done(store: ResultStore, providers: Sequence[Provider], case: Case, commit: str | None) -> bool:
-    """Whether a store has every provider's rows of a case, of this commit: what a resumed run leaves out."""
+def is_done(store: ResultStore, providers: Sequence[Provider], case: Case, sources: str) -> bool:
+    """Whether a store has every provider's rows of a case, of these sources: what a resumed run leaves out."""
 
     def up_to_date(provider: Provider, direction: str | None) -> bool:
         row = store.get(case.key | {"provider": provider.name, "direction": direction})
-        return row is not None and row["commit"] == commit
+        return row is not None and row.get("sources") == sources
 
     return all(
         up_to_date(provider, None) or all(up_to_date(provider, direction) for direction in DIRECTIONS)

@@ -314,12 +314,12 @@ def test_the_command_measures_and_writes(tmp_path, capsys):
 
 
 def test_a_resumed_run_leaves_out_what_is_done(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(environment, "_commit", lambda: "one")
+    monkeypatch.setattr(environment, "sources", lambda: "one")
     arguments = [*ARGUMENTS, "--provider", "frozen", "genft-triton", "--output", str(tmp_path), "--resume"]
     assert bench(arguments) == 0 and "1 cases" in capsys.readouterr().out
     assert bench(arguments) == 0 and "0 cases" in capsys.readouterr().out
     assert bench([*arguments, "--provider", "frozen", "peft-lora"]) == 0 and "1 cases" in capsys.readouterr().out
-    monkeypatch.setattr(environment, "_commit", lambda: "two")
+    monkeypatch.setattr(environment, "sources", lambda: "two")
     assert bench(arguments) == 0 and "1 cases" in capsys.readouterr().out
 
 
