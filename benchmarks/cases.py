@@ -60,6 +60,15 @@ class Case:
         return SPLITS[self.k]
 
     @property
+    def config(self) -> dict[str, str | int | float | bool]:
+        """GenFT's settings, but for the scaling."""
+        shared, specific = self.split
+        return {
+            "shared_dim": shared, "specific_dim": specific, "inner_activation": "tanh", "weight_ratio": 16.0,
+            "zero_delta": False, **FORMS[self.form],
+        }  # fmt: skip
+
+    @property
     def rank_of_equal_parameters(self) -> int:
         """The LoRA rank that trains as many parameters over all `count` layers as GenFT does, at least 1.
 

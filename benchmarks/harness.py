@@ -153,8 +153,9 @@ def _measured(
     peak = memory.peak_bytes(work(workload, direction), device)
     return case.key | {
         "provider": provider.name, "direction": direction, "status": "measured", "part": provider.part,
-        "rank": provider.rank(case) if provider.rank else None, "projections": workload.projections,
-        "time_ms": [round(1e3 * time, 5) for time in times], "samples": samples and len(samples[provider.name]),
+        "rank": provider.rank(case) if provider.rank else None, "config": case.config,
+        "projections": workload.projections, "samples": samples and len(samples[provider.name]),
+        "time_ms": [round(1e3 * time, 5) for time in times],
         "ratios": {base: [round(each, 4) for each in three] for base, three in ratios.items()},
         "floor_fraction": floor and round(1 / floor[1], 4),
         "kept_bytes": passed.kept_bytes, "peak_bytes": peak // workload.projections,

@@ -9,7 +9,7 @@ import zlib
 import torch
 from torch import Tensor
 
-from benchmarks.cases import FORMS, Case
+from benchmarks.cases import Case
 from genft_kernels import GeneratorParameters, GenFTConfig, reference
 from genft_kernels.checks import expected_shapes
 
@@ -37,7 +37,7 @@ class Problem:
         self.weight = self._random("weight", layer.out_features, layer.in_features, scale=layer.in_features**-0.5)
         self.x = self._random("x", self.case.tokens, layer.in_features).requires_grad_()
         self.dy = self._random("dy", self.case.tokens, layer.out_features)
-        self.config = self._unscaled_config()
+        self.config = GenFTConfig(**self.case.config)
         self.params = self._generator_parameters()
         self.config = dataclasses.replace(self.config, scaling=self._scaling(self._delta_norm()))
 
@@ -76,11 +76,6 @@ class Problem:
             return reference.delta_weight(
                 self.weight.float(), self.params, self.config, training=True, seed=self.seed
             ).norm()
-
-    def _unscaled_config(self) -> GenFTConfig:
-        shared, specific = self.case.split
-        settings = {"shared_dim": shared, "specific_dim": specific, "zero_delta": False, **FORMS[self.case.form]}
-        return GenFTConfig.preset("fast", **settings)
 
     def _generator_parameters(self) -> GeneratorParameters:
         layer, config = self.case.layer, self.config
