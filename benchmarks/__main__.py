@@ -91,7 +91,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--form", nargs="+", choices=FORMS)
     parser.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
     parser.add_argument(
-        "--seconds", type=_positive(float), default=17.0, help="clock time of a case on a CPU (default %(default)s)"
+        "--seconds", type=_positive(float), default=14.0, help="clock time of a case on a CPU (default %(default)s)"
     )
     parser.add_argument("--device", type=_device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="default benchmarks/results")

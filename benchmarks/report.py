@@ -95,7 +95,7 @@ def _provenance(rows: list[Row]) -> str:
     return ", ".join(f"{field} {' and '.join(values)}" for field, values in found.items() if values) + ".\n"
 
 
-_VERSIONS = tuple(field for field in tables.ENVIRONMENT_FIELDS if field != "device")
+_VERSIONS = tuple(field for field in tables.ENVIRONMENT_FIELDS if field not in ("device", "sources"))
 
 
 def _device(rows: list[Row]) -> str:
