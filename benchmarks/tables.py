@@ -12,8 +12,8 @@ CASE_FIELDS = ("layer", "in", "out", "tokens", "dtype", "k", "form")
 _MIB = 1 << 20
 # Where a row comes from; the same for a whole run, so tables leave it out.
 ENVIRONMENT_FIELDS = (
-    "device", "commit", "sources", "genft_kernels", "python", "torch", "triton", "peft", "unsloth", "nemo_automodel", "cuda",
-    "capability", "cpu_capability",
+    "device", "commit", "sources", "genft_kernels", "python", "torch", "triton", "peft", "unsloth", "nemo_automodel",
+    "cuda", "capability", "cpu_capability",
 )  # fmt: skip
 
 
