@@ -18,8 +18,8 @@ from genft_kernels.backends._jit import import_build
 HEADER = Path(__file__).parent.parent / "csrc" / "genft.h"
 
 # Values of the launchers' parameters, by name; where there are several, every combination is launched.
-SIZES = {name: [768, 4096] for name in ("m", "n", "n_in", "n_out")}
-SIZES |= {name: [4096] for name in ("stride", "tokens_stride", "x_stride", "dy_stride")}
+SIZES = {name: [768] for name in ("m", "n", "stride", "tokens_stride", "x_stride", "dy_stride")}
+SIZES |= {name: [768, 4096] for name in ("n_in", "n_out")}  # small enough and large enough for each size of block
 SIZES |= {"layers": [1], "k": [37], "k1": [37], "rows_per_split": [64], "t": [16, 4096]}
 SETTINGS = {name: [3] for name in ("activation", "inner", "outer")} | {"dtype": [0, 1, 2], "random_stream": [1]}
 SETTINGS |= {"threshold": [1 << 29], "keep_scale": [1.1], "scale": [0.5]}
