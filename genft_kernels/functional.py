@@ -74,7 +74,7 @@ def genft_linear(
     group = GeneratorParameters(*(t if t is None or t.dim() == 1 else t[None] for t in params))
     generated = generate_factors([weight], group, config, dtype=dtype, dropout=dropout, seed=seed, backend=chosen)
     (factors,) = generated.unbind()
-    return apply_factors(x, weight, bias, factors, config.scaling, config.outer_activation, dropout, seed, chosen)
+    return apply_factors(x, weight, bias, factors, config.scaling, config.outer_activation, dropout, seed, chosen)[0]
 
 
 def factored_linear(
@@ -116,7 +116,7 @@ def factored_linear(
     dropout = dropout if training else 0.0
     seed = forward_seed(seed, x.device, training, dropout, activation, dtype, chosen)
     factors = Factors(h.to(x.device, dtype), b.to(x.device, dtype), ROW_STREAM)
-    return apply_factors(x, weight, bias, factors, scale, activation, dropout, seed, chosen)
+    return apply_factors(x, weight, bias, factors, scale, activation, dropout, seed, chosen)[0]
 
 
 def generate_factors(
@@ -187,13 +187,17 @@ def apply_factors(
     dropout: float,
     seed: torch.Tensor | None,
     backend: str,
-) -> torch.Tensor:
-    """The token side alone: `factored_linear` of arguments that were checked, the factors in `compute_dtype(x)`."""
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The token side alone: `factored_linear` of arguments that were checked, the factors in `compute_dtype(x)`.
+
+    Returns y and what the next reader of x should read in its place (`ops.linear_handing_on`).
+    """
     dtype = compute_dtype(x)
     bias = None if bias is None else bias.to(dtype)
     h, b, stream = factors
-    y, _ = ops.linear(x.to(dtype), weight, bias, h, b, seed, float(scale), activation, dropout, stream, backend)
-    return y
+    return ops.linear_handing_on(
+        x.to(dtype), weight, bias, h, b, seed, float(scale), activation, dropout, stream, backend
+    )
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:

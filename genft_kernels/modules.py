@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import backends, reference
+from . import backends, reference, shared_input
 from .checks import check_frozen_weight, check_linear
 from .config import GeneratorParameters, GenFTConfig
 from .functional import apply_factors, compute_dtype, forward_seed, genft_linear
@@ -268,9 +268,19 @@ class GenFTLinear(nn.Linear):
         backend = backends.choose(self.backend, x.device, dtype)
         seeds = [forward_seed(None, x.device, training, dropout, psi, dtype, backend) for _ in self._blocks[1]]
         factors = self.generator.group.factors_for(self, dtype, backend, seeds)
-        return lambda weight, bias, place: apply_factors(
-            x, weight, bias, factors[place], config.scaling, psi, dropout, seeds[place], backend
-        )
+        read = shared_input.receive(self, x, dtype)
+
+        def updated(weight: Tensor, bias: Tensor | None, place: int) -> Tensor:
+            nonlocal read
+            y, handed = apply_factors(
+                read, weight, bias, factors[place], config.scaling, psi, dropout, seeds[place], backend
+            )
+            read = read if handed is None else handed
+            if place == len(factors) - 1:
+                shared_input.hand_on(self, x, handed)
+            return y
+
+        return updated
 
     def _generated_alone(self, x: Tensor) -> Callable[[Tensor, Tensor | None, int], Tensor]:
         """The same, generating within the forward."""
