@@ -222,4 +222,6 @@ def plant(faults: list[Fault]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(plant(FAULTS))
+    from tests.model_faults import FAULTS as MODEL_FAULTS
+
+    sys.exit(plant(FAULTS + MODEL_FAULTS))

@@ -1,0 +1,193 @@
+"""Faults in what works on whole models: grouped generation, `accumulate`, the Trainer's callback, shared inputs."""
+
+from tests.mutations import Fault
+
+GROUPS = ["tests/test_groups.py", "tests/test_group_contexts.py"]
+ACCUMULATION = ["tests/test_accumulation.py"]
+SHARED_INPUT = ["tests/test_shared_input.py"]
+TRAINER = ["tests/test_integrations.py"]
+
+FAULTS = [
+    Fault(
+        "generation: within reach of checkpointing's hooks",
+        "genft_kernels/generation.py",
+        "with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):",
+        "with torch.enable_grad():",
+        GROUPS,
+    ),
+    Fault(
+        "generation: never consumed",
+        "genft_kernels/generation.py",
+        "            generation.factors = None",
+        "            pass",
+        GROUPS,
+    ),
+    Fault(
+        "generation: its graph kept after the backward",
+        "genft_kernels/generation.py",
+        "ctx.graphs.pop()",
+        "ctx.graphs[-1]",
+        GROUPS,
+    ),
+    Fault(
+        "generation: a changed parameter unnoticed by a further backward",
+        "genft_kernels/generation.py",
+        "if [parameter._version for parameter in ctx.parameters] != ctx.versions:",
+        "if False:",
+        GROUPS,
+    ),
+    Fault(
+        "generation: zeros for layers that had no part",
+        "genft_kernels/generation.py",
+        "ctx.recipe.owner(i) in owners",
+        "True",
+        GROUPS,
+    ),
+    Fault(
+        "generation: specific units of the neighbour",
+        "genft_kernels/generation.py",
+        "[of_layers[owner] for owner in self.owners]",
+        "[of_layers[owner - 1] for owner in self.owners]",
+        GROUPS,
+    ),
+    Fault(
+        "group: versions not looked at",
+        "genft_kernels/groups.py",
+        "(tensor._version, tensor.data_ptr(), tensor.requires_grad)",
+        "(0, tensor.data_ptr(), tensor.requires_grad)",
+        GROUPS,
+    ),
+    Fault(
+        "group: steps of fused optimizers not seen",
+        "genft_kernels/groups.py",
+        "            group.steps += 1\n            group.forget()",
+        "            pass",
+        GROUPS,
+    ),
+    Fault(
+        "group: one column mask for two forwards",
+        "genft_kernels/groups.py",
+        "(self.taken and settings.dropout > 0)",
+        "False",
+        GROUPS,
+    ),
+    Fault(
+        "group: one column mask for all layers",
+        "genft_kernels/groups.py",
+        "seeds[0] + others",
+        "seeds[0] + 0 * others",
+        GROUPS,
+    ),
+    Fault(
+        "group: column seeds that a repetition does not draw",
+        "genft_kernels/groups.py",
+        "if settings.dropout > 0 and _may_be_repeated():",
+        "if False:",
+        GROUPS,
+    ),
+    Fault(
+        "group: the whole group for each repeated region",
+        "genft_kernels/groups.py",
+        "[layer] if in_backward else self.together_with(layer)",
+        "self.together_with(layer)",
+        GROUPS,
+    ),
+    Fault(
+        "group: layers in another mode left in",
+        "genft_kernels/groups.py",
+        "_cell(each) == cell]",
+        "True]",
+        GROUPS,
+    ),
+    Fault(
+        "group: factors travel with a copy",
+        "genft_kernels/groups.py",
+        "        return LayerGroup, ()",
+        "        return object.__reduce_ex__(self, 4)",
+        GROUPS,
+    ),
+    Fault(
+        "accumulate: sums in 16 bits",
+        "genft_kernels/accumulation.py",
+        "wide = torch.promote_types(factor.dtype, torch.float32)",
+        "wide = factor.dtype",
+        ACCUMULATION,
+    ),
+    Fault(
+        "accumulate: nothing sent on",
+        "genft_kernels/accumulation.py",
+        "            torch.autograd.backward(roots, grads)",
+        "            pass",
+        ACCUMULATION,
+    ),
+    Fault(
+        "accumulate: an exception keeps the leaves",
+        "genft_kernels/accumulation.py",
+        "    finally:\n        accumulation.stop()",
+        "    finally:\n        pass",
+        ACCUMULATION,
+    ),
+    Fault(
+        "accumulate: a step inside unnoticed",
+        "genft_kernels/accumulation.py",
+        "if not self._share.holds(layer):",
+        "if False:",
+        ACCUMULATION,
+    ),
+    Fault(
+        "accumulate: a late backward lost",
+        "genft_kernels/accumulation.py",
+        "leaf.register_hook(accumulation.check_active)",
+        "pass",
+        ACCUMULATION,
+    ),
+    Fault(
+        "Trainer: the gradients come after clipping",
+        "genft_kernels/integrations/transformers.py",
+        "torch.autograd.Variable._execution_engine.queue_callback(self._accumulation.flush)",
+        "pass",
+        TRAINER,
+    ),
+    Fault(
+        "Trainer: sent on after every micro-batch",
+        "genft_kernels/integrations/transformers.py",
+        " and GradientState().sync_gradients",
+        "",
+        TRAINER,
+    ),
+    Fault(
+        "shared input: another tensor handed on",
+        "genft_kernels/shared_input.py",
+        "last.source() is x and ",
+        "",
+        SHARED_INPUT,
+    ),
+    Fault(
+        "shared input: a change in place unnoticed",
+        "genft_kernels/shared_input.py",
+        " and last.version == x._version",
+        "",
+        SHARED_INPUT,
+    ),
+    Fault(
+        "shared input: forwards of one input chained",
+        "genft_kernels/shared_input.py",
+        " and weakref.ref(layer) not in last.readers",
+        "",
+        SHARED_INPUT,
+    ),
+    Fault(
+        "shared input: the next reader's gradient lost",
+        "genft_kernels/ops.py",
+        "return own if dx is None or onto else dx.add_(own)",
+        "return own",
+        SHARED_INPUT,
+    ),
+    Fault(
+        "shared input: freed before its own loss",
+        "genft_kernels/ops.py",
+        "                ctx.kept = ctx.saved_tensors",
+        "                pass",
+        SHARED_INPUT,
+    ),
+]
