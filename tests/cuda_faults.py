@@ -125,6 +125,12 @@ WRONG = [
     planned("tile.cuh", "b: never transposed", "load_matrices<kBTransposed>(right", "load_matrices<false>(right"),
     planned("tile.cuh", "b: halves exchanged", "left[m], right[0], right[1]", "left[m], right[1], right[0]"),
     planned("tile.cuh", "b: first columns twice", "left[m], right[2], right[3]", "left[m], right[0], right[1]"),
+    planned(
+        "tile.cuh",
+        "addresses in 32 bits",
+        "matrix.data + (row + r) * matrix.stride",
+        "matrix.data + (row + r) * static_cast<int>(matrix.stride)",
+    ),
     planned("tile.cuh", "float32: one row twice", "*a_at(row + i * 8, d)", "*a_at(row, d)"),
     planned("tile.cuh", "warps on the same rows", "threadIdx.x / 32 / Warps<kTile>::kAcross * kRows * 16", "0 * kRows"),
     planned(

@@ -142,6 +142,29 @@ def test_expanded_and_overlapping_tokens(device):
         judge(lambda backend, *tensors: backend.linear(*tensors, *settings), x, weight, None, h, b)
 
 
+@pytest.mark.parametrize("activation", ["identity", "gelu"])
+@pytest.mark.skipif(cuda_host.unavailable_reason() is not None, reason="no g++ or headers")
+def test_addresses_beyond_two_to_the_31(activation, tmp_path):
+    """Rows of x, dy and W lie 2**31 / 3 elements apart, in a file of which only what is touched exists."""
+    apart = 2**31 // 3
+    file = torch.from_file(str(tmp_path / "sparse"), shared=True, size=5 * apart, dtype=torch.bfloat16)
+    close = [torch.randn(5, n).bfloat16() for n in (24, 24, 5)]  # x, W, dy
+    far = [file[100 * i :].as_strided(m.shape, (apart, 1)).copy_(m) for i, m in enumerate(close)]
+    h, b, settings = (
+        torch.randn(24, 3).bfloat16(),
+        torch.randn(5, 3).bfloat16(),
+        (torch.tensor([3]), 0.5, activation, 0.0, 1),
+    )
+    results = []
+    for x, weight, dy in (close, far):
+        y, xh = cuda.linear(x, weight, None, h, b, *settings)
+        grads = cuda.linear_backward(dy, x, weight, h, b, xh, *settings, [True, False, True, True])
+        column = cuda.column([weight], torch.ones(1, 2, 24).bfloat16(), None, "identity")[0]
+        results.append((y, column, cuda_kernels.fold(weight, h, b, *settings), *grads))
+    for one, other in zip(*results, strict=True):
+        assert one is other is None or torch.equal(one, other)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("activation", ["identity", "gelu"])
 @pytest.mark.parametrize("tokens", [9, 140])
@@ -341,10 +364,10 @@ def test_tensors_of_two_devices_are_named():
         cuda_kernels.fold(weight, h.to("meta"), b, None, 1.0, "gelu", 0.0, philox.ROW_STREAM)
 
 
-def test_a_matrix_beyond_cudas_grids_is_refused():
-    matrix = torch.empty(1, device=CPU).expand(5_000_000, 1)
-    with pytest.raises(ValueError, match=r"at most 4194240 rows and columns, got \(5000000, 1\)"):
-        cuda_kernels.extended_k(torch.ones(1, 1), matrix, None, torch.ones(1, 1), matrix, 1.0)
+def test_more_features_than_cudas_grids_allow_are_refused():
+    factor = torch.ones(1, 1).expand(5_000_000, 1)
+    with pytest.raises(ValueError, match="at most 4194240 features, got 5000000"):
+        cuda_kernels.extended_k(torch.ones(1, 1), factor, None, torch.ones(1, 1), factor, 1.0)
 
 
 def test_a_failed_launch_names_the_kernel(device):

@@ -16,7 +16,7 @@ from . import _jit
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # codes of genft.h
 DTYPES = tuple(_DTYPES)
 _EDGE = 64  # of a tile of the kernels
-_MOST_ROWS = 65535 * _EDGE  # what CUDA's grids allow
+_MOST_FEATURES = 65535 * _EDGE  # what CUDA's grids allow
 
 
 def launch(kernel: str, *arguments) -> None:
@@ -99,6 +99,11 @@ def _check_shapes(
         raise ValueError(f"seed must be int64 with {layers} elements, got {seed.dtype} with {seed.numel()}")
 
 
+def _check_features(*features: int) -> None:
+    if max(features) > _MOST_FEATURES:
+        raise ValueError(f"the CUDA kernels take at most {_MOST_FEATURES} features, got {max(features)}")
+
+
 def _tiles(n: int) -> int:
     return -(-n // _EDGE)
 
@@ -108,10 +113,6 @@ def _as_stored(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, int, bool]:
     transposed. A copy is made only for another dtype or strides of which none is 1."""
     matrix = matrix.to(dtype)
     (rows, columns), (row, column) = matrix.shape, matrix.stride()
-    if max(rows, columns) > _MOST_ROWS:
-        raise ValueError(
-            f"the CUDA kernels take matrices of at most {_MOST_ROWS} rows and columns, got {rows, columns}"
-        )
     if column == 1 or columns == 1:
         return matrix, row, False
     if row == 1 or rows == 1:
@@ -234,6 +235,7 @@ def row_backward(grad, left, right, down, pre, seed, outer: str, dropout: float,
 def extended_k(tokens, matrix, bias, small, thin, scale: float) -> Tensor:
     """tokens [T, n] matrix[m, n]^T + scale * small [T, k] thin[m, k]^T + bias: [T, m] in the tokens' dtype."""
     dtype, (t, n), (m, k) = _dtype(tokens, bias, small, thin), tokens.shape, thin.shape
+    _check_features(m)
     _check_shapes(matrix=(matrix, (m, n)), bias=(bias, (m,)), small=(small, (t, k)))
     out = tokens.new_empty((t, m))
     if t:
@@ -248,6 +250,7 @@ def main_loop(tokens, weight, bias, h, b, seed, scale, activation, dropout, stre
     """tokens [T, in] (W + scale * U)^T + bias, or with `over_out` tokens [T, out] (W + scale * U)."""
     dtype, (n_out, n_in), k, t = _dtype(tokens, bias, h, b), weight.shape, h.shape[1], tokens.shape[0]
     n_summed, n_kept = (n_out, n_in) if over_out else (n_in, n_out)
+    _check_features(n_out, n_in)
     _check_shapes(seed, tokens=(tokens, (t, n_summed)), bias=(bias, (n_kept,)), h=(h, (n_in, k)), b=(b, (n_out, k)))
     out = tokens.new_empty((t, n_kept))
     if t:
@@ -261,6 +264,7 @@ def main_loop(tokens, weight, bias, h, b, seed, scale, activation, dropout, stre
 def fold(weight, h, b, seed, scale, activation, dropout, stream) -> Tensor:
     """W + scale * drop(psi(b h^T)) [out, in] in the factors' dtype; it lies in memory as W does."""
     dtype, (n_out, n_in), k = _dtype(h, b), weight.shape, h.shape[1]
+    _check_features(n_out, n_in)
     _check_shapes(seed, h=(h, (n_in, k)), b=(b, (n_out, k)))
     weight, stride, transposed = _as_stored(weight, dtype)
     out = h.new_empty((n_in, n_out)).t() if transposed else h.new_empty((n_out, n_in))
@@ -274,6 +278,7 @@ def fold(weight, h, b, seed, scale, activation, dropout, stream) -> Tensor:
 def contract(dy, x, h, b, seed, scale, activation, dropout, stream, need_h: bool, need_b: bool):
     """(dh [in, k], db [out, k]) in the factors' dtype, None where not needed."""
     dtype, (t, n_out), (n_in, k) = _dtype(dy, x, h, b), dy.shape, h.shape
+    _check_features(n_out, n_in)
     _check_shapes(seed, x=(x, (t, n_in)), b=(b, (n_out, k)))
     dh = torch.empty((_tiles(n_out), n_in, k), dtype=torch.float32, device=dy.device) if need_h else None
     db = torch.empty((_tiles(n_in), n_out, k), dtype=torch.float32, device=dy.device) if need_b else None
