@@ -240,11 +240,11 @@ __device__ __forceinline__ void pipelined(int steps, Load load, Use use) {
     }
 }
 
-// total += left [rows, k] right[columns, k]^T at (row, column); the operands' room must be free, and is still in use
-// by other threads afterwards.
+// total += left [rows, k] right[columns, k]^T at (row, column); the room of two operands must be free, and is still in
+// use by other threads afterwards.
 template <bool kLeftTransposed = false, int kTile, class T>
-__device__ __forceinline__ void rank_k(Accumulator<kTile>& total, Operand<T, kTile> (&operand)[2],
-                                       const Matrix<T>& left, const Matrix<T>& right, int row, int column) {
+__device__ __forceinline__ void rank_k(Accumulator<kTile>& total, Operand<T, kTile>* operand, const Matrix<T>& left,
+                                       const Matrix<T>& right, int row, int column) {
     constexpr int kThreads = Warps<kTile>::kThreads;
     const int k = right.columns;
     for (int unit = 0; unit < k; unit += kDepth) {
@@ -254,7 +254,8 @@ __device__ __forceinline__ void rank_k(Accumulator<kTile>& total, Operand<T, kTi
         commit_copies();
         wait_for_copies<0>();
         __syncthreads();  // the operands are there
-        multiply<kLeftTransposed, false>(total, operand[0], operand[1], min(kDepth, ceil_divide(k - unit, kUnits) * kUnits));
+        const int depth = min(kDepth, ceil_divide(k - unit, kUnits) * kUnits);
+        multiply<kLeftTransposed, false>(total, operand[0], operand[1], depth);
     }
 }
 

@@ -19,7 +19,7 @@ TESTS = {
     "row.cu": [KERNELS, "-k", "row_of_three or row_stage"],
     "linear.cu": [KERNELS, "-k", "test_linear or token_side"],
     "fold.cu": [KERNELS, "-k", "fold or token_side or nan or test_linear"],
-    "contract.cu": [KERNELS, "-k", "token_side or activation or test_linear"],
+    "contract.cu": [KERNELS, "-k", "token_side or activation or contraction or test_linear"],
     "tile.cuh": [KERNELS],
     "update.cuh": [KERNELS],
 }
@@ -183,11 +183,12 @@ WRONG = [
     planned("fold.cu", "rounded by the words of the mask", "kRoundingStream, key", "dropout.stream, key"),
     planned("fold.cu", "transposed W folded as it lies", "transposed ? c * kRow<T, kEdge> + r + e :", "false ? 0 :"),
     planned("contract.cu", "dh from the untransposed tile", "multiply<true, true>(dh", "multiply<false, true>(dh"),
+    planned("contract.cu", "one tile's G for all of a block", "if (i == tile) g[i]", "if (i == 0) g[i]"),
     planned("contract.cu", "slope forgotten", " * slope(s_element, activation)", ""),
     planned(
         "contract.cu",
         "parts of db in one place",
-        "static_cast<int64_t>(blockIdx.y) * n_out",
+        "static_cast<int64_t>(column / kEdge) * n_out",
         "static_cast<int64_t>(0) * n_out",
     ),
 ]

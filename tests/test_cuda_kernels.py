@@ -99,9 +99,9 @@ def test_more_layers_than_travel_with_a_launch(device):
 
 @DTYPES
 @UNITS
-@pytest.mark.parametrize("outer, dropout", [("leaky_relu", 0.0), ("tanh", 0.3)])
-def test_row_of_three_layers(outer, dropout, k, dtype, device):
-    n_out, n_in, k1 = 140, 75, k + 1  # with a column of ones for the bias
+@pytest.mark.parametrize("outer, dropout, ones", [("leaky_relu", 0.0, 0), ("tanh", 0.3, 1)])
+def test_row_of_three_layers(outer, dropout, ones, k, dtype, device):
+    n_out, n_in, k1 = 140, 75, k + ones  # one more unit where there is a bias
     left, right = random(dtype, device, 3, n_out, k1), random(dtype, device, 3, n_in, k1)
     down, bias, seed = random(dtype, device, 3, k, n_out), random(dtype, device, k), torch.tensor([3, -4, 2**40])
     pre, grad, seed = random(dtype, device, 3, n_in, k), random(dtype, device, 3, n_in, k), seed.to(device)
@@ -121,6 +121,15 @@ def test_linear(activation, dropout, tokens, layout, k, dtype, device):
     settings = torch.tensor([5], device=device), 0.5, activation, dropout, philox.ROW_STREAM
     judge(lambda backend, *tensors: backend.linear(*tensors, *settings), x, weight, bias, h, b)
     judge(lambda backend, *tensors: backend.linear_backward(*tensors, *settings, [True] * 4), grad, x, weight, h, b, xh)
+
+
+def test_contraction_in_larger_blocks(device):
+    """Enough tiles for blocks of two by two; the last ones have an edge, or lie outside."""
+    n_out, n_in, k, dtype = 1500, 1420, 70, torch.bfloat16
+    grad, x = random(dtype, device, 70, n_out), random(dtype, device, 70, n_in)
+    h, b, weight = random(dtype, device, n_in, k), random(dtype, device, n_out, k), torch.empty(0)
+    settings = None, torch.tensor([5], device=device), 0.5, "silu", 0.2, philox.ROW_STREAM, [False, False, True, True]
+    judge(lambda backend, *tensors: backend.linear_backward(*tensors, *settings), grad, x, weight, h, b)
 
 
 @pytest.mark.parametrize("layout", ["columns", "unaligned", "every other"])
