@@ -8,8 +8,9 @@ import warnings
 import pytest
 import torch
 
-from genft_kernels import GeneratorParameters, GenFTConfig, backends
+from genft_kernels import GeneratorParameters, GenFTConfig, backends, ops
 from genft_kernels.checks import expected_shapes
+from genft_kernels.functional import genft_linear
 
 CPU = torch.device("cpu")
 
@@ -149,6 +150,28 @@ def run(function, data: Data, config: GenFTConfig, **options) -> dict[str, torch
     inputs = data.differentiable
     grads = torch.autograd.grad(y, list(inputs.values()), data.grad.to(y.dtype))
     return {"y": y.detach(), **dict(zip(inputs, grads, strict=True))}
+
+
+def check_every_op(case: Case, backend: str, monkeypatch) -> None:
+    """`torch.library.opcheck` on the six ops, each with the arguments of its first call in the case."""
+    checked = []
+
+    def checking(op):
+        def call(*args):
+            if op not in checked:
+                checked.append(op)
+                leaves = [
+                    a.detach().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in args
+                ]
+                torch.library.opcheck(op, tuple(leaves), test_utils=("test_schema", "test_faketensor"))
+            return op(*args)
+
+        return call
+
+    for operation in ("column", "row", "linear", "column_backward", "row_backward", "linear_backward"):
+        monkeypatch.setattr(ops, operation, checking(getattr(ops, operation)))
+    run(genft_linear, make_data(case, torch.float32), case.config, backend=backend, training=True, seed=1)
+    assert len(checked) == 6
 
 
 def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:

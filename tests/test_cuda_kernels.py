@@ -1,11 +1,9 @@
-"""The CUDA kernels one by one: every layout of W, many hidden units, masks and rounding bit for bit, errors.
+"""The CUDA kernels one by one: every layout of W, many hidden units, masks and rounding bit for bit, special values.
 
 On the CPU they run under tests/cuda_host; the operations as wholes are in tests/test_backends.py.
 """
 
 import dataclasses
-import subprocess
-import sys
 
 import cuda_host
 import pytest
@@ -321,84 +319,3 @@ def test_the_same_inputs_give_the_same_bits(device):
         run(genft_linear, data.to(device), case.config, backend="cuda", training=True, seed=7) for _ in range(2)
     )
     assert all(torch.equal(first[key], second[key]) for key in first)
-
-
-# --- errors ---------------------------------------------------------------------------------------------------------
-
-
-def test_wrong_dtypes_are_named(device):
-    weight, h, b = (random(torch.float64, device, *shape) for shape in ((5, 6), (6, 2), (5, 2)))
-    update = None, 1.0, "gelu", 0.0, philox.ROW_STREAM
-    with pytest.raises(TypeError, match="compute in torch.bfloat16 and torch.float16 and torch.float32, not in .*64"):
-        cuda_kernels.fold(weight, h, b, *update)
-    with pytest.raises(TypeError, match="of one dtype, not of torch.bfloat16 and torch.float32"):
-        cuda_kernels.fold(weight, h.float(), b.bfloat16(), *update)
-
-
-def test_a_wrong_shape_is_named_before_anything_runs(device):
-    ones = torch.ones
-    weight, h, b = (ones(shape, device=device) for shape in ((5, 6), (6, 2), (5, 2)))
-    update = 1.0, "gelu", 0.5, philox.ROW_STREAM
-    seed = torch.tensor([1], device=device)
-    with pytest.raises(ValueError, match=r"b must be \[5, 2\], got \[6, 2\]"):
-        cuda_kernels.fold(weight, h, h, seed, *update)
-    with pytest.raises(ValueError, match="seed must be int64 with 1 elements, got torch.int32 with 1"):
-        cuda_kernels.fold(weight, h, b, seed.int(), *update)
-    with pytest.raises(ValueError, match=r"x must be \[3, 6\], got \[4, 6\]"):
-        cuda_kernels.contract(ones(3, 5).to(weight), ones(4, 6).to(weight), h, b, seed, *update, True, True)
-    with pytest.raises(ValueError, match=r"tokens must be \[3, 6\], got \[3, 5\]"):
-        cuda_kernels.main_loop(ones(3, 5).to(weight), weight, None, h, b, seed, *update, False)
-    with pytest.raises(ValueError, match=r"small must be \[3, 2\], got \[3, 4\]"):
-        cuda_kernels.extended_k(ones(3, 6).to(weight), weight, None, ones(3, 4).to(weight), b, 1.0)
-    with pytest.raises(ValueError, match=r"matrix 1 must be \[5, 6\], got \[6, 5\]"):
-        cuda_kernels.thin_product([weight, weight.t()], ones(2, 3, 6).to(weight), None, "identity")
-    with pytest.raises(ValueError, match=r"grad must be \[1, 5, 3\], got \[2, 5, 3\]"):
-        cuda_kernels.thin_transposed(ones(2, 5, 3).to(weight), [weight], None, "identity")
-    with pytest.raises(ValueError, match="seed must be int64 with 2 elements, got torch.int64 with 1"):
-        cuda_kernels.row_forward(
-            ones(2, 5, 3).to(weight),
-            ones(2, 6, 3).to(weight),
-            ones(2, 4, 5).to(weight),
-            None,
-            seed,
-            "tanh",
-            0.5,
-            "tanh",
-        )
-
-
-def test_tensors_of_two_devices_are_named():
-    weight, h, b = (random(torch.float32, CPU, *shape) for shape in ((5, 6), (6, 2), (5, 2)))
-    with pytest.raises(RuntimeError, match="on one device, not on cpu and meta"):
-        cuda_kernels.fold(weight, h.to("meta"), b, None, 1.0, "gelu", 0.0, philox.ROW_STREAM)
-
-
-def test_more_features_than_cudas_grids_allow_are_refused():
-    factor = torch.ones(1, 1).expand(5_000_000, 1)
-    with pytest.raises(ValueError, match="at most 4194240 features, got 5000000"):
-        cuda_kernels.extended_k(torch.ones(1, 1), factor, None, torch.ones(1, 1), factor, 1.0)
-
-
-def test_a_failed_launch_names_the_kernel(device):
-    matrix = torch.ones(4, 4, device=device)
-    unknown_dtype = 7
-    with pytest.raises(RuntimeError, match="CUDA kernel 'extended_k' failed to launch: invalid argument .error 1"):
-        cuda_kernels.launch(
-            "extended_k", matrix, 4, matrix, 4, False, None, matrix, matrix, matrix, 4, 4, 4, 4, 1.0, unknown_dtype
-        )
-
-
-@pytest.mark.parametrize(
-    "dtype, reason", [("float32", "it needs a CUDA device, not cpu"), ("float64", "it does not compute in torch.float")]
-)
-def test_without_a_gpu_the_backend_says_so(dtype, reason):
-    """In a process without tests/cuda_host."""
-    program = f"""
-import torch
-from genft_kernels.backends import choose
-print(choose("auto", torch.device("cpu"), torch.{dtype}))
-choose("cuda", torch.device("cpu"), torch.{dtype})
-"""
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert result.stdout == "eager\n"
-    assert f"RuntimeError: backend 'cuda' cannot run on cpu: {reason}" in result.stderr

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from cases import CASES, make_data, run
+from cases import CASES, check_every_op, make_data, run
 
 from genft_kernels import philox
 from genft_kernels.functional import genft_linear
@@ -79,27 +79,7 @@ def test_the_fold_rounds_by_the_words_of_stream_2(dtype, bits):
 @interpreted
 @pytest.mark.parametrize("name", ["factored-square", "dropout-tiled-bias-out_in", "tiled-many-tokens"])
 def test_every_op_passes_opcheck(name, monkeypatch):
-    from genft_kernels import ops
-
-    case = next(case for case in CASES if case.name == name)
-    checked = []
-
-    def check(op):
-        def call(*args):
-            if op not in checked:
-                checked.append(op)
-                leaves = [
-                    a.detach().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in args
-                ]
-                torch.library.opcheck(op, tuple(leaves), test_utils=("test_schema", "test_faketensor"))
-            return op(*args)
-
-        return call
-
-    for operation in ("column", "row", "linear", "column_backward", "row_backward", "linear_backward"):
-        monkeypatch.setattr(ops, operation, check(getattr(ops, operation)))
-    run(genft_linear, make_data(case, torch.float32), case.config, backend="triton", training=True, seed=1)
-    assert len(checked) == 6
+    check_every_op(next(case for case in CASES if case.name == name), "triton", monkeypatch)
 
 
 @interpreted
