@@ -45,7 +45,8 @@ constexpr int kRow = kColumns + kPad<T>;
 // Room for an operand either way round.
 template <class T, int kTile = kEdge>
 struct alignas(16) Operand {
-    T value[kTile * kRow<T, kDepth>];  // not less than kDepth * kRow<T, kTile>
+    T value[kTile * kRow<T, kDepth>];
+    static_assert(kTile * kRow<T, kDepth> >= kDepth * kRow<T, kTile>);
 };
 
 // Room for a product in float32, [kTile, kTile].
@@ -85,7 +86,7 @@ __device__ __forceinline__ void load_tile(T* tile, const Matrix<T>& matrix, int 
 template <int kThreads, class T>
 __device__ __forceinline__ void store_tile(T* matrix, int rows, int columns, const T* tile, int row, int column) {
     constexpr int kChunk = 16 / sizeof(T), kChunks = kEdge / kChunk;
-    const bool aligned = columns % kChunk == 0;
+    const bool aligned = (reinterpret_cast<uintptr_t>(matrix) | columns * sizeof(T)) % 16 == 0;
     for (int i = threadIdx.x; i < kEdge * kChunks; i += kThreads) {
         const int r = i / kChunks, c = i % kChunks * kChunk;
         if (row + r >= rows) continue;

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -188,7 +189,10 @@ def run(folder: pathlib.Path, tests: list[str]) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
-def fate(fault: Fault, folder: pathlib.Path) -> str:
+Run = Callable[[pathlib.Path, list[str]], subprocess.CompletedProcess]
+
+
+def fate(fault: Fault, folder: pathlib.Path, run: Run) -> str:
     """What becomes of a fault: "caught", "SURVIVED", or "NOT PLANTED" with the reason."""
     path = folder / fault.file
     sound = path.read_text()
@@ -202,8 +206,8 @@ def fate(fault: Fault, folder: pathlib.Path) -> str:
     return "SURVIVED" if result.returncode == 0 else "caught"
 
 
-def plant(faults: list[Fault]) -> int:
-    """Plant each fault in a copy of the project and print its fate; 0 if all are caught."""
+def plant(faults: list[Fault], run: Run = run) -> int:
+    """Plant each fault in a copy of the project, `run` its tests and print its fate; 0 if all are caught."""
     caught = 0
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name) / "copy"
@@ -214,7 +218,7 @@ def plant(faults: list[Fault]) -> int:
                 print("the unchanged copy fails: " + " ".join(tests))
                 return 1
         for fault in faults:
-            outcome = fate(fault, folder)
+            outcome = fate(fault, folder, run)
             caught += outcome == "caught"
             print(f"{outcome:8}  {fault.what}", flush=True)
     print(f"{caught} of {len(faults)} faults caught")

@@ -28,7 +28,7 @@ from genft_kernels.backends import cuda, cuda_kernels
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent.parent
-CSRC = ROOT / "csrc"
+CSRC, CACHE = ROOT / "csrc", ROOT / "build" / "cuda_host"  # tests/cuda_faults.py has others
 _FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fno-strict-aliasing"]  # warnings are nvcc's to give
 
 
@@ -54,20 +54,19 @@ def cuda_headers() -> pathlib.Path | None:
 
 def build(*sources: pathlib.Path) -> pathlib.Path:
     """A shared library of `sources`. The cache keeps what has been compiled, by its text."""
-    cache = ROOT / "build" / "cuda_host"
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / "lock"), ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda source: _object(source, cache), [*sources, HERE / "buffers.cpp"]))
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with FileLock(CACHE / "lock"), ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda source: _object(source), [*sources, HERE / "buffers.cpp"]))
         state = _digest(*(path.name.encode() for path in objects))
-        return _made(cache / state / f"genft_cuda{sysconfig.get_config_var('EXT_SUFFIX')}", "-shared", *objects)
+        return _made(CACHE / state / f"genft_cuda{sysconfig.get_config_var('EXT_SUFFIX')}", "-shared", *objects)
 
 
-def _object(source: pathlib.Path, cache: pathlib.Path) -> pathlib.Path:
+def _object(source: pathlib.Path) -> pathlib.Path:
     include = [f"-I{CSRC}", f"-I{HERE}"]
     for folder in (cuda_headers(), pybind11.get_include(), sysconfig.get_paths()["include"]):
         include += ["-isystem", str(folder)]
     texts = [path.read_bytes() for path in _with_includes(source)]
-    target = cache / f"{source.name}.{_digest(repr(_FLAGS).encode(), *texts)}.o"
+    target = CACHE / f"{source.name}.{_digest(repr(_FLAGS).encode(), *texts)}.o"
     return _made(target, "-x", "c++", *_FLAGS, *include, "-c", source)
 
 
