@@ -107,7 +107,6 @@ class Accumulation:
                 shares = group.generate(layers, settings, seeds)
             self._held.update({(each, settings): _Held(share, self) for each, share in shares.items()})
             held = self._held[layer, settings]
-        held.check_unchanged(layer)
         return held.given if gradients else [f._replace(h=f.h.detach(), b=f.b.detach()) for f in held.given]
 
     def check_active(self, grad: Tensor) -> None:
@@ -124,7 +123,11 @@ class _Held:
     def __init__(self, share: Share, accumulation: Accumulation) -> None:
         self._share = share
         self._factors = share.factors
-        self._leaves = [Factors(_leaf(f.h, accumulation), _leaf(f.b, accumulation), f.stream) for f in self._factors]
+        self._leaves = [Factors(_leaf(f.h), _leaf(f.b), f.stream) for f in self._factors]
+        for leaf in self._leaves:  # one of the pair is enough: their gradients come together
+            trained = leaf.h if leaf.h.requires_grad else leaf.b
+            if trained.requires_grad:
+                trained.register_hook(accumulation.check_active)
         # The cast back is part of a graph that keeps nothing, so every micro-batch's backward can run through it.
         self.given = [
             leaf._replace(h=leaf.h.to(f.h.dtype), b=leaf.b.to(f.b.dtype))
@@ -146,10 +149,7 @@ class _Held:
             )
 
 
-def _leaf(factor: Tensor, accumulation: Accumulation) -> Tensor:
+def _leaf(factor: Tensor) -> Tensor:
     """A stand-in whose gradient adds up at least in float32."""
     wide = torch.promote_types(factor.dtype, torch.float32)
-    leaf = factor.detach().to(wide).requires_grad_(factor.requires_grad)
-    if factor.requires_grad:
-        leaf.register_hook(accumulation.check_active)
-    return leaf
+    return factor.detach().to(wide).requires_grad_(factor.requires_grad)
