@@ -39,6 +39,7 @@ def receive(layer: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
     if not same or not torch.is_grad_enabled():
         _thread.last = None
         return x
+    _thread.last = last._replace(handed=None)  # held no longer, even if the layer fails
     before = last.readers[-1]()
     if before is not None:
         _next_readers[before] = weakref.ref(layer)
