@@ -7,14 +7,12 @@ import functools
 import itertools
 import os
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the profiler warns of memory that is older than itself
 
-import torch
-
-from benchmarks import harness
+from benchmarks import arguments, harness
 from benchmarks.cases import DIRECTIONS, DTYPES, FORMS, LAYERS, SPLITS, Case, default_cases
 from benchmarks.environment import environment
 from benchmarks.providers import PROVIDERS, Provider
@@ -85,15 +83,18 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--provider", nargs="+", metavar="NAME", help=f"default all: {', '.join(PROVIDERS)}")
     parser.add_argument("--layer", nargs="+", choices=LAYERS)
-    parser.add_argument("--tokens", nargs="+", type=_positive(int), metavar="T")
+    parser.add_argument("--tokens", nargs="+", type=arguments.positive(int), metavar="T")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES)
     parser.add_argument("--k", nargs="+", type=int, choices=SPLITS)
     parser.add_argument("--form", nargs="+", choices=FORMS)
     parser.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
     parser.add_argument(
-        "--seconds", type=_positive(float), default=14.0, help="clock time of a case on a CPU (default %(default)s)"
+        "--seconds",
+        type=arguments.positive(float),
+        default=14.0,
+        help="clock time of a case on a CPU (default %(default)s)",
     )
-    parser.add_argument("--device", type=_device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    parser.add_argument("--device", type=arguments.device, default=arguments.default_device())
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="default benchmarks/results")
     parser.add_argument("--resume", action="store_true", help="leave out cases that have all rows of these sources")
     parser.add_argument("--list", action="store_true", help="show the cases and what is unavailable, and stop")
@@ -123,29 +124,6 @@ def _cases(options: argparse.Namespace) -> list[Case]:
         return matching
     choices = [wanted.get(field, [getattr(defaults[0], field)]) for field in Case.__dataclass_fields__]
     return [Case(*each) for each in itertools.product(*choices)]
-
-
-def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
-    def convert(text: str) -> float:
-        value = kind(text)
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-        return value
-
-    convert.__name__ = "number" if kind is float else "whole number"  # argparse names it where it is none
-    return convert
-
-
-def _device(text: str) -> torch.device:
-    try:
-        device = torch.device(text)
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(str(error).splitlines()[0]) from error
-    if device.type not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"must be cpu or cuda, got {text}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError("this PyTorch sees no CUDA device")
-    return device
 
 
 if __name__ == "__main__":

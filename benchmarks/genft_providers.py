@@ -109,7 +109,7 @@ def official(problem: Problem, compiled: bool) -> Workload:
     """
     if compiled and problem.device.type == "cuda":
         functorch_config.donated_buffer = False  # a GPU's backward is timed by asking for it again and again
-    forward = torch.compile(_official_linear, fullgraph=True, dynamic=False) if compiled else _official_linear
+    forward = torch.compile(official_linear, fullgraph=True, dynamic=False) if compiled else official_linear
     config = problem.config
     params = GeneratorParameters(
         *(t if t is None else t.detach().to(problem.x.dtype).requires_grad_() for t in problem.params)
@@ -127,19 +127,30 @@ def official(problem: Problem, compiled: bool) -> Workload:
     return dataclasses.replace(workload, checked=checked)
 
 
-def _official_linear(
-    x: Tensor, weight: Tensor, params: GeneratorParameters, config: GenFTConfig, masks: list[Tensor] | None
-) -> Tensor:
+def official_linear(
+    x: Tensor, weight: Tensor, params: GeneratorParameters, config: GenFTConfig, masks: list[Tensor] | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """x W^T + bias + x (sigma D), x [..., in]; of a configuration without generator biases, in training.
+
+    Args:
+        masks: of the column and the row stage, [out, in], in the place of dropout's own.
+        bias: of the layer, [out].
+    """
+
     def dropped(update: Tensor, mask: Tensor | None) -> Tensor:
         return F.dropout(update, config.dropout) if mask is None else update * mask
 
     column_mask, row_mask = masks or (None, None)
-    phi, psi = config.inner_activation, config.outer_activation
-    z1 = F.linear(weight * config.weight_ratio, params.column_down)  # [out, k]
+    phi, psi, rho = config.inner_activation, config.outer_activation, config.weight_ratio
+    if config.ratio_scope == "all":
+        params = GeneratorParameters(*(None if matrix is None else matrix * rho for matrix in params))
+    scaled = weight if config.ratio_scope == "all" else weight * rho
+    z1 = F.linear(scaled, params.column_down)  # [out, k]
     y1 = dropped(activate(psi, F.linear(activate(phi, z1), params.column_up)), column_mask)  # [out, in]
     z2 = F.linear(y1.T, params.row_down)  # [in, k]
     d = dropped(activate(psi, F.linear(activate(phi, z2), params.row_up)), None if masks is None else row_mask.T)
-    return F.linear(x, weight) + x @ (config.scaling * d)  # d [in, out]
+    return F.linear(x, weight, bias) + x @ (config.scaling * d)  # d [in, out]
 
 
 def _generated(problem: Problem, function, params: GeneratorParameters | None = None) -> Workload:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -10,13 +11,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.finetune.memory import peak_tensor_bytes
 from benchmarks.workload import Workload
-from genft_kernels import scratch
+from genft_kernels import generation, scratch
 
 
 def kept_bytes(forward: Callable[[], object], there_anyway: tuple[Tensor, ...] = ()) -> int:
     """Bytes that `forward` saves for its backward, each storage once, without those of `there_anyway`.
 
-    `there_anyway` holds inputs, parameters and frozen weights. Only what autograd saves is seen.
+    `there_anyway` holds inputs, parameters and frozen weights. Only what autograd saves is seen; also in the graph
+    that a generation of whole models keeps to itself.
     """
     known = {tensor.untyped_storage().data_ptr() for tensor in there_anyway}
     kept: dict[int, Tensor] = {}  # holding the tensors keeps their addresses from being given out again
@@ -27,7 +29,8 @@ def kept_bytes(forward: Callable[[], object], there_anyway: tuple[Tensor, ...] =
             kept[address] = tensor
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, mock.patch.object(generation, "_as_it_is", pack):  # of that graph, where other hooks do not reach
         outputs = forward()
     del outputs
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

@@ -32,7 +32,7 @@ def take_turns(clocks: Mapping[str, Callable[[], Sample]], seconds: float, least
 
     As many turns as fit in about `seconds`, at least `least`; the i-th samples of all clocks are of one turn.
     """
-    _keep_freed_memory()
+    keep_freed_memory()
     names = list(clocks)
     samples: dict[str, list[Sample]] = {name: [] for name in names}
     start, turn = time.perf_counter(), 0
@@ -118,7 +118,7 @@ def _direction(workload: Workload, direction: str) -> Callable[[], object]:
     return lambda: workload.backward(outputs, retain=True)
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Have the C library keep large freed blocks, as any allocator for training does.
 
     By default it gives some back to the system, depending on what lies where, and page faults then make the same call
