@@ -1,11 +1,11 @@
-# make test | demo | lint | bench | bench-report | kernels-report | cuda-report | wheel | wheel-prebuilt;
+# make test | demo | lint | bench | bench-model | bench-report | kernels-report | cuda-report | wheel | wheel-prebuilt;
 # each makes the environment it needs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
 
-.PHONY: env test test-triton-next mutations cuda-faults lint demo sweep bench bench-report kernels-report cuda-report wheel wheel-prebuilt clean
+.PHONY: env test test-triton-next mutations cuda-faults lint demo sweep bench bench-model bench-report kernels-report cuda-report wheel wheel-prebuilt clean
 
 env: $(VENV)/.ready
 
@@ -57,6 +57,10 @@ sweep: env
 # they are installed (pip install --no-deps unsloth nemo-automodel); without them they show as unavailable.
 bench: env
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# Training steps of whole models: full fine-tuning, LoRA, the official way, this package's. About 5 minutes on a CPU.
+bench-model: env
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.model_step $(ARGS)
 
 # Plots, benchmarks/results/RESULTS.md and the README's figures, from the result files.
 bench-report: env

@@ -25,9 +25,10 @@ from benchmarks.gate import WrongResult
 from benchmarks.results_store import RESULTS, ResultStore, Row
 from benchmarks.step_methods import METHODS, Method, lora_of
 from benchmarks.step_models import MODELS, StepCase, default_cases
+from benchmarks.step_tables import SUITE
 from benchmarks.training_step import Step, check, clock
 
-# What a row of the suite "model_step" is told apart by.
+# What a row of the suite is told apart by.
 KEY = ("model", "batch", "sequence", "accumulation", "dtype", "method")
 # What the others' time is divided by, turn by turn, where it ran.
 BASELINES = tuple(name for name in METHODS if name.startswith(("lora-", "official-")))
@@ -123,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.list:
         print("\n".join(str(case) for case in options.cases))
         return 0
-    store = ResultStore(device_name(device), "model_step", KEY, options.output)
+    store = ResultStore(device_name(device), SUITE, KEY, options.output)
     red, title = 0, None
     try:
         for row in run(options.methods, options.cases, device, options.seconds):

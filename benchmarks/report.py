@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks import plots, tables
+from benchmarks import plots, step_tables, tables
 from benchmarks.results_store import RESULTS, Row, read_rows
 
 README = Path(__file__).parents[1] / "README.md"
@@ -86,7 +86,8 @@ def _device_sections(folder: Path, rows: list[Row]) -> Iterator[str]:
     for path in sorted(folder.glob("*.jsonl")):
         if path.stem != "layer" and (others := read_rows(path)):
             name = path.stem.replace("_", " ").capitalize()
-            yield f"### {name}\n\n{_provenance(others)}\n{tables.generic_table(others)}"
+            table = step_tables.section if path.stem == step_tables.SUITE else tables.generic_table
+            yield f"### {name}\n\n{_provenance(others)}\n{table(others)}"
 
 
 def _provenance(rows: list[Row]) -> str:
@@ -113,9 +114,12 @@ def _agreement(found: dict) -> str:
 def _summary(devices: dict[Path, list[Row]], root: Path) -> str:
     """README's section: for each device a line a case, and the first device's plot."""
     parts = []
-    for rows in devices.values():
+    for folder, rows in devices.items():
         parts.append(f"{_device(rows)}; {_provenance(rows)}")
         parts.append(_summary_table(rows))
+        steps = read_rows(folder / f"{step_tables.SUITE}.jsonl")
+        if steps:
+            parts.append(step_tables.summary(steps))
     plot = next((folder / "layer.png" for folder in devices if (folder / "layer.png").exists()), None)
     if plot is not None:
         parts.append(f"![forward and backward relative to PEFT LoRA]({_relative(plot, root)})\n")

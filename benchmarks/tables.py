@@ -13,7 +13,7 @@ _MIB = 1 << 20
 # Where a row comes from; the same for a whole run, so tables leave it out.
 ENVIRONMENT_FIELDS = (
     "device", "commit", "sources", "genft_kernels", "python", "torch", "triton", "peft", "unsloth", "nemo_automodel",
-    "cuda", "capability", "cpu_capability",
+    "transformers", "cuda", "capability", "cpu_capability",
 )  # fmt: skip
 
 
