@@ -169,7 +169,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=arguments.positive(int), metavar="N", help="sequences of a micro-batch")
     parser.add_argument("--sequence", type=arguments.positive(int), metavar="N", help="tokens of a sequence")
     parser.add_argument(
-        "--seconds", type=arguments.positive(float), default=12.0,
+        "--seconds", type=arguments.positive(float), default=8.0,
         help="clock time of a case, in which each method has at least three steps (default %(default)s)",
     )  # fmt: skip
     parser.add_argument("--device", type=arguments.device, default=arguments.default_device())

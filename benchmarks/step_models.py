@@ -121,9 +121,9 @@ def default_cases(device: torch.device) -> list[StepCase]:
     return [
         _case("roberta-base", 32, 1, "float32"),
         _case("roberta-base", 32, 1, "bfloat16"),
-        _case("roberta-base", 2, 1, "float32"),
-        _case("roberta-base", 2, 8, "float32"),
-        _case("vit-b16", 4, 1, "float32"),
+        _case("roberta-base", 1, 1, "float32"),
+        _case("roberta-base", 1, 8, "float32"),
+        _case("vit-b16", 2, 1, "float32"),
         _case("llama-narrow-4-layers", 4, 1, "float32"),
     ]
 
