@@ -12,7 +12,8 @@ SUITE = "model_step"
 _CASE = ("model", "batch", "sequence", "accumulation", "dtype")
 _INTRODUCTION = """\
 `make bench-model`: forward, backward and AdamW's update, q and v of every layer adapted, random weights, the
-backbone's own dropout off. Methods take turns, and a ratio is the median over the turns of two times of one turn.
+backbone's own dropout off. Methods take turns, and a ratio is the median over the turns of two times of one turn;
+where methods of a case differ in turns, they were measured in different runs.
 "× LoRA" and "kept × LoRA" are to PEFT's LoRA of the same k, "× official" to the official way of the same form.
 
 - **generator**: what generation takes of a step, forward and backward, divided by the micro-batches; share of the step.
@@ -87,7 +88,7 @@ def _title(case: tuple) -> str:
 
 def _table(found: dict[str, Row]) -> str:
     header = (
-        "method", "trained", "step ms", "p20 to p80", "tokens/s", "× LoRA", "× official", "generations",
+        "method", "trained", "turns", "step ms", "p20 to p80", "tokens/s", "× LoRA", "× official", "generations",
         "generator ms", "share", "kept MiB", "kept × LoRA", "peak MiB", "launches",
     )  # fmt: skip
     lines = []
@@ -97,9 +98,9 @@ def _table(found: dict[str, Row]) -> str:
         share = row["generator_share"]
         lines.append(
             (
-                METHODS[name].title if name in METHODS else name, f"{row['trained']:,}", number(middle),
-                f"{number(low)} to {number(high)}", number(row["tokens_per_second"]), _ratio(row),
-                _ratio(row, f"official-{preset}"), _or_dash(row["generations"]),
+                METHODS[name].title if name in METHODS else name, f"{row['trained']:,}", str(row["samples"]),
+                number(middle), f"{number(low)} to {number(high)}", number(row["tokens_per_second"]),
+                _ratio(row), _ratio(row, f"official-{preset}"), _or_dash(row["generations"]),
                 "–" if share is None else number(row["generator_ms"]), "–" if share is None else f"{share:.1%}",
                 mebibytes(row["kept_bytes"]), _kept_ratio(row, found), _or_dash(mebibytes(row["peak_bytes"])),
                 _or_dash(row["launches_per_layer"]),
