@@ -58,7 +58,7 @@ sweep: env
 bench: env
 	$(BIN)/python -m benchmarks $(ARGS)
 
-# Training steps of whole models: full fine-tuning, LoRA, the official way, this package's. About 5 minutes on a CPU.
+# Training steps of whole models: full fine-tuning, LoRA, the official way, this package's. Six minutes on two CPU cores.
 bench-model: env
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.model_step $(ARGS)
 
