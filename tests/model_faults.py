@@ -184,6 +184,13 @@ FAULTS = [
         SHARED_INPUT,
     ),
     Fault(
+        "shared input: the next reader's gradient lost in the product",
+        "genft_kernels/backends/eager.py",
+        "return left @ right if total is None else total.addmm_(left, right)",
+        "return left @ right",
+        SHARED_INPUT,
+    ),
+    Fault(
         "shared input: freed before its own loss",
         "genft_kernels/ops.py",
         "                ctx.kept = ctx.saved_tensors",
