@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from genft_kernels.backends.triton_tuning import STAGES, Tuned
+from genft_kernels.backends.triton_tuning import Tuned
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -70,7 +70,7 @@ def recording() -> Iterator[list[Launch]]:
             launches.append(launch)
 
     def record_settings(self, *args, **kwargs):
-        for stages in STAGES if args[0].dtype.itemsize == 2 else STAGES[:1]:
+        for stages in self.stages if args[0].dtype.itemsize == 2 else self.stages[:1]:
             self.kernel.run(*args, **kwargs, num_stages=stages)
 
     runs = JITFunction.run, Tuned.run

@@ -229,9 +229,16 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
     return summary
 
 
+class _Generators(nn.ModuleDict):
+    """A model's generators, by shape. In an `nn.Sequential`, which calls its children in turn, they change nothing."""
+
+    def forward(self, x):
+        return x
+
+
 def _make_generators(targets: list[Target], config: GenFTConfig) -> nn.ModuleDict:
     """One generator for each shape, on the device and in the adapter dtype of its first layer."""
-    generators = nn.ModuleDict()
+    generators = _Generators()
     for target in targets:
         key, weight = _shape_key(target), target.module.weight
         if key in generators:

@@ -69,7 +69,8 @@ def _update_tile(
     return update
 
 
-@tuned("bucket", "n_out", "n_in", "k", "ACTIVATION", "DROPOUT", "OVER_OUT")
+# Four stages of a wide k would not fit into the shared memory of sm_80.
+@tuned("bucket", "n_out", "n_in", "k", "ACTIVATION", "DROPOUT", "OVER_OUT", stages=(3, 2))
 @triton.jit(do_not_specialize=["bucket"])
 def _main_loop(
     tokens, weight, bias, b, h, seed, out, t, bucket, n_out, n_in, k, stride_t, stride_n, stride_wo, stride_wi,

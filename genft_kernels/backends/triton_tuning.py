@@ -20,20 +20,21 @@ class Tuned(KernelInterface):
     do small operands, and Triton's interpreter.
     """
 
-    def __init__(self, kernel: KernelInterface, key: tuple[str, ...]) -> None:
+    def __init__(self, kernel: KernelInterface, key: tuple[str, ...], stages: tuple[int, ...]) -> None:
         # num_warps is the launch's to give; None leaves it out here.
-        configs = [triton.Config({}, num_warps=None, num_stages=stages) for stages in STAGES]
+        configs = [triton.Config({}, num_warps=None, num_stages=depth) for depth in stages]
         self.kernel, self.measured = kernel, triton.autotune(configs, list(key), cache_results=True)(kernel)
+        self.stages = stages
 
     def run(self, *args, **kwargs):
         if worth_measuring(args):
             return self.measured.run(*args, **kwargs)
-        return self.kernel.run(*args, num_stages=STAGES[0], **kwargs)
+        return self.kernel.run(*args, num_stages=self.stages[0], **kwargs)
 
 
-def tuned(*key: str):
+def tuned(*key: str, stages: tuple[int, ...] = STAGES):
     """Decorate a kernel to be `Tuned` by the arguments that `key` names."""
-    return lambda kernel: Tuned(kernel, key)
+    return lambda kernel: Tuned(kernel, key, stages)
 
 
 def worth_measuring(arguments: tuple) -> bool:
