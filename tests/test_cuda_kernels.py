@@ -24,7 +24,16 @@ DTYPES = pytest.mark.parametrize("dtype", cuda_kernels.DTYPES, ids=str)
 UNITS = pytest.mark.parametrize("k", [1, 16, 37, 64, 200])
 LAYOUTS_AND_UNITS = pytest.mark.parametrize(
     "layout, k",
-    [("rows", 1), ("rows", 16), ("rows", 64), ("rows", 200), ("columns", 37), ("unaligned", 37), ("every other", 37)],
+    [
+        ("rows", 1),
+        ("rows", 16),
+        ("rows", 64),
+        ("rows", 200),
+        ("columns", 37),
+        ("unaligned", 37),
+        ("every other", 37),
+        ("padded", 37),
+    ],
 )
 N_OUT, N_IN = 270, 150  # several tiles, with edges
 
@@ -48,6 +57,8 @@ def laid_out(matrix, layout):
             return matrix.t().contiguous().t()
         case "unaligned":
             return matrix.new_empty(rows * columns + 1)[1:].view(rows, columns).copy_(matrix)
+        case "padded":  # rows at multiples of 16 bytes, NaN between them
+            return matrix.new_full((rows, columns // 8 * 8 + 16), torch.nan)[:, :columns].copy_(matrix)
         case "every other":
             return matrix.new_empty(rows, 2 * columns)[:, ::2].copy_(matrix)
 
@@ -130,7 +141,7 @@ def test_contraction_in_larger_blocks(device):
     judge(lambda backend, *tensors: backend.linear_backward(*tensors, *settings), grad, x, weight, h, b)
 
 
-@pytest.mark.parametrize("layout", ["columns", "unaligned", "every other"])
+@pytest.mark.parametrize("layout", ["columns", "unaligned", "every other", "padded"])
 def test_tokens_of_any_strides(layout, device):
     x, grad = (laid_out(random(torch.bfloat16, device, 70, n), layout) for n in (N_IN, N_OUT))
     weight, h, b = (random(torch.bfloat16, device, *shape) for shape in ((N_OUT, N_IN), (N_IN, 7), (N_OUT, 7)))
