@@ -30,7 +30,7 @@ test-triton-next: env
 	$(PYTHON) -m venv $(VENV)-triton-next
 	$(VENV)-triton-next/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(VENV)-triton-next/bin/pip install --quiet --disable-pip-version-check \
-	    triton==3.9.0 numpy safetensors pytest pytest-xdist hypothesis
+	    -e . triton==3.9.0 pytest pytest-xdist hypothesis
 	$(VENV)-triton-next/bin/python -m pytest -n 2 tests/test_triton.py
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV)-triton-next/bin/python -m pytest -n 2 $(INTERPRETED)
 
