@@ -145,3 +145,13 @@ def test_the_output_projection_of_multihead_attention_cannot_be_adapted():
     assert snapshot(model) == before
     with pytest.raises(ValueError, match=r"linear layers are: linear1 \(1\), linear2 \(1\)$"):
         apply_genft(model, config())
+
+
+def test_a_bare_sequential_goes_on_working():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+    x = torch.randn(3, 8)
+    expected = model(x)
+    apply_genft(model, GenFTConfig(shared_dim=2, specific_dim=1, target_modules=["0", "2"], zero_delta=True))
+    torch.testing.assert_close(model(x), expected)
+    model(x).sum().backward()
+    assert model.genft_generators["8x8"].row_up.grad.abs().sum() > 0
