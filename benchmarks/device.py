@@ -9,10 +9,12 @@ call leaves out the cases that the same sources have measured.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +28,9 @@ from benchmarks.environment import REPOSITORY, device_name, environment
 from benchmarks.results_store import RESULTS, ResultStore
 
 PYTHON = sys.executable
+# Compiled once for all checks, and kept for the next call where the user's cache folder is not.
+KERNEL_CACHE = {"GENFT_CACHE_DIR": str(REPOSITORY / "build" / "kernels")}
+GRACE = 10.0  # seconds from an interrupt to a kill
 _PYTEST = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu")
 _SHARED = ("tests/test_backends.py", "tests/test_precision.py")
 # Every kernel of a backend, forward and backward, in few cases: few and many tokens, both forms, masks, bias.
@@ -87,7 +92,7 @@ def checks(output: Path, scratch: Path) -> list[Check]:
 
 def run_check(check: Check, limit: float, log: Path) -> dict:
     """Run a check for at most `limit` seconds; what it printed is added to `log`. Returns its row, without the name."""
-    start, environ = time.perf_counter(), {**os.environ, **dict(check.variables)}
+    start, environ = time.perf_counter(), {**KERNEL_CACHE, **os.environ, **dict(check.variables)}
     with log.open("ab") as file:
         file.write(f"\n=== {check.name}: {' '.join(check.command)}\n".encode())
         file.flush()
@@ -106,12 +111,21 @@ def run_check(check: Check, limit: float, log: Path) -> dict:
         try:
             status = "passed" if process.wait(limit) == 0 else f"failed with {process.returncode}"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            process.wait()
             status = "out of time"
+            _stop(process)
     lines = log.read_bytes()[begin:].decode(errors="replace").strip().splitlines()
     last = re.sub(r"\x1b\[[0-9;]*m", "", lines[-1]) if lines else ""
     return {"status": status, "seconds": round(time.perf_counter() - start, 1), "last": last[:300]}
+
+
+def _stop(process: subprocess.Popen) -> None:
+    """Interrupt, so that pytest reports what has failed so far; then kill whatever is left of the process's group."""
+    process.send_signal(signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def run_all(todo: Sequence[Check], store: ResultStore, fields: dict, minutes: float, log: Path) -> bool:

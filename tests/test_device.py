@@ -9,16 +9,20 @@ import torch
 from benchmarks import device
 from benchmarks.results_store import ResultStore
 
+_BEGIN = "import signal, time; print('begun', flush=True)"
+
 
 def python(name, code, seconds=20.0, **variables):
     return device.Check(name, (sys.executable, "-c", code), seconds, tuple(variables.items()))
 
 
-def test_every_check_gets_its_row_and_a_failure_shows(tmp_path, capsys):
+def test_every_check_gets_its_row_and_a_failure_shows(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(device, "GRACE", 1.0)
     todo = [
         python("good", "print('first'); print('fine')"),
         python("bad", "import sys; print('broken'); sys.exit(3)"),
-        python("slow", "import time; print('begun', flush=True); time.sleep(60)", seconds=3),
+        python("slow", f"{_BEGIN}\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('2 failed so far')", seconds=3),
+        python("deaf", f"{_BEGIN}\nsignal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)", seconds=3),
         device.Check("absent", ("no-such-program",), 5),
         python("after", "import os; print(os.environ['HERE'])", HERE="set"),
     ]
@@ -30,6 +34,7 @@ def test_every_check_gets_its_row_and_a_failure_shows(tmp_path, capsys):
     assert [(rows[name]["status"], rows[name]["last"]) for name in rows] == [
         ("passed", "fine"),
         ("failed with 3", "broken"),
+        ("out of time", "2 failed so far"),
         ("out of time", "begun"),
         ("unavailable", "no-such-program is not on this machine"),
         ("passed", "set"),

@@ -212,6 +212,11 @@ def test_without_a_writable_cache_folder_a_process_compiles_its_own(tree, tmp_pa
     assert not list(tmp_path.glob("genft_kernels-*")), "the temporary folder is left behind"
 
 
+def test_a_cache_folder_of_ones_own_asks_nobody_for_the_users(cache, monkeypatch):
+    monkeypatch.setitem(sys.modules, "platformdirs", None)  # importing it is an error
+    assert _jit._cache_folder() == cache
+
+
 @needs_nvcc
 def test_a_cache_that_can_only_be_read_serves_what_it_has(tree, cache, home, monkeypatch):
     _jit.load(tree)

@@ -224,9 +224,9 @@ def _package_sources() -> Path:
 
 def _cache_folder() -> Path:
     """GENFT_CACHE_DIR or the user's cache folder; BuildError if the variable is not a folder's absolute path."""
-    import platformdirs
-
     if (value := os.environ.get(CACHE_VARIABLE)) is None:
+        import platformdirs
+
         return Path(platformdirs.user_cache_dir("genft_kernels", appauthor=False))
     folder = Path(value).expanduser()
     if not folder.is_absolute() or (folder.exists() and not folder.is_dir()):
