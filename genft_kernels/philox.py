@@ -19,8 +19,10 @@ _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
 _ROUNDS = 10
-# Counters are worked on in pieces: large enough for two threads, small enough for their caches.
+# Counters are worked on in pieces: on a CPU large enough for two threads and small enough for their caches; elsewhere
+# so large that the hundred launches for each piece cost less than its work.
 _PIECE = 3 << 14
+_DEVICE_PIECE = 1 << 20
 
 
 def words(counters: torch.Tensor, seed: torch.Tensor, stream: int) -> torch.Tensor:
@@ -35,8 +37,8 @@ def words(counters: torch.Tensor, seed: torch.Tensor, stream: int) -> torch.Tens
         int64 [n, 4], each in [0, 2**32).
     """
     out = torch.empty((counters.numel(), 4), dtype=torch.int64, device=counters.device)
-    keys = _key_schedule(seed)
-    for piece, target in zip(counters.split(_PIECE), out.split(_PIECE), strict=True):
+    keys, size = _key_schedule(seed), _piece(seed.device)
+    for piece, target in zip(counters.split(size), out.split(size), strict=True):
         for index, word in enumerate(_rounds(piece, keys, stream)):
             torch.bitwise_and(word, _LOW, out=target[:, index])
     return out
@@ -62,11 +64,15 @@ def keep_mask(
     keep = torch.empty((blocks.numel(), 4, in_features), dtype=torch.bool, device=seed.device)
     threshold = int(dropout * 2**32)
     keys = _key_schedule(seed)
-    step = max(1, _PIECE // max(1, in_features))
+    step = max(1, _piece(seed.device) // max(1, in_features))
     for piece, target in zip(blocks.split(step), keep.split(step), strict=True):
         for index, word in enumerate(_rounds((piece[:, None] + inputs).reshape(-1), keys, stream)):
             torch.ge(word.bitwise_and_(_LOW).view(-1, in_features), threshold, out=target[:, index])
     return keep.view(-1, in_features)[: stop - start]
+
+
+def _piece(device: torch.device) -> int:
+    return _PIECE if device.type == "cpu" else _DEVICE_PIECE
 
 
 def _key_schedule(seed: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:

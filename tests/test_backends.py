@@ -200,6 +200,25 @@ def test_eager_tiles_have_no_seams(name, dtype, monkeypatch):
         assert relative_error(tiled[key], expected) <= 16 * torch.finfo(dtype).eps, key
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("outer, dropout", [("identity", 0.0), ("gelu", 0.0), ("identity", 0.1)])
+def test_eager_never_waits_for_a_value_of_its_device(outer, dropout, dtype):
+    """Meta tensors have no values, so reading one raises; on a GPU it would stop the host and break a capture."""
+    eager = backends.load("eager")
+    meta = functools.partial(torch.empty, device="meta", dtype=dtype)
+    weights, down, left, right, up = [meta(20, 12)] * 2, meta(2, 3, 12), meta(2, 20, 5), meta(2, 12, 5), meta(2, 3, 20)
+    seeds, x, dy, h, b = meta(2, dtype=torch.int64), meta(9, 12), meta(9, 20), meta(12, 4), meta(20, 4)
+    stages = outer, dropout, "silu"
+    assert eager.column(weights, down, None, "silu")[0].shape == (2, 20, 3)
+    eager.column_backward(meta(2, 20, 3), weights, meta(2, 20, 3), "silu", [True, True])
+    assert eager.row(left, right, up, None, seeds, *stages)[0].shape == (2, 12, 3)
+    eager.row_backward(meta(2, 12, 3), left, right, up, meta(2, 12, 3), seeds, *stages, [True] * 4)
+    update = seeds[:1], 0.5, outer, dropout, philox.ROW_STREAM
+    y, xh = eager.linear(x, weights[0], None, h, b, *update)
+    dx, _, dh, db = eager.linear_backward(dy, x, weights[0], h, b, xh, *update, [True] * 4)
+    assert (y.shape, dx.shape, dh.shape, db.shape) == (dy.shape, x.shape, h.shape, b.shape)
+
+
 def test_auto_takes_the_first_that_can_run():
     assert backends.choose("auto", CPU, torch.float32) == "eager"
     assert backends.choose("reference", CPU, torch.float32) == "reference"

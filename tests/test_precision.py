@@ -7,6 +7,7 @@ import torch
 from cases import Case, Runner, make_data, runnable
 
 from genft_kernels import reference
+from genft_kernels.backends import stochastic_rounding
 from genft_kernels.backends.stochastic_rounding import round_stochastically
 from genft_kernels.functional import genft_linear
 
@@ -90,14 +91,22 @@ def test_rounding_is_repeatable_and_keeps_special_values():
 
 
 def test_rounding_wraps_round_its_table(monkeypatch):
-    from genft_kernels.backends import stochastic_rounding
-
     size = stochastic_rounding._TABLE_SIZE
     exact = torch.full((3, size // 2), 1.003)
     out = torch.empty(3, size // 2, dtype=torch.bfloat16)
     round_stochastically(exact.clone(), torch.tensor([size - 5]), out)
     share_up = (out.float() > 1.003).double().mean().item()
     assert abs(share_up - 0.003 / 2**-7) < 0.002
+
+
+@pytest.mark.parametrize("seed", [None, 5, -3, 2**63 - 1])
+def test_a_device_gathers_the_dither_that_a_cpu_reads(seed, monkeypatch):
+    monkeypatch.setattr(stochastic_rounding, "_TABLE_SIZE", 8)
+    table, integers = torch.randint(100, (8,), dtype=torch.int32), torch.zeros(5, 6, dtype=torch.int32)
+    for piece, dither in stochastic_rounding._against_table(integers, table, (seed or 0) % 8):
+        piece += dither
+    seed = None if seed is None else torch.tensor([seed])
+    assert torch.equal(stochastic_rounding._gathered(table, seed, 30).view(5, 6), integers)
 
 
 def _neighbours(exact, dtype):

@@ -19,8 +19,10 @@ from ..philox import COLUMN_STREAM, keep_mask
 from ..scratch import scratch
 from .stochastic_rounding import round_stochastically
 
-# Elements of a tile: large enough that its products run at full speed, small enough to stay in cache.
+# Elements of a tile: large enough that its products run at full speed, small enough to stay in a CPU's cache;
+# elsewhere large enough that a pass over it takes longer than its launch.
 _TILE_ELEMENTS = 1 << 20
+_DEVICE_TILE_ELEMENTS = 1 << 22
 
 
 class _UpdateTile:
@@ -49,9 +51,11 @@ class _UpdateTile:
         return value if self.keep is None else value.mul_(self.keep)
 
 
-def _row_tiles(rows: int, columns: int) -> Iterator[slice]:
-    """Slices that cut `rows` into tiles of about `_TILE_ELEMENTS`; each starts at a multiple of 4, as masks ask."""
-    height = max(64, _TILE_ELEMENTS // columns // 4 * 4)
+def _row_tiles(left: Tensor, right: Tensor) -> Iterator[slice]:
+    """Slices that cut the rows of left right^T into tiles; each starts at a multiple of 4, as masks ask."""
+    rows, columns = left.shape[0], right.shape[0]
+    elements = _TILE_ELEMENTS if left.device.type == "cpu" else _DEVICE_TILE_ELEMENTS
+    height = max(64, elements // columns // 4 * 4)
     return (slice(start, min(start + height, rows)) for start in range(0, rows, height))
 
 
@@ -161,7 +165,7 @@ def _factored_row_backward(dz, left, right, down, need_left, need_right, need_do
 def _tiled_row(left, right, down, seed, outer, dropout):
     """Y^T A^T  [in, k] of one layer, at least in float32 if Y takes more than one tile."""
     z = None  # [k, in]
-    for rows in _row_tiles(left.shape[0], right.shape[0]):
+    for rows in _row_tiles(left, right):
         y = _UpdateTile(left, right, rows, outer, dropout, seed, COLUMN_STREAM).value_()
         z = _sum(z, down[:, rows] @ y)
     return z.t()
@@ -172,7 +176,7 @@ def _tiled_row_backward(dz, left, right, down, seed, outer, dropout, need_left, 
     dleft = torch.empty_like(left) if need_left else None
     dright = None  # [k1, in]
     ddown = torch.empty_like(down) if need_down else None
-    for rows in _row_tiles(left.shape[0], right.shape[0]):
+    for rows in _row_tiles(left, right):
         tile = _UpdateTile(left, right, rows, outer, dropout, seed, COLUMN_STREAM)
         if need_left or need_right:
             q = tile.backward_(_product("grad", down[:, rows].t(), dz.t()))  # d(left right^T)  [tile, in]
@@ -195,7 +199,7 @@ def linear(x, weight, bias, h, b, seed, scale: float, activation: str, dropout: 
         y, xh = _factored_forward(tokens, weight, bias, h, b, scale)
     else:
         folded = scratch("folded", weight.shape, weight.dtype, weight.device)
-        for rows in _row_tiles(*weight.shape):
+        for rows in _row_tiles(b, h):
             update = _UpdateTile(b, h, rows, activation, dropout, seed, stream).value_()
             _fold(weight[rows], update, scale, seed, out=folded[rows])
         y, xh = F.linear(tokens, folded, bias), None
@@ -248,7 +252,7 @@ def _tiled_backward(dy, tokens, weight, h, b, seed, scale, activation, dropout, 
     folded = scratch("folded", weight.shape, weight.dtype, weight.device) if need_x else None
     dh = None  # [k, in]
     db = torch.empty_like(b) if need_b else None
-    for rows in _row_tiles(b.shape[0], h.shape[0]):
+    for rows in _row_tiles(b, h):
         tile = _UpdateTile(b, h, rows, activation, dropout, seed, stream)
         if need_h or need_b:
             p = tile.backward_(_product("grad", dy[:, rows].t(), tokens))  # d(b h^T) / scale  [tile, in]

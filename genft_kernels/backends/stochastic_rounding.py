@@ -25,11 +25,12 @@ def round_stochastically(exact: torch.Tensor, seed: torch.Tensor | None, out: to
     nearest in part, which is exact to their spacing of 2**-24.
     """
     bits = _DROPPED_BITS[out.dtype]
-    table = _dither_table(bits, exact.device)
-    start = 0 if seed is None else int(seed) % _TABLE_SIZE
-    integers = exact.view(torch.int32)
-    for piece, dither in _against_table(integers, table, start):
-        piece += dither
+    table, integers = _dither_table(bits, exact.device), exact.view(torch.int32)
+    if exact.device.type == "cpu":
+        for piece, dither in _against_table(integers, table, 0 if seed is None else int(seed) % _TABLE_SIZE):
+            piece += dither
+    else:
+        integers += _gathered(table, seed, integers.numel()).view(integers.shape)
     integers.bitwise_and_(-(1 << bits))
     out.copy_(exact)
 
@@ -41,6 +42,14 @@ def _against_table(integers: torch.Tensor, table: torch.Tensor, start: int):
         count = min(flat.numel() - done, table.numel() - start)
         yield flat[done : done + count], table[start : start + count]
         done, start = done + count, 0
+
+
+def _gathered(table: torch.Tensor, seed: torch.Tensor | None, count: int) -> torch.Tensor:
+    """The same entries as a tensor [count], for a device that must not be waited for to read the seed."""
+    places = torch.arange(count, device=table.device)
+    if seed is not None:
+        places += seed % _TABLE_SIZE
+    return table[places.remainder_(_TABLE_SIZE)]
 
 
 @functools.cache

@@ -53,7 +53,7 @@ def cuda_headers() -> pathlib.Path | None:
 
 
 def build(*sources: pathlib.Path) -> pathlib.Path:
-    """A shared library of `sources`. The cache keeps what has been compiled, by its text."""
+    """A shared library of `sources`. The cache keeps what has been compiled, by its text and the headers' folders."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with FileLock(CACHE / "lock"), ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda source: _object(source), [*sources, HERE / "buffers.cpp"]))
@@ -62,12 +62,11 @@ def build(*sources: pathlib.Path) -> pathlib.Path:
 
 
 def _object(source: pathlib.Path) -> pathlib.Path:
-    include = [f"-I{CSRC}", f"-I{HERE}"]
-    for folder in (cuda_headers(), pybind11.get_include(), sysconfig.get_paths()["include"]):
-        include += ["-isystem", str(folder)]
+    folders = cuda_headers(), pybind11.get_include(), sysconfig.get_paths()["include"]
+    flags = [*_FLAGS, *(f"-isystem{folder}" for folder in folders)]
     texts = [path.read_bytes() for path in _with_includes(source)]
-    target = CACHE / f"{source.name}.{_digest(repr(_FLAGS).encode(), *texts)}.o"
-    return _made(target, "-x", "c++", *_FLAGS, *include, "-c", source)
+    target = CACHE / f"{source.name}.{_digest(repr(flags).encode(), *texts)}.o"
+    return _made(target, "-x", "c++", *flags, f"-I{CSRC}", f"-I{HERE}", "-c", source)
 
 
 def _with_includes(source: pathlib.Path) -> list[pathlib.Path]:
