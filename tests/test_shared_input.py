@@ -70,17 +70,17 @@ def unshared(monkeypatch, model) -> dict:
 
 
 def forwarded(model, *layers):
-    """The nodes of the layers' outputs in one forward of `model`."""
-    nodes = {}
-    handles = [layer.register_forward_hook(lambda m, _, y: nodes.__setitem__(m, y.grad_fn)) for layer in layers]
+    """The layers' outputs in one forward of `model`."""
+    outputs = {}
+    handles = [layer.register_forward_hook(lambda m, _, y: outputs.__setitem__(m, y)) for layer in layers]
     model(TOKENS)
     for handle in handles:
         handle.remove()
-    return [nodes[layer] for layer in layers]
+    return [outputs[layer] for layer in layers]
 
 
-def reads_from(node, other) -> bool:
-    return any(parent is other for parent, _ in node.next_functions)
+def reads_from(output, other) -> bool:
+    return any(parent is other.grad_fn for parent, _ in output.grad_fn.next_functions)
 
 
 @every_model

@@ -12,7 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 
 def peak_tensor_bytes(work: Callable[[], object]) -> int:
     """The most bytes of CPU tensors alive at once during ``work``, beyond what was alive before it."""
-    profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    # Accumulating, though there is one cycle only: torch 2.11 warns otherwise.
+    profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
     with _quiet_stderr():
         profiler.start()
     try:
