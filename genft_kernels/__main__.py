@@ -8,7 +8,7 @@ import platform
 import torch
 
 from . import __version__, backends
-from .backends import _jit
+from .backends import _jit, cpu_dropout
 
 OPTIONAL_PACKAGES = ("safetensors", "triton", "transformers", "peft", "numpy")
 
@@ -26,6 +26,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("GPU: none that this torch can use")
     print(backends.explain())
+    print(cpu_dropout.state())
     print(_jit.state())
 
 

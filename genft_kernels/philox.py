@@ -56,19 +56,29 @@ def keep_mask(
     Returns:
         bool [rows, in], contiguous: the orientation of a weight.
     """
-    start, stop, _ = rows.indices(out_features)
-    if start % 4:
-        raise ValueError(f"rows must start at a multiple of 4, got {start}")
-    blocks = torch.arange(start // 4, -(-stop // 4), device=seed.device)
+    first, last, count = blocks_of(rows, out_features)
+    blocks = torch.arange(first, last, device=seed.device)
     inputs = torch.arange(in_features, device=seed.device) * -(-out_features // 4)
     keep = torch.empty((blocks.numel(), 4, in_features), dtype=torch.bool, device=seed.device)
-    threshold = int(dropout * 2**32)
-    keys = _key_schedule(seed)
+    least, keys = threshold(dropout), _key_schedule(seed)
     step = max(1, _piece(seed.device) // max(1, in_features))
     for piece, target in zip(blocks.split(step), keep.split(step), strict=True):
         for index, word in enumerate(_rounds((piece[:, None] + inputs).reshape(-1), keys, stream)):
-            torch.ge(word.bitwise_and_(_LOW).view(-1, in_features), threshold, out=target[:, index])
-    return keep.view(-1, in_features)[: stop - start]
+            torch.ge(word.bitwise_and_(_LOW).view(-1, in_features), least, out=target[:, index])
+    return keep.view(-1, in_features)[:count]
+
+
+def threshold(dropout: float) -> int:
+    """The least word that is kept."""
+    return int(dropout * 2**32)
+
+
+def blocks_of(rows: slice, out_features: int) -> tuple[int, int, int]:
+    """(first block of four rows, the one after the last, number of rows); ValueError where `rows` start amid one."""
+    start, stop, _ = rows.indices(out_features)
+    if start % 4:
+        raise ValueError(f"rows must start at a multiple of 4, got {start}")
+    return start // 4, -(-stop // 4), stop - start
 
 
 def _piece(device: torch.device) -> int:

@@ -214,7 +214,7 @@ def test_without_a_writable_cache_folder_a_process_compiles_its_own(tree, tmp_pa
 
 def test_a_cache_folder_of_ones_own_asks_nobody_for_the_users(cache, monkeypatch):
     monkeypatch.setitem(sys.modules, "platformdirs", None)  # importing it is an error
-    assert _jit._cache_folder() == cache
+    assert _jit.cache_folder() == cache
 
 
 @needs_nvcc
@@ -267,7 +267,7 @@ def test_a_wrong_nvcc_leaves_nothing_in_the_cache(tree, tmp_path, cache, monkeyp
 
 def test_no_nvcc(tree, tmp_path, cache, monkeypatch):
     hide_nvcc(monkeypatch, tmp_path)
-    monkeypatch.setattr(_jit, "_package_sources", lambda: tree)
+    monkeypatch.setattr(_jit, "package_sources", lambda: tree)
     with pytest.raises(
         _build.BuildError, match=r"no nvcc: CUDA_HOME is not set, .*pip install 'genft_kernels\[nvcc\]'"
     ):
@@ -280,7 +280,7 @@ def test_kernels_of_the_wheel_come_first_where_they_fit(tree, tmp_path, cache, h
     prebuilt = tmp_path / "prebuilt"
     _build.build(_build.Recipe.read(tree), NVCC, ["sm_80"], prebuilt)
     monkeypatch.setattr(_jit, "PREBUILT", prebuilt)
-    monkeypatch.setattr(_jit, "_package_sources", lambda: tree)
+    monkeypatch.setattr(_jit, "package_sources", lambda: tree)
     monkeypatch.setattr(_jit, "_capabilities", lambda: [(8, 6)])
     assert _jit.load().answer() == 42 and compilations(home) == 0
     assert _jit.state() == f"CUDA kernels: prebuilt for sm_80 in {prebuilt}"
@@ -309,7 +309,7 @@ def test_kernels_of_the_wheel_need_no_nvcc(tree, tmp_path, monkeypatch):
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     hide_nvcc(monkeypatch, tmp_path)
     monkeypatch.setattr(_jit, "PREBUILT", tmp_path)
-    monkeypatch.setattr(_jit, "_package_sources", lambda: tree)
+    monkeypatch.setattr(_jit, "package_sources", lambda: tree)
     assert _jit.unavailable_reason() is None
     _jit.unavailable_reason.cache_clear()
     monkeypatch.setattr(_jit, "_capabilities", lambda: [(8, 0), (9, 0)])
@@ -318,7 +318,7 @@ def test_kernels_of_the_wheel_need_no_nvcc(tree, tmp_path, monkeypatch):
 
 @needs_nvcc
 def test_the_state_is_told_without_compiling(tree, cache, home, monkeypatch):
-    monkeypatch.setattr(_jit, "_package_sources", lambda: tree)
+    monkeypatch.setattr(_jit, "package_sources", lambda: tree)
     assert _jit.state().startswith(f"nvcc: {home}/bin/nvcc (found by CUDA_HOME), version ")
     assert _jit.state().endswith("CUDA kernels: compiled on first use for sm_80, compute_80")
     assert _jit.unavailable_reason() is None

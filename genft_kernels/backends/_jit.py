@@ -43,7 +43,7 @@ def load(source: Path | None = None) -> ModuleType:
     Raises:
         BuildError: it cannot be had here; the message says why. A failed compilation is not tried twice in a process.
     """
-    source = source or _package_sources()
+    source = source or package_sources()
     with _mutex:
         if source not in _loaded:
             recipe = Recipe.read(source)
@@ -56,7 +56,7 @@ def load(source: Path | None = None) -> ModuleType:
 def unavailable_reason() -> str | None:
     """Why `load` cannot work here, as far as can be told without running a compiler, or None. Asked once a process."""
     try:
-        if not _prebuilt_fits(Recipe.read(_package_sources())):
+        if not _prebuilt_fits(Recipe.read(package_sources())):
             find_nvcc()
     except BuildError as error:
         return str(error)
@@ -66,11 +66,11 @@ def unavailable_reason() -> str | None:
 def state() -> str:
     """In words: which nvcc there is, and whether the kernels are prebuilt, cached or yet to be compiled."""
     try:
-        recipe = Recipe.read(_package_sources())
+        recipe = Recipe.read(package_sources())
         if _prebuilt_fits(recipe):
             return f"CUDA kernels: prebuilt for {', '.join(_manifest(PREBUILT)['archs'])} in {PREBUILT}"
         plan = _plan(recipe)
-        folder = _cache_folder() / plan.key
+        folder = cache_folder() / plan.key
     except BuildError as error:
         return f"CUDA kernels: cannot be compiled: {error}"
     cached = (folder / MANIFEST).is_file()
@@ -111,7 +111,7 @@ def _plan(recipe: Recipe) -> _Plan:
 
 
 def _from_cache(recipe: Recipe) -> ModuleType:
-    plan, cache = _plan(recipe), _cache_folder()
+    plan, cache = _plan(recipe), cache_folder()
     if plan.key in _failures:
         raise BuildError(_failures[plan.key])
     try:
@@ -216,13 +216,13 @@ def _capabilities() -> list[tuple[int, int]]:
 
 
 @functools.cache
-def _package_sources() -> Path:
+def package_sources() -> Path:
     package = Path(__file__).parent.parent
     installed = package / "csrc"
     return installed if installed.is_dir() else package.parent / "csrc"
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
     """GENFT_CACHE_DIR or the user's cache folder; BuildError if the variable is not a folder's absolute path."""
     if (value := os.environ.get(CACHE_VARIABLE)) is None:
         import platformdirs

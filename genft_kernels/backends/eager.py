@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..activations import activate, activate_, activation_backward, activation_backward_
 from ..config import is_factored
-from ..philox import COLUMN_STREAM, keep_mask
+from ..philox import COLUMN_STREAM
 from ..scratch import scratch
+from .cpu_dropout import dropout_factors
 from .stochastic_rounding import round_stochastically
 
 # Elements of a tile: large enough that its products run at full speed, small enough to stay in a CPU's cache;
@@ -37,8 +38,7 @@ class _UpdateTile:
         self.pre = _product("pre", left, right.t())  # [tile, in]
         self.keep = None  # 0 or 1 / (1 - p), [tile, in]
         if dropout > 0:
-            keep = keep_mask(seed, stream, right.shape[0], out_features, dropout, rows)
-            self.keep = keep.to(left.dtype).mul_(1 / (1 - dropout))
+            self.keep = dropout_factors(seed, stream, right.shape[0], out_features, dropout, rows, left.dtype)
 
     def backward_(self, grad: Tensor) -> Tensor:
         """grad of U -> grad of left right^T, in place."""
