@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ RATIO_SCOPES = ("weight", "all")
 DELTA_LAYOUTS = ("in_out", "out_in")
 SHARED_INITS = ("linear", "trunc_normal")
 SPECIFIC_INITS = ("kaiming_uniform", "zeros", "xavier_uniform", "normal")
+# What `target_modules` says for every linear layer, as in PEFT.
+ALL_LINEAR = "all-linear"
 # The query and value projections, by the names that transformers models give them: what `target_modules=None` adapts.
 QUERY_AND_VALUE_NAMES = ("query", "value", "q_proj", "v_proj", "q_lin", "v_lin")
 
@@ -90,7 +93,8 @@ class GenFTConfig:
         init_specific_down, init_specific_up: kaiming_uniform, zeros, xavier_uniform or normal (std 0.01).
         zero_delta: start from a zero update by zeroing the last stage's up matrices and up bias.
         target_modules: suffixes of module names, or one regular expression that matches whole names (as in PEFT);
-            None stands for the query and value projections and whatever `fused_blocks` names.
+            "all-linear" stands for every linear layer but the output embedding and what is in `modules_to_save`,
+            None for the query and value projections and whatever `fused_blocks` names.
         exclude_modules: the same, for modules to leave alone.
         modules_to_save: suffixes of modules that are trained in full and saved with the adapter.
         fused_blocks: name suffix -> (number of row blocks in the fused weight, the blocks to adapt), for example
@@ -138,11 +142,11 @@ class GenFTConfig:
         for name in ("bias", "tie_specific", "zero_delta"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if not _is_finite(self.dropout) or not 0 <= self.dropout < 1:
+        if not is_finite(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be a number in [0, 1), got {self.dropout!r}")
-        if not _is_finite(self.scaling):
+        if not is_finite(self.scaling):
             raise ValueError(f"scaling must be a finite number, got {self.scaling!r}")
-        if self.weight_ratio != "rms" and not _is_finite(self.weight_ratio):
+        if self.weight_ratio != "rms" and not is_finite(self.weight_ratio):
             raise ValueError(f"weight_ratio must be a finite number or 'rms', got {self.weight_ratio!r}")
         if self.delta_layout == "out_in" and self.transform != "both":
             raise ValueError(f"delta_layout='out_in' needs transform='both', got transform={self.transform!r}")
@@ -157,8 +161,10 @@ class GenFTConfig:
         for name in ("dropout", "scaling", "weight_ratio"):
             if getattr(self, name) != "rms":
                 object.__setattr__(self, name, float(getattr(self, name)))
-        object.__setattr__(self, "target_modules", _names("target_modules", self.target_modules))
-        object.__setattr__(self, "exclude_modules", _names("exclude_modules", self.exclude_modules))
+        for name in ("target_modules", "exclude_modules"):
+            object.__setattr__(self, name, _names(name, getattr(self, name)))
+            if isinstance(getattr(self, name), str):
+                _check_regular_expression(name, getattr(self, name))
         if isinstance(self.modules_to_save, str):
             raise ValueError(f"modules_to_save must be a list of names, got the string {self.modules_to_save!r}")
         object.__setattr__(self, "modules_to_save", _names("modules_to_save", self.modules_to_save))
@@ -235,11 +241,18 @@ def is_factored(outer_activation: str, dropout: float) -> bool:
     return outer_activation == "identity" and dropout == 0
 
 
+def check_config(config: object) -> None:
+    """Raise TypeError unless it is a `GenFTConfig`."""
+    if not isinstance(config, GenFTConfig):
+        raise TypeError(f"config must be a GenFTConfig, got {type(config).__name__}")
+
+
 def _is_integer(value: object) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def _is_finite(value: object) -> bool:
+def is_finite(value: object) -> bool:
+    """Whether it is a finite number, a Python one or as good as one; no tensor, no bool."""
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     return number and float("-inf") < value < float("inf")
 
@@ -258,6 +271,13 @@ def _names(field: str, value: object) -> str | tuple[str, ...] | None:
         if names and all(isinstance(name, str) and name for name in names):
             return names
     raise ValueError(f"{field} must be None, a non-empty string or a non-empty list of names, got {value!r}")
+
+
+def _check_regular_expression(field: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{field}={pattern!r} is not a regular expression: {error}") from None
 
 
 def _fused_blocks(value: object) -> dict[str, tuple[int, tuple[int, ...]]] | None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .checks import expected_shapes
-from .config import GenFTConfig
+from .config import GenFTConfig, check_config
 from .groups import LayerGroup, is_tensor_subclass
 
 
@@ -29,6 +29,7 @@ class GenFTGenerator(nn.Module):
 
     Raises:
         ValueError: `delta_layout="out_in"` for a shape that is not square, or a dimension below 1.
+        TypeError: `config` is not a `GenFTConfig`.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class GenFTGenerator(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_config(config)
         check_layer_shape(in_features, out_features, config)
         self.group = LayerGroup()
         self.in_features = in_features

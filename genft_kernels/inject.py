@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
 from . import backends
-from .config import GenFTConfig
+from .config import GenFTConfig, check_config
 from .generator import GenFTGenerator
 from .modules import GenFTLinear, adapter_dtype
 from .targets import Target, find_modules_to_save, find_targets
@@ -40,9 +40,10 @@ def apply_genft(model: nn.Module, config: GenFTConfig, *, backend: str = "auto")
         backend: for every adapted layer; "auto", or one by name.
 
     Raises:
-        ValueError, TypeError: nothing is targeted, or a layer cannot be adapted; the message names it.
+        ValueError, TypeError: a name matches nothing, or a layer cannot be adapted; the message names it.
         RuntimeError: the model is adapted already. In each case the model is as it was.
     """
+    check_config(config)
     backends.check_name(backend)
     if is_adapted(model) or any(isinstance(module, GenFTLinear) for module in model.modules()):
         raise RuntimeError("the model has GenFT layers already: call remove_genft(model) first")
@@ -50,7 +51,7 @@ def apply_genft(model: nn.Module, config: GenFTConfig, *, backend: str = "auto")
         raise ValueError(f"the model has an attribute {GENERATORS!r} of its own")
     targets = find_targets(model, config)
     to_save = find_modules_to_save(model, config, targets)
-    required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    required_grad = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     # What can fail is done before the model is touched, but that adapting freezes a weight.
     generators = _make_generators(targets, config)
     saved = {name: model.get_submodule(name) for name in to_save}
@@ -73,21 +74,28 @@ def apply_genft(model: nn.Module, config: GenFTConfig, *, backend: str = "auto")
     return model
 
 
-def remove_genft(model: nn.Module) -> nn.Module:
+def remove_genft(model: nn.Module, *, keep_update: bool = False) -> nn.Module:
     """Undo `apply_genft` exactly, merged or not, and return the model.
+
+    Args:
+        keep_update: leave the fine-tuned model instead: plain layers whose weight is W + dW, as `merge` makes it, and
+            the trained `modules_to_save`. It needs this package no longer, and its state dict has the names it had.
 
     Raises:
         RuntimeError: the model is not adapted, or within `disabled`.
     """
     state = adapter_state(model)
     check_enabled(model)
+    if keep_update:
+        _merge_layers([layer for layer in adapted_layers(model).values() if not layer.merged])
     for name, layer in adapted_layers(model, remove_duplicate=False).items():
-        if layer.merged:
+        if layer.merged and not keep_update:
             layer.unmerge()
         original = layer.__dict__["_original"]
         original.weight, original.bias = layer.weight, layer.bias
         _set_submodule(model, name, original.train(layer.training))
-    for name, original in state.saved_modules.items():
+    saved = {} if keep_update else state.saved_modules
+    for name, original in saved.items():
         _set_submodule(model, name, _beside(original, model.get_submodule(name)))
     delattr(model, GENERATORS)
     delattr(model, _STATE)
@@ -131,15 +139,7 @@ def merge(model: nn.Module) -> nn.Module:
     for name, layer in layers.items():
         if layer.merged:
             raise RuntimeError(f"{name!r} is merged already: call unmerge(model) first")
-    done: list[GenFTLinear] = []
-    try:
-        for layer in layers.values():
-            layer.merge()
-            done.append(layer)
-    except BaseException:
-        for layer in done:
-            layer.unmerge()
-        raise
+    _merge_layers(layers.values())
     return model
 
 
@@ -268,6 +268,19 @@ def _block_shape(target: Target) -> tuple[int, int]:
 
 def _shape_key(target: Target) -> str:
     return "{}x{}".format(*_block_shape(target))
+
+
+def _merge_layers(layers: Iterable[GenFTLinear]) -> None:
+    """Merge all of them, or none on failure."""
+    done: list[GenFTLinear] = []
+    try:
+        for layer in layers:
+            layer.merge()
+            done.append(layer)
+    except BaseException:
+        for layer in done:
+            layer.unmerge()
+        raise
 
 
 def _layers_of_an_adapted_model(model: nn.Module) -> dict[str, GenFTLinear]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from torch import nn
 
-from .config import QUERY_AND_VALUE_NAMES, GenFTConfig
-from .modules import GenFTLinear, check_adaptable
+from .config import ALL_LINEAR, QUERY_AND_VALUE_NAMES, GenFTConfig
+from .modules import GenFTLinear, check_adaptable, is_conv1d
 
 
 class Target(NamedTuple):
@@ -30,21 +30,28 @@ def find_targets(model: nn.Module, config: GenFTConfig) -> list[Target]:
     """The layers that `config` adapts, in the model's order.
 
     A string in `target_modules` or `exclude_modules` is a regular expression for whole paths; in a list, each entry
-    is a path or its dotted end (as in PEFT).
+    is a path or its dotted end (as in PEFT), and must match a module of the model.
 
     Raises:
-        ValueError: nothing matches, a matched module cannot be adapted, or an entry of `fused_blocks` is unused.
+        ValueError: nothing matches, an entry of a list does not, a matched module cannot be adapted, or an entry of
+            `fused_blocks` is unused.
         TypeError: a matched module is of a kind that cannot be adapted. Each message names the module.
     """
     wanted = config.target_modules
     if wanted is None:
         wanted = (*QUERY_AND_VALUE_NAMES, *(config.fused_blocks or ()))
+    elif wanted == ALL_LINEAR:
+        wanted = _all_linear(model, config)
     paths: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if name and _matches(wanted, name) and not _matches(config.exclude_modules, name):
             paths.setdefault(module, []).append(name)
     if not paths:
         raise ValueError(_nothing_matched(model, config, wanted))
+    for field in ("target_modules", "exclude_modules"):
+        for entry in _entries(getattr(config, field)):
+            if not any(_matches((entry,), name) for name, _ in model.named_modules(remove_duplicate=False)):
+                raise ValueError(f"{field}: {entry!r} matches no module of the model. {_linear_layers(model)}")
     fused = config.fused_blocks or {}
     targets = []
     for module, names in paths.items():
@@ -89,7 +96,38 @@ def _matches(wanted: str | Iterable[str] | None, name: str) -> bool:
     return any(name == entry or name.endswith("." + entry) for entry in wanted)
 
 
+def _all_linear(model: nn.Module, config: GenFTConfig) -> tuple[str, ...]:
+    """Paths of the linear layers, without the output embedding and what is within `modules_to_save`."""
+    output_embedding = getattr(model, "get_output_embeddings", lambda: None)()
+    linear = [
+        name
+        for name, module in model.named_modules(remove_duplicate=False)
+        if (isinstance(module, nn.Linear) or is_conv1d(module)) and module is not output_embedding
+    ]
+    return tuple(name for name in linear if not any(_matches(config.modules_to_save, path) for path in _upwards(name)))
+
+
+def _upwards(path: str) -> Iterator[str]:
+    """A module's path and those of the modules that it is in."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+
+
+def _entries(wanted: str | Iterable[str] | None) -> Iterable[str]:
+    return () if wanted is None or isinstance(wanted, str) else wanted
+
+
 def _nothing_matched(model: nn.Module, config: GenFTConfig, wanted: str | Iterable[str]) -> str:
+    patterns = wanted if isinstance(wanted, str) else ", ".join(wanted) or repr(ALL_LINEAR)
+    if isinstance(wanted, str) and any(_matches((wanted,), name) for name, _ in model.named_modules()):
+        patterns += f" (a string is a regular expression for whole paths: for a name write [{wanted!r}])"
+    excluded = f" outside exclude_modules={config.exclude_modules!r}" if config.exclude_modules else ""
+    return f"target_modules matched nothing: {patterns}{excluded}. {_linear_layers(model)}"
+
+
+def _linear_layers(model: nn.Module) -> str:
+    """What could be named, for an error message."""
     candidates = Counter()
     for name, module in model.named_modules():
         if isinstance(module, GenFTLinear):
@@ -100,9 +138,7 @@ def _nothing_matched(model: nn.Module, config: GenFTConfig, wanted: str | Iterab
             continue
         candidates[name.rpartition(".")[2] or "(the model itself, which has no name)"] += 1
     listed = ", ".join(f"{name} ({count})" for name, count in sorted(candidates.items())) or "none"
-    patterns = wanted if isinstance(wanted, str) else ", ".join(wanted)
-    excluded = f" outside exclude_modules={config.exclude_modules!r}" if config.exclude_modules else ""
-    return f"target_modules matched nothing: {patterns}{excluded}. The model's linear layers are: {listed}"
+    return f"The model's linear layers are: {listed}"
 
 
 def _listing(targets: list[Target]) -> str:

@@ -62,6 +62,12 @@ def test_out_in_needs_both_stages():
         GenFTConfig(delta_layout="out_in", transform="column")
 
 
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
+def test_a_string_must_be_a_regular_expression(field):
+    with pytest.raises(ValueError, match=rf"{field}='.*\(q' is not a regular expression: missing \)"):
+        GenFTConfig(**{field: ".*(q"})
+
+
 def test_specific_units_that_cannot_train_warn():
     with pytest.warns(UserWarning, match="specific units can never train"):
         GenFTConfig.preset("vtab")

@@ -41,6 +41,41 @@ def test_a_string_is_a_regular_expression_for_whole_paths():
         names(Encoder(), target_modules="dense")
 
 
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(target_modules=["query", "valeu"]), "target_modules: 'valeu' matches no module.*key .2., query"),
+        (dict(exclude_modules=["layers.7"]), "exclude_modules: 'layers.7' matches no module"),
+        (dict(target_modules="query"), r"matched nothing: query \(.*for a name write \['query'\]\)"),
+    ],
+)
+def test_a_name_that_matches_nothing_is_not_passed_over(settings, message):
+    with pytest.raises(ValueError, match=message):
+        names(Encoder(), **settings)
+
+
+def test_the_configuration_must_be_one():
+    with pytest.raises(TypeError, match="config must be a GenFTConfig, got dict"):
+        apply_genft(Encoder(), {"target_modules": ["query"]})
+
+
+def test_all_linear_layers_are_adapted_but_for_heads():
+    everywhere = [*names(Encoder(), target_modules=ALL_LINEARS), "classifier.1"]
+    assert names(Encoder(), target_modules="all-linear") == everywhere
+    assert names(Encoder(), target_modules="all-linear", modules_to_save=["classifier"]) == everywhere[:-1]
+    assert names(Encoder(1), target_modules="all-linear", exclude_modules=["dense", "key", "query", "1"]) == [
+        "layers.0.attention.value"
+    ]
+    model = TiedModel()
+    model.get_output_embeddings = lambda: model.head  # as transformers models have it
+    (target,) = find_targets(model, config(target_modules="all-linear"))
+    assert target.names == ("first", "second")
+    with pytest.raises(ValueError, match="matched nothing: 'all-linear'.*linear layers are: none"):
+        names(nn.Sequential(nn.ReLU()), target_modules="all-linear")
+    with pytest.raises(TypeError, match="target module '0': weight has dtype torch.int8"):  # not left out in silence
+        names(nn.Sequential(int8_linear()), target_modules="all-linear")
+
+
 @pytest.mark.parametrize("excluded", [["layers.0.attention.query", "value"], r".*0.*query|.*value"], ids=type)
 def test_excluded_modules_are_left_out(excluded):
     assert names(Encoder(), exclude_modules=excluded) == ["layers.1.attention.query"]
