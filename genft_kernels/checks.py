@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import torch
+import numbers
 
-from .config import GeneratorParameters, GenFTConfig
+import torch
+from torch.autograd import forward_ad
+
+from .config import GeneratorParameters, GenFTConfig, check_config
 
 SUPPORTED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_frozen_weight(weight: torch.Tensor, name: str = "weight") -> None:
     """Raise unless `weight` is a dense, resident, frozen floating-point matrix."""
-    if weight.dim() != 2:
-        raise ValueError(f"{name} must be a matrix [out, in], got shape {tuple(weight.shape)}")
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise ValueError(f"{name} must be a matrix [out, in], neither of them 0, got shape {tuple(weight.shape)}")
     if weight.device.type == "meta":
         raise ValueError(f"{name} is on the meta device: the update is generated from its values, so load them first")
     if weight.dtype not in SUPPORTED_DTYPES:
@@ -58,6 +61,7 @@ def check_factors(h: torch.Tensor, b: torch.Tensor, weight: torch.Tensor) -> Non
 
 def check_parameters(params: GeneratorParameters, config: GenFTConfig, out_features: int, in_features: int) -> None:
     """Raise unless `params` has exactly the tensors that `config` calls for, in the shapes of the layer."""
+    check_config(config)
     if config.delta_layout == "out_in" and in_features != out_features:
         raise ValueError(
             f"delta_layout='out_in' needs a square weight, got [{out_features}, {in_features}]: use 'in_out'"
@@ -101,14 +105,29 @@ def autocasts(x: torch.Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
 
 
+def check_transforms(backend: str) -> None:
+    """Raise NotImplementedError within forward-mode differentiation or a transform of `torch.func`.
+
+    An operation backend has gradients of the first order in reverse mode; a custom op would drop a tangent in silence.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            f"backend {backend!r} has no forward-mode derivatives and no torch.func transforms: "
+            'use backend="reference", which has them all'
+        )
+
+
 def seed_tensor(seed: int | torch.Tensor, device: torch.device) -> torch.Tensor:
     """A 64-bit seed as an int64 tensor [1] on `device`; a negative or wider integer raises ValueError."""
     if isinstance(seed, torch.Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise ValueError(f"seed must be one int64 value, got {seed.dtype} of shape {tuple(seed.shape)}")
         return seed.reshape(1).to(device)
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**64:
         raise ValueError(f"seed must be an integer in [0, 2**64) or an int64 tensor, got {seed!r}")
+    seed = int(seed)
     return torch.tensor([seed - 2**64 if seed >= 2**63 else seed], dtype=torch.int64, device=device)
 
 
@@ -121,6 +140,8 @@ def _check_floating(*named: tuple[str, torch.Tensor]) -> None:
     for name, tensor in named:
         if tensor.dtype not in SUPPORTED_DTYPES:
             raise TypeError(f"{name} has dtype {tensor.dtype}; supported are {_names(SUPPORTED_DTYPES)}")
+        if tensor.device.type == "meta":
+            raise ValueError(f"{name} is on the meta device: it has no values")
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:

@@ -13,8 +13,16 @@ import torch
 
 from . import backends, ops, reference
 from .activations import ACTIVATIONS
-from .checks import autocasts, check_factors, check_linear, check_parameters, draw_seed, seed_tensor
-from .config import GeneratorParameters, GenFTConfig, is_factored
+from .checks import (
+    autocasts,
+    check_factors,
+    check_linear,
+    check_parameters,
+    check_transforms,
+    draw_seed,
+    seed_tensor,
+)
+from .config import GeneratorParameters, GenFTConfig, is_factored, is_finite
 from .philox import COLUMN_STREAM, ROW_STREAM
 
 __all__ = ["Factors", "factored_linear", "generate_factors", "genft_linear"]
@@ -62,6 +70,8 @@ def genft_linear(
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
         RuntimeError: the backend asked for cannot run on x's device.
+        NotImplementedError: forward-mode differentiation or a `torch.func` transform, on another backend than
+            "reference".
     """
     check_linear(x, weight, bias)
     check_parameters(params, config, *weight.shape)
@@ -69,6 +79,7 @@ def genft_linear(
     chosen = backends.choose(backend, x.device, dtype)
     if chosen == "reference":
         return reference.genft_linear(x, weight, bias, params, config, training=training, seed=seed)
+    check_transforms(chosen)
     dropout = config.dropout if training else 0.0
     seed = forward_seed(seed, x.device, training, dropout, config.outer_activation, dtype, chosen)
     group = GeneratorParameters(*(t if t is None or t.dim() == 1 else t[None] for t in params))
@@ -105,13 +116,16 @@ def factored_linear(
     check_factors(h, b, weight)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
+    if not is_finite(dropout) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be a number in [0, 1), got {dropout!r}")
+    if not is_finite(scale):  # a tensor's gradient would get lost
+        raise ValueError(f"scale must be a finite number, got {scale!r}")
     chosen = backends.choose(backend, x.device, compute_dtype(x))
     if chosen == "reference":
         return reference.factored_linear(
             x, weight, bias, h, b, scale=scale, activation=activation, dropout=dropout, training=training, seed=seed
         )
+    check_transforms(chosen)
     dtype = compute_dtype(x)
     dropout = dropout if training else 0.0
     seed = forward_seed(seed, x.device, training, dropout, activation, dtype, chosen)
@@ -211,7 +225,8 @@ def _weight_ratio(weights: Sequence[torch.Tensor], config: GenFTConfig) -> float
         return config.weight_ratio
     wide = torch.promote_types(weights[0].dtype, torch.float32)
     norms = torch.stack([torch.linalg.vector_norm(weight, dtype=wide) for weight in weights])
-    return (weights[0].numel() ** 0.5 / norms)[:, None, None]
+    # From a W of zeros everything in proportion to it is zero, whatever rho is.
+    return (weights[0].numel() ** 0.5 / torch.where(norms > 0, norms, 1))[:, None, None]
 
 
 def forward_seed(

@@ -8,7 +8,8 @@ layers that share its generator; the others find theirs at hand. They hold until
 - a backward pass has consumed them;
 - where the column stage has dropout, a layer asks again: each forward has masks of its own.
 
-So without gradients they hold until a parameter changes. A change through `parameter.data` cannot be seen.
+So without gradients they hold until a parameter changes. A change through `parameter.data` cannot be seen, but each
+`eval()` has them generated anew.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import backends, reference, shared_input
-from .checks import check_frozen_weight, check_linear
+from .checks import check_frozen_weight, check_linear, check_transforms
 from .config import GeneratorParameters, GenFTConfig
 from .functional import apply_factors, compute_dtype, forward_seed, genft_linear
 from .generator import GenFTGenerator, last_stage_names
@@ -87,7 +87,7 @@ class GenFTLinear(nn.Linear):
         hooks = {name: value for name, value in vars(linear).items() if "_hooks" in name}
         layer.__dict__.update(hooks, _is_full_backward_hook=linear._is_full_backward_hook)
         layer.weight, layer.bias = linear.weight, linear.bias
-        layer._fan_in_fan_out = _is_conv1d(linear)
+        layer._fan_in_fan_out = is_conv1d(linear)
         out_features, in_features = layer.frozen_weight.shape
         layer.in_features, layer.out_features = in_features, out_features
         if register_generator:
@@ -136,10 +136,22 @@ class GenFTLinear(nn.Linear):
             self.__dict__["_sharded"] = self._sharded or is_tensor_subclass(value)
             self._forget_factors()
 
+    def train(self, mode: bool = True) -> GenFTLinear:
+        """As ever; and `eval()` looks at the parameters anew, because a change through `.data` goes unseen."""
+        if not mode:
+            self._forget_factors()
+        return super().train(mode)
+
     def _forget_factors(self) -> None:
         generator = self.__dict__.get("generator") or self._modules.get("generator")
         if generator is not None:  # else the layer is being made
             generator.group.forget(self)
+
+    def reset_parameters(self) -> None:
+        """Draw W, the bias and the layer's own units anew."""
+        super().reset_parameters()
+        if "specific_names" in vars(self):  # else it is nn.Linear's constructor that calls
+            self.reset_specific_parameters()
 
     def reset_specific_parameters(self) -> None:
         """Draw the layer's own units anew, zero where `zero_delta` asks."""
@@ -266,6 +278,7 @@ class GenFTLinear(nn.Linear):
         config, training, dtype = self.config, self.training, compute_dtype(x)
         psi, dropout = config.outer_activation, config.dropout if training else 0.0
         backend = backends.choose(self.backend, x.device, dtype)
+        check_transforms(backend)
         seeds = [forward_seed(None, x.device, training, dropout, psi, dtype, backend) for _ in self._blocks[1]]
         factors = self.generator.group.factors_for(self, dtype, backend, seeds)
         read = shared_input.receive(self, x, dtype)
@@ -329,14 +342,14 @@ def check_adaptable(linear: nn.Module) -> None:
     """Raise unless `linear` is a plain `nn.Linear` or transformers `Conv1D` with a usable weight."""
     # A subclass with a forward of its own, or one whose owner reads the weight past forward, would bypass the update.
     plain = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
-    if isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear) or not (plain or _is_conv1d(linear)):
+    if isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear) or not (plain or is_conv1d(linear)):
         raise TypeError(f"{type(linear).__name__} cannot be adapted: only nn.Linear and transformers' Conv1D can")
     if linear._parameters.get("weight") is None:
         raise TypeError("its weight is not a parameter but computed (by a parametrization, weight or spectral norm)")
     check_frozen_weight(linear.weight.detach())
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> bool:
     """Whether it is transformers' Conv1D (weight [in, out]), told without importing transformers."""
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 

@@ -38,7 +38,7 @@ def delta_weight(
     check_parameters(params, config, out_features, in_features)
     p = GeneratorParameters(*(None if t is None else t.to(weight) for t in params))
     phi, psi = config.inner_activation, config.outer_activation
-    rho = 1 / weight.square().mean().sqrt() if config.weight_ratio == "rms" else config.weight_ratio
+    rho = _inverse_rms(weight) if config.weight_ratio == "rms" else config.weight_ratio
     scaled_weight = weight * rho if config.ratio_scope == "weight" else weight  # [out, in]
     matrix_ratio = rho if config.ratio_scope == "all" else 1.0
     masks = _dropout_masks(weight, config, training, seed)
@@ -95,6 +95,12 @@ def factored_linear(
     update = activate(activation, b.to(weight) @ h.to(weight).T)  # [out, in]
     update = update * _mask(weight, ROW_STREAM, dropout if training else 0.0, seed)
     return F.linear(x, weight + scale * update, bias)
+
+
+def _inverse_rms(weight: torch.Tensor) -> torch.Tensor:
+    """1 / root mean square; 1 for a weight of zeros, which it scales to zeros all the same."""
+    rms = weight.square().mean().sqrt()
+    return 1 / torch.where(rms > 0, rms, 1)
 
 
 def _dropout_masks(

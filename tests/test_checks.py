@@ -48,6 +48,13 @@ BAD = {
     "weight-sparse": (dict(weight=torch.randn(5, 6).to_sparse()), TypeError, "weight has layout torch.sparse_coo"),
     "bias-shape": (dict(bias=torch.randn(6)), ValueError, r"bias must be \[out\] = \[5\]"),
     "bias-dtype": (dict(bias=torch.randn(5).half()), TypeError, "bias has torch.float16"),
+    "weight-empty": (dict(weight=torch.randn(5, 0)), ValueError, "weight must be a matrix"),
+    "config-dict": (dict(config={"shared_dim": 2}), TypeError, "config must be a GenFTConfig, got dict"),
+    "params-meta": (
+        dict(params=params_with(row_up=torch.randn(5, 3, device="meta"))),
+        ValueError,
+        "params.row_up is on the meta device",
+    ),
     "params-missing": (dict(params=params_with(row_up=None)), ValueError, r"params.row_up is missing.*\[5, 3\]"),
     "params-extra": (
         dict(params=params_with(row_up_bias=torch.randn(5))),
@@ -87,7 +94,10 @@ def test_the_culprit_is_named(changed, error, message, function):
         (dict(b=torch.randn(5, 4)), "h and b must share k"),
         (dict(h=torch.randn(6, 0), b=torch.randn(5, 0)), "k of at least 1"),
         (dict(activation="elu"), "activation must be one of"),
-        (dict(dropout=1.0), "dropout must be in"),
+        (dict(dropout=1.0), "dropout must be a number in"),
+        (dict(dropout="0.1"), "dropout must be a number in"),
+        (dict(scale=torch.tensor(2.0, requires_grad=True)), "scale must be a finite number"),
+        (dict(scale=float("nan")), "scale must be a finite number"),
         (dict(backend="cublas"), "backend must be one of"),
     ],
 )
@@ -105,6 +115,14 @@ def test_a_seed_is_64_bits(seed):
         genft_linear(**arguments(), training=True, seed=seed)
     config = GenFTConfig(shared_dim=2, specific_dim=1, dropout=0.5)
     genft_linear(**arguments(config=config), training=True, seed=2**64 - 1)
+
+
+def test_a_seed_may_be_numpys():
+    import numpy as np
+
+    config = GenFTConfig(shared_dim=2, specific_dim=1, dropout=0.5)
+    options = dict(arguments(config=config), training=True)
+    assert torch.equal(genft_linear(**options, seed=np.uint64(2**64 - 1)), genft_linear(**options, seed=2**64 - 1))
 
 
 def test_dtypes_may_mix_under_autocast_only():

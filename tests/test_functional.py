@@ -8,7 +8,7 @@ from cases import CASES, Case, make_data, relative_error, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from genft_kernels import GeneratorParameters, reference
+from genft_kernels import GeneratorParameters, GenFTConfig, reference
 from genft_kernels.activations import ACTIVATIONS
 from genft_kernels.functional import factored_linear, genft_linear
 
@@ -279,3 +279,45 @@ def test_second_derivatives_raise_instead_of_being_wrong():
     (dx,) = torch.autograd.grad(y.square().sum(), data.x, create_graph=True)
     with pytest.raises(RuntimeError):
         dx.sum().backward()
+
+
+def forward_mode(f, x):
+    with torch.autograd.forward_ad.dual_level():
+        return torch.autograd.forward_ad.unpack_dual(f(torch.autograd.forward_ad.make_dual(x, x))).tangent
+
+
+TRANSFORMS = {
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,))[1],
+    "forward-mode": forward_mode,
+    "grad": lambda f, x: torch.func.grad(lambda x: f(x).square().sum() / 2)(x),
+    "vmap": lambda f, x: torch.vmap(f)(x),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_transforms_raise_instead_of_being_wrong(transform):
+    case = Case("square", 16, 16, dict(inner_activation="tanh", outer_activation="gelu"))
+    data, config = make_data(case), case.config
+    weight = data.weight
+    change = reference.delta_weight(weight, data.params, config)
+
+    def f(x, backend="auto"):
+        return genft_linear(x, weight, None, data.params, config, backend=backend)
+
+    with pytest.raises(NotImplementedError, match='no torch.func transforms: use backend="reference"'):
+        transform(f, data.x.detach())
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        transform(lambda x: factored_linear(x, weight, None, change.T, torch.eye(16)), data.x.detach())
+    total = (weight + change).T
+    expected = data.x @ total @ total.T if transform is TRANSFORMS["grad"] else data.x @ total
+    assert torch.allclose(transform(lambda x: f(x, "reference"), data.x.detach()), expected)
+
+
+@pytest.mark.parametrize("backend", ["eager", "reference"])
+@pytest.mark.parametrize("scope", ["weight", "all"])
+def test_the_ratio_of_a_weight_of_zeros_is_finite(backend, scope):
+    config = GenFTConfig(shared_dim=2, specific_dim=1, bias=True, weight_ratio="rms", ratio_scope=scope)
+    sizes = [(3, 6), (6, 3), (3, 5), (5, 3), (3,), (6,), (3,), (5,)]
+    params = GeneratorParameters(*(torch.randn(size) for size in sizes))
+    y = genft_linear(torch.randn(4, 6), torch.zeros(5, 6), None, params, config, backend=backend)
+    assert y.isfinite().all() and y.any()

@@ -229,3 +229,11 @@ def test_explain_says_what_is_generated_together():
     assert text.startswith(backends.explain("cpu", torch.float64)) and "8x8: 4 layers on cpu in one generation" in text
     with pytest.raises(RuntimeError, match="no GenFT adapter"):
         explain(one_by_one(model).layers)
+
+
+def test_forward_mode_raises_before_a_generation():
+    model = adapted()
+    layer, x = model.layers[0].attention.query, torch.randn(3, 8, dtype=torch.float64)
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(layer, (x,), (x,))
+    assert generations(model) == 0

@@ -110,6 +110,16 @@ def test_without_gradients_they_hold_until_something_changes(change):
         assert torch.equal(model(tokens()), second) and generations(model) == before
 
 
+@torch.no_grad()
+def test_what_data_hides_is_seen_after_the_next_eval():
+    model = adapted().eval()
+    model(tokens())
+    for parameter in model.parameters():  # as collections of averaged parameters write them
+        parameter.data.copy_(parameter.data * 2)
+    second = model.eval()(tokens())
+    assert torch.equal(second, copy.deepcopy(model)(tokens())) and generations(model) == 2
+
+
 MODES = {
     "gradients": lambda model: model(tokens()),
     "inference": lambda model: torch.inference_mode()(model)(tokens()),

@@ -249,6 +249,14 @@ def test_a_state_dict_round_trip():
     assert torch.equal(layer(x), other(x))
 
 
+def test_resetting_draws_everything_anew():
+    layer = GenFTLinear(9, 9, config=config(zero_delta=True), device="meta").to_empty(device="cpu")
+    for module in layer.modules():  # as FSDP does with modules made on the meta device
+        module.reset_parameters()
+    assert all(parameter.isfinite().all() for parameter in layer.parameters())
+    assert layer.weight.any() and layer.specific_down.any() and not layer.specific_up.any()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_to_casts_everything(dtype):
     layer = make_layer(dtype=torch.float32).to(dtype)
