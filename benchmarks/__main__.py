@@ -33,7 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     fields = environment(options.device)
     try:
         store = ResultStore(fields["device"], "layer", harness.KEY, options.output)
-    except ValueError as error:
+        if not options.list:
+            store.check_writable()
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if options.resume:

@@ -124,7 +124,12 @@ def main(argv: list[str] | None = None) -> int:
     if options.list:
         print("\n".join(str(case) for case in options.cases))
         return 0
-    store = ResultStore(device_name(device), SUITE, KEY, options.output)
+    try:
+        store = ResultStore(device_name(device), SUITE, KEY, options.output)
+        store.check_writable()
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     red, title = 0, None
     try:
         for row in run(options.methods, options.cases, device, options.seconds):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,12 @@ class ResultStore:
         self.path = root / folder_name(device_name) / f"{suite}.jsonl"
         self.key = key
         self._rows = {self._identity(row): row for row in read_rows(self.path)}
+
+    def check_writable(self) -> None:
+        """Raise OSError now, not after minutes of measuring, if rows cannot be written."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self.path.parent):
+            pass
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self._rows.values())

@@ -102,6 +102,13 @@ def test_a_broken_result_file_is_an_error_not_overwritten(tmp_path, capsys):
     assert "line 1: not JSON" in capsys.readouterr().err and path.read_text() == "not JSON\n"
 
 
+def test_where_rows_cannot_be_written_nothing_is_measured(tmp_path, capsys):
+    (tmp_path / "taken").write_text("")
+    assert bench([*ARGUMENTS, "--output", str(tmp_path / "taken")]) == 2
+    output = capsys.readouterr()
+    assert output.err.startswith("error: ") and "taken" in output.err and not output.out
+
+
 def test_an_interrupted_run_keeps_the_finished_rows(tmp_path, monkeypatch, capsys):
     finished = measure(select(["frozen"]))
 

@@ -327,6 +327,19 @@ def test_an_interrupt_keeps_what_had_finished(command, monkeypatch):
     assert [row["method"] for row in result.record["rows"]] == ["probe"]
 
 
+def test_a_full_disk_does_not_take_the_results_along(command, capsys, monkeypatch):
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(comparison, "check_adapter", full)
+    result = command("--methods", "fast")
+    assert result.status == result.record["exit_status"] == 2 and result.record["adapter_checks"] == []
+    assert "No space left on device; what had finished:" in capsys.readouterr().out.replace("\n", " ")
+    monkeypatch.setattr(comparison.tempfile, "TemporaryFile", full)  # as in a folder that cannot be written
+    assert entry.main(["--output", str(result.folder)]) == 2
+    assert f"cannot write to the output folder {result.folder}: No space" in capsys.readouterr().err
+
+
 def test_a_wrongly_loaded_adapter_fails_the_command(command, capsys, monkeypatch):
     import genft_kernels
 

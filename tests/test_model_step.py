@@ -242,6 +242,13 @@ def test_the_command_measures_and_writes(small_cases, tmp_path, capsys):
     assert {row["batch"] for row in rows} == {1} and "x LoRA, generator" in capsys.readouterr().out
 
 
+def test_where_rows_cannot_be_written_nothing_is_measured(small_cases, tmp_path, capsys):
+    (tmp_path / "taken").write_text("")
+    assert model_step.main(["--device", "cpu", "--output", str(tmp_path / "taken")]) == 2
+    output = capsys.readouterr()
+    assert output.err.startswith("error: ") and "taken" in output.err and "genft-fast" not in output.out
+
+
 def test_a_red_gate_makes_the_command_fail(small_cases, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(METHODS, "lora-28", dataclasses.replace(_wrong("scale"), name="lora-28"))
     command = ["--device", "cpu", "--seconds", "0.01", "--accumulation", "1", "--output", str(tmp_path)]

@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         from .comparison import compare
 
         return compare(parse(argv))
-    except DemoError as error:
+    except (DemoError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

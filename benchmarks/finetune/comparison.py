@@ -1,6 +1,7 @@
 """The comparison itself: train every method, report, then carry the adapter through a file."""
 
 import argparse
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -47,11 +48,16 @@ def compare(args: argparse.Namespace) -> int:
             checks = check_adapter(saved, fresh, inputs.test, args.output / "adapter")
             status = int(not all(check.passed for check in checks))
     except KeyboardInterrupt:
+        if not runs:
+            raise
         console.print("interrupted; what had finished:")
         status = INTERRUPTED
     except Diverged as error:
-        console.print(f"error: {error}; what had finished:")
+        console.print(f"error: {error}; what had finished:" if runs else f"error: {error}")
         status = 1
+    except OSError as error:  # the adapter's files, on a full disk
+        console.print(f"error: {error}; what had finished:")
+        status = 2
     if runs:
         report(args, inputs, budget, console, runs, checks, status)
     return status
@@ -61,8 +67,10 @@ def make_folder(folder: Path) -> None:
     """Make sure now, not after minutes of training, that there is a place for the results."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
-        raise DemoError(f"cannot make the output folder {folder}: {error.strerror}") from error
+        raise DemoError(f"cannot write to the output folder {folder}: {error.strerror}") from error
 
 
 def finished_runs(
