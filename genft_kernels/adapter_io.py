@@ -30,7 +30,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     weight. A failure leaves files that were there before as they were.
 
     Raises:
-        RuntimeError: the model has no adapter, or is within `disabled`.
+        RuntimeError: the model has no adapter, is offloaded, or is within `disabled`.
         OSError: the folder cannot be written.
     """
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in _adapter_tensors(model).items()}
@@ -48,7 +48,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
         FileNotFoundError: no adapter in `directory`.
         ValueError: the files are damaged, a tensor is missing, unexpected or of another shape, or the adapter was
             trained on another base model; the message names the file, tensor or layer. The model is as it was.
-        RuntimeError: the model is merged, or within `disabled`.
+        RuntimeError: the model is merged, offloaded, or within `disabled`.
     """
     adapter = _read(directory)
     was_adapted = is_adapted(model)
@@ -89,6 +89,9 @@ def _adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     for path in state.saved_modules:
         saved = model.get_submodule(path).state_dict(keep_vars=True)
         tensors |= {f"{MODULES_TO_SAVE}{path}.{name}": tensor for name, tensor in saved.items()}
+    for name, tensor in tensors.items():
+        if tensor.device.type == "meta":
+            raise RuntimeError(f"{name!r} is on the meta device: bring the offloaded model back first")
     return tensors
 
 

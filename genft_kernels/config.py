@@ -55,7 +55,15 @@ class GeneratorParameters(NamedTuple):
             shared: a generator's parameters, by the names here with s in place of k.
             specific: a layer's own, by their names there; with `layers`, those of L layers, stacked [L, ...].
             layers: L, which gives every matrix, but no bias, a leading dimension.
+
+        Raises:
+            RuntimeError: the shared units are on the meta device, that is, offloaded.
         """
+        if device.type != "meta" and any(tensor.device.type == "meta" for tensor in shared.values()):
+            raise RuntimeError(
+                "the generator is offloaded, and no call of it brings it back: keep genft_generators on a device "
+                "(by an entry of its own in the device_map)"
+            )
 
         def along_units(name: str) -> torch.Tensor | None:
             common = shared.get(name)

@@ -7,12 +7,13 @@ from functools import partial
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from grouped import adapted, assert_close, generations, gradients, groups, loss_of, one_by_one, train
 from models import Encoder, tokens
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from genft_kernels import GenFTLinear, backends, explain, remove_genft
+from genft_kernels import GenFTLinear, backends, explain, remove_genft, save_adapter
 
 DROPOUT = dict(dropout=0.3)
 
@@ -200,6 +201,22 @@ def test_a_layer_that_is_not_resident_is_left_out():
     assert "8x8: 1 layer each in a generation of its own: its parameters are on the meta device" in text
     with pytest.raises(ValueError, match="meta device"):
         layer(torch.randn(3, 8, dtype=torch.float64, device="meta"))
+
+
+def test_offloaded_layers_need_their_generator(tmp_path):
+    model = four_layers().eval()
+    expected = model(tokens())
+    offloaded = cpu_offload(copy.deepcopy(model), torch.device("cpu"))  # hooks bring back what is called
+    with pytest.raises(RuntimeError, match="the generator is offloaded.*genft_generators"):
+        offloaded(tokens())
+    with pytest.raises(RuntimeError, match="genft_generators.8x8.column_down' is on the meta device"):
+        save_adapter(offloaded, tmp_path)
+    model.layers = cpu_offload(model.layers, torch.device("cpu"))
+    with torch.no_grad():
+        assert torch.allclose(model(tokens()), expected)
+    with pytest.raises(RuntimeError, match="specific_down' is on the meta device"):
+        save_adapter(model, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_weight_whose_storage_is_away_is_left_out():
