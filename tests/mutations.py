@@ -23,6 +23,7 @@ INTERPRETED = [
     "-k",
     "triton and (square or tall or wide or many) or beyond",
 ]
+CPU_DROPOUT = ["tests/test_cpu_dropout.py"]
 EAGER = ["tests/test_backends.py", "tests/test_precision.py", "-k", "eager"]
 
 
@@ -173,9 +174,30 @@ FAULTS = [
     Fault(
         "eager: mask of the other stage",
         BACKENDS + "eager.py",
-        "keep_mask(seed, stream, right",
-        "keep_mask(seed, 0, right",
+        "dropout_factors(seed, stream, right",
+        "dropout_factors(seed, 0, right",
         EAGER,
+    ),
+    Fault(
+        "compiled dropout: words of a block in another order",
+        "csrc/dropout.cpp",
+        "keep[j][lane] = words.word[j]",
+        "keep[j][lane] = words.word[3 - j]",
+        CPU_DROPOUT,
+    ),
+    Fault(
+        "compiled dropout: a later thread's rows one block too early",
+        "csrc/dropout.cpp",
+        "factors + 4 * (begin - first) *",
+        "factors + 4 * (begin - first - 1) *",
+        CPU_DROPOUT,
+    ),
+    Fault(
+        "compiled dropout: the rest of a row left out",
+        "csrc/dropout.cpp",
+        "start < dropout.in_features; start += kLanes",
+        "start + kLanes <= dropout.in_features; start += kLanes",
+        CPU_DROPOUT,
     ),
 ]
 
