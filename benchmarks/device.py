@@ -1,9 +1,9 @@
 """`python -m benchmarks.device`: everything a GPU is for, in one call, most valuable first.
 
-Builds the CUDA kernels, runs the GPU tests, times the core cases, runs compute-sanitizer, installs the wheel beside
-an empty package folder, measures the card's ceilings and model steps, then goes on with the full grid. Each check is
-a row of benchmarks/results/<device>/checks.jsonl as soon as it ends; timings go where `make bench` puts them. A later
-call leaves out the cases that the same sources have measured.
+Builds the CUDA kernels, runs the GPU tests, times the core cases and each kernel beside the card's ceilings, runs
+compute-sanitizer, measures model steps, installs the wheel beside an empty package folder, then goes on with the full
+grid. Each check is a row of benchmarks/results/<device>/checks.jsonl as soon as it ends; timings go where `make bench`
+puts them. A later call leaves out the cases that the same sources have measured.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ def checks(output: Path, scratch: Path) -> list[Check]:
         Check("real sizes, graphs, synchronisation", (*_PYTEST, "-n", "2", "tests/test_gpu.py"), 150),
         bench("core timings, many tokens", 100, *core, "--tokens", "8192", *to),
         bench("core timings, few tokens", 60, *core, "--tokens", "16", *to),
+        Check("kernels and their floors", (PYTHON, "-m", "benchmarks.kernels", *to), 150),
         sanitizer("memcheck"),
         sanitizer("racecheck"),
         sanitizer("initcheck"),

@@ -86,7 +86,12 @@ def ratios(samples: list[Sample], base: list[Sample], direction: str) -> list[fl
 
 
 def gpu_quantiles(workload: Workload, direction: str, replay: bool) -> tuple[float, float, float]:
-    """(p20, p50, p80) of one direction by CUDA events, L2 flushed before every call (`triton.testing.do_bench`).
+    """(p20, p50, p80) of one direction, for one of the workload's layers; see `gpu_times`."""
+    return tuple(each / workload.projections for each in gpu_times(lambda: _direction(workload, direction), replay))
+
+
+def gpu_times(prepare: Callable[[], Callable[[], object]], replay: bool) -> tuple[float, float, float]:
+    """(p20, p50, p80) of the call that `prepare` makes, by CUDA events, L2 flushed before each (`do_bench`).
 
     With `replay` the call is captured in a CUDA graph first, and its replay is timed.
     """
@@ -95,18 +100,19 @@ def gpu_quantiles(workload: Workload, direction: str, replay: bool) -> tuple[flo
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # a graph's backward runs where its forward did, so both on the captured stream
-        call = _direction(workload, direction)
+        call = prepare()
         for _ in range(3):  # compiles, tunes, fills the allocator: none of it may happen in a capture
             call()
     torch.cuda.current_stream().wait_stream(stream)
+    timed = call
     if replay:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             call()
-        call = graph.replay
+        timed = graph.replay  # beside `call`, which keeps alive what the graph reads: of a backward, what was saved
     with torch.cuda.stream(torch.cuda.current_stream() if replay else stream):
-        low, middle, high = do_bench(call, quantiles=[0.2, 0.5, 0.8])
-    return tuple(1e-3 * each / workload.projections for each in (low, middle, high))
+        low, middle, high = do_bench(timed, quantiles=[0.2, 0.5, 0.8])
+    return tuple(1e-3 * each for each in (low, middle, high))
 
 
 def _direction(workload: Workload, direction: str) -> Callable[[], object]:

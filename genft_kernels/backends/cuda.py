@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from . import _jit, cuda_kernels
+from . import _jit
+from . import cuda_kernels as kernels
 from .kernel_operations import KernelOperations
 
-_operations = KernelOperations(cuda_kernels)
+_operations = KernelOperations(kernels)
 column, column_backward = _operations.column, _operations.column_backward
 row, row_backward = _operations.row, _operations.row_backward
 linear, linear_backward = _operations.linear, _operations.linear_backward
@@ -15,7 +16,7 @@ linear, linear_backward = _operations.linear, _operations.linear_backward
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot compute in `dtype` on `device`, or None if they can; compiles nothing."""
-    if dtype not in cuda_kernels.DTYPES:
+    if dtype not in kernels.DTYPES:
         return f"it does not compute in {dtype}"
     return _device_reason(device)
 

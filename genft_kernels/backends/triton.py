@@ -13,18 +13,17 @@ from .triton_row import row_backward as _tiled_row_backward
 from .triton_row import row_forward as _tiled_row_forward
 from .triton_thin import thin_product, thin_transposed
 
-_operations = KernelOperations(
-    SimpleNamespace(
-        thin_product=thin_product,
-        thin_transposed=thin_transposed,
-        row_forward=_tiled_row_forward,
-        row_backward=_tiled_row_backward,
-        extended_k=extended_k,
-        main_loop=main_loop,
-        fold=fold,
-        contract=contract,
-    )
+kernels = SimpleNamespace(
+    thin_product=thin_product,
+    thin_transposed=thin_transposed,
+    row_forward=_tiled_row_forward,
+    row_backward=_tiled_row_backward,
+    extended_k=extended_k,
+    main_loop=main_loop,
+    fold=fold,
+    contract=contract,
 )
+_operations = KernelOperations(kernels)
 column, column_backward = _operations.column, _operations.column_backward
 row, row_backward = _operations.row, _operations.row_backward
 linear, linear_backward = _operations.linear, _operations.linear_backward
