@@ -7,10 +7,26 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from .config import ALL_LINEAR, QUERY_AND_VALUE_NAMES, GenFTConfig
 from .modules import GenFTLinear, check_adaptable, is_conv1d
+
+# Classes of transformers that read weights of their layers without calling the layers, some only where fused kernels
+# are installed. By name, so that transformers need not be imported.
+READ_UNCALLED = {
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "MambaMixer": ("x_proj", "dt_proj", "out_proj"),
+    "FalconMambaMixer": ("x_proj", "dt_proj", "out_proj"),
+    "JambaMambaMixer": ("dt_proj",),
+    "Mamba2Mixer": ("out_proj",),
+    "Zamba2MambaMixer": ("out_proj",),
+    "BambaMixer": ("out_proj",),
+    "FalconH1Mixer": ("out_proj",),
+    "NemotronHMamba2Mixer": ("out_proj",),
+    "GraniteMoeHybridMambaLayer": ("out_proj",),
+}
 
 
 class Target(NamedTuple):
@@ -57,6 +73,8 @@ def find_targets(model: nn.Module, config: GenFTConfig) -> list[Target]:
     for module, names in paths.items():
         try:
             check_adaptable(module)
+            for name in names:
+                _check_called(model, name)
         except (TypeError, ValueError) as error:
             raise type(error)(f"target module {names[0]!r}: {error}") from None
         entry = next((entry for entry in fused if _matches((entry,), names[0])), None)
@@ -86,6 +104,19 @@ def find_modules_to_save(model: nn.Module, config: GenFTConfig, targets: Iterabl
         if inside or adapted:
             raise ValueError(f"modules_to_save: {name!r} contains {(inside or adapted)[0]!r}, which is chosen as well")
     return found
+
+
+def _check_called(model: nn.Module, path: str) -> None:
+    """Raise TypeError if the module's owner is known to read its weight past its forward, and so past an update."""
+    parent, _, name = path.rpartition(".")
+    owner, cure = model.get_submodule(parent), "leave it out with exclude_modules"
+    uncalled = READ_UNCALLED.get(type(owner).__name__, ())
+    if type(owner).forward is nn.TransformerEncoderLayer.forward and torch.backends.mha.get_fastpath_enabled():
+        uncalled = ("linear1", "linear2")  # in evaluation
+        cure = "call torch.backends.mha.set_fastpath_enabled(False) wherever the adapter is used"
+    if name in uncalled:
+        kind = type(owner).__name__
+        raise TypeError(f"{kind} reads its weight without calling it, where an update would be ignored: {cure}")
 
 
 def _matches(wanted: str | Iterable[str] | None, name: str) -> bool:

@@ -1,12 +1,16 @@
 """Which layers a configuration chooses, and what is said about those that cannot be adapted."""
 
+import importlib
+import inspect
+
 import pytest
 import torch
-from models import Encoder, FusedEncoder, GroupedQueryBlock, TiedModel, snapshot
+from models import Encoder, FusedEncoder, GroupedQueryBlock, TiedModel, randomise, snapshot
 from torch import nn
+from transformers import WavLMConfig, WavLMForSequenceClassification
 
 from genft_kernels import GenFTConfig, apply_genft, remove_genft
-from genft_kernels.targets import find_modules_to_save, find_targets
+from genft_kernels.targets import READ_UNCALLED, find_modules_to_save, find_targets
 
 ALL_LINEARS = r"layers\.\d+\.(attention\.\w+|dense)"
 
@@ -179,6 +183,38 @@ def test_the_output_projection_of_multihead_attention_cannot_be_adapted():
         apply_genft(model, config(target_modules=["linear1", "out_proj"]))
     assert snapshot(model) == before
     with pytest.raises(ValueError, match=r"linear layers are: linear1 \(1\), linear2 \(1\)$"):
+        apply_genft(model, config())
+
+
+def test_what_reads_a_weight_without_calling_the_layer_is_refused():
+    x, settings = torch.randn(2, 3, 8), config(target_modules=["linear1", "linear2"])
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    with pytest.raises(TypeError, match=r"'layers.0.linear1': TransformerEncoderLayer reads.*set_fastpath_enabled"):
+        apply_genft(model, settings)
+    before = model(x)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        randomise(apply_genft(model, settings))
+        assert not torch.allclose(model(x), before, atol=1e-3)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+@pytest.mark.parametrize("kind", READ_UNCALLED)
+def test_the_list_of_readers_is_true_of_transformers(kind):
+    modules = dict(WavLM="wavlm", Falcon="falcon_mamba", FalconH1="falcon_h1", Jamba="jamba", Zamba2="zamba2")
+    modules |= dict(Mamba="mamba", Mamba2="mamba2", Bamba="bamba", NemotronH="nemotron_h")
+    modules |= dict(GraniteMoeHybrid="granitemoehybrid")
+    prefix = max((name for name in modules if kind.startswith(name)), key=len)
+    module = importlib.import_module(f"transformers.models.{modules[prefix]}.modeling_{modules[prefix]}")
+    source = inspect.getsource(getattr(module, kind))
+    assert all(f"self.{name}.weight" in source for name in READ_UNCALLED[kind])
+
+
+def test_a_transformers_reader_is_refused():
+    settings = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=9)
+    model = WavLMForSequenceClassification(WavLMConfig(conv_dim=(8,), conv_kernel=(3,), conv_stride=(2,), **settings))
+    with pytest.raises(TypeError, match="layers.0.attention.v_proj': WavLMAttention reads its weight"):
         apply_genft(model, config())
 
 
