@@ -106,7 +106,7 @@ class GenFTConfig:
         exclude_modules: the same, for modules to leave alone.
         modules_to_save: suffixes of modules that are trained in full and saved with the adapter.
         fused_blocks: name suffix -> (number of row blocks in the fused weight, the blocks to adapt), for example
-            `{"qkv": (3, (0, 2))}`.
+            `{"qkv": (3, (0, 2))}`. The blocks are consecutive; where heads alternate (GPT-NeoX, BLOOM) there are none.
 
     Raises:
         ValueError: a value is out of its range; the message names the field.
