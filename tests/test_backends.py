@@ -76,7 +76,8 @@ def generated(weights, layers, shared, case, backend):
     factors = generate_factors(weights, stacked, case.config, **settings)
     inputs = {name: tensor for name, tensor in stacked._asdict().items() if tensor is not None}
     generator = torch.Generator().manual_seed(1)
-    loss = sum((factor * torch.randn(factor[0].shape, generator=generator)).sum() for factor in (factors.h, factors.b))
+    grads = (torch.randn(factor[0].shape, generator=generator).to(factor) for factor in (factors.h, factors.b))
+    loss = sum((factor * grad).sum() for factor, grad in zip((factors.h, factors.b), grads, strict=True))
     return factors, dict(zip(inputs, torch.autograd.grad(loss, list(inputs.values())), strict=True))
 
 
