@@ -2,6 +2,7 @@
 
 import sys
 import time
+import warnings
 
 import pytest
 import torch
@@ -54,6 +55,20 @@ def test_what_must_hold_on_a_card_comes_before_what_is_timed(tmp_path):
     names = [check.name for check in todo]
     assert names[:3] == ["build", "shared cases", "real sizes, graphs, synchronisation"]
     assert {"memcheck", "racecheck", "initcheck"} < set(names) and names[-1] == "full grid"
+
+
+def test_what_pytorch_remarks_on_a_gpu_fails_no_test(monkeypatch):
+    """Here a warning is an error; what PyTorch warns of at its first use of a GPU must not be one."""
+    from torch._inductor import compile_fx
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
+    compile_fx._warn_tf32_disabled.__wrapped__()
+    # What only a build for GPUs says, from C++.
+    warnings.warn("Synchronization debug mode is a prototype feature and does not yet detect all", stacklevel=1)
+    warnings.warn("Attempting to run cuBLAS, but there was no current CUDA context! Attempting to set", stacklevel=1)
+    with pytest.raises(UserWarning):
+        warnings.warn("any other", stacklevel=1)
 
 
 @pytest.mark.parametrize(
