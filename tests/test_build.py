@@ -97,6 +97,15 @@ def test_which_cards_a_build_covers(archs, runs, does_not):
     assert not any(_build.covers(archs, card) for card in does_not)
 
 
+def test_python_without_headers(tree, tmp_path, monkeypatch):
+    home = write_nvcc(tmp_path / "cuda", 'echo "Cuda compilation tools, release 13.0, V13.0.88"')
+    monkeypatch.setattr(_build.sysconfig, "get_paths", lambda: {"include": str(tmp_path / "none")})
+    with pytest.raises(_build.BuildError, match=rf"Python\.h is not in {tmp_path}/none: install .* python3\.\d+-dev"):
+        _build.build(
+            _build.Recipe.read(tree), _build.Nvcc(home / "bin" / "nvcc", "PATH"), ["sm_80"], tmp_path / "build"
+        )
+
+
 @needs_nvcc
 def test_strict_builds_fail_on_a_warning(tree, tmp_path):
     (tree / "fill.cu").write_text((tree / "fill.cu").read_text() + "int unused_variable() { int nothing; return 0; }\n")

@@ -199,10 +199,19 @@ def _run_ninja(folder: Path) -> subprocess.CompletedProcess:
         raise BuildError(f"{command} cannot be run: {error}") from error
 
 
+def _python_headers() -> str:
+    """The folder of Python.h, which systems may keep in a package of its own; BuildError if it is not there."""
+    folder = sysconfig.get_paths()["include"]
+    if not (Path(folder) / "Python.h").is_file():
+        package = f"python{sysconfig.get_python_version()}-dev"
+        raise BuildError(f"Python.h is not in {folder}: install Python's headers (on Debian and Ubuntu {package})")
+    return folder
+
+
 def _ninja_file(recipe: Recipe, nvcc: Nvcc, flags: list[str], target: str) -> str:
     import pybind11
 
-    headers = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
+    headers = ["-isystem", pybind11.get_include(), "-isystem", _python_headers()]
     compiler = shlex.join([str(nvcc.path), *flags]).replace("$", "$$")
     objects = {f"{name}.o": name for name in (*recipe.kernels, recipe.binding)}
     lines = [
