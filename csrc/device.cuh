@@ -103,7 +103,7 @@ int launch(void (*kernel)(Parameters...), dim3 grid, int threads, void* stream, 
     if (sizeof(Layout) > kWithoutAsking) {
         const cudaError_t code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                       static_cast<int>(sizeof(Layout)));
-        if (code != cudaSuccess) return code;
+        if (code != cudaSuccess) return cudaGetLastError();  // which also clears it for the next launch
     }
     kernel<<<grid, threads, sizeof(Layout), static_cast<cudaStream_t>(stream)>>>(arguments...);
     return cudaGetLastError();
