@@ -137,7 +137,7 @@ FAULTS = [
     Fault(
         "accumulate: a late backward lost",
         "genft_kernels/accumulation.py",
-        "leaf.register_hook(accumulation.check_active)",
+        "trained.register_hook(accumulation.check_active)",
         "pass",
         ACCUMULATION,
     ),

@@ -23,6 +23,7 @@ INTERPRETED = [
     "-k",
     "triton and (square or tall or wide or many) or beyond",
 ]
+GROUPED = ["tests/test_backends.py", "-k", "triton and one_call"]
 CPU_DROPOUT = ["tests/test_cpu_dropout.py"]
 EAGER = ["tests/test_backends.py", "tests/test_precision.py", "-k", "eager"]
 
@@ -106,7 +107,7 @@ FAULTS = [
         BACKENDS + "triton_row.py",
         "key = tl.load(seed + layer)",
         "key = tl.load(seed)",
-        INTERPRETED,
+        GROUPED,
     ),
     Fault(
         "thin product: every layer reads the first one's weight",
