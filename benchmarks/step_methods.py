@@ -103,8 +103,8 @@ def _peft_missing() -> str | None:
 
 def _genft(model: nn.Module, dropout: bool, preset: str) -> None:
     # Specific units that start at zero, as vtab's do, would not train; they cost the same.
-    settings = {"target_modules": TARGETS, "init_specific_down": "kaiming_uniform"}
-    apply_genft(model, GenFTConfig.preset(preset, **settings, **({} if dropout else {"dropout": 0.0})))
+    settings = {"init_specific_down": "kaiming_uniform", **({} if dropout else {"dropout": 0.0})}
+    apply_genft(model, GenFTConfig.preset(preset, **settings))  # by default q and v, as in TARGETS
 
 
 def _official(model: nn.Module, dropout: bool, preset: str) -> None:
