@@ -76,7 +76,8 @@ def find_targets(model: nn.Module, config: GenFTConfig) -> list[Target]:
             for name in names:
                 _check_called(model, name)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"target module {names[0]!r}: {error}") from None
+            hint = " (exclude_modules leaves it out)" if config.target_modules == ALL_LINEAR else ""
+            raise type(error)(f"target module {names[0]!r}: {error}{hint}") from None
         entry = next((entry for entry in fused if _matches((entry,), names[0])), None)
         targets.append(Target(tuple(names), module, fused[entry] if entry else (1, (0,))))
     unused = [entry for entry in fused if not any(_matches((entry,), target.name) for target in targets)]
@@ -109,7 +110,7 @@ def find_modules_to_save(model: nn.Module, config: GenFTConfig, targets: Iterabl
 def _check_called(model: nn.Module, path: str) -> None:
     """Raise TypeError if the module's owner is known to read its weight past its forward, and so past an update."""
     parent, _, name = path.rpartition(".")
-    owner, cure = model.get_submodule(parent), "leave it out with exclude_modules"
+    owner, cure = model.get_submodule(parent), "choose others"
     uncalled = READ_UNCALLED.get(type(owner).__name__, ())
     if type(owner).forward is nn.TransformerEncoderLayer.forward and torch.backends.mha.get_fastpath_enabled():
         uncalled = ("linear1", "linear2")  # in evaluation
