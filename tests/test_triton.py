@@ -12,9 +12,13 @@ import torch
 from cases import CASES, check_every_op, make_data, run
 
 from genft_kernels import philox
+from genft_kernels.activations import ACTIVATIONS, activate, activation_backward
 from genft_kernels.functional import genft_linear
 
-pytest.importorskip("triton", reason="Triton is not installed")
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+tl = triton.language
+from genft_kernels.backends import triton_math  # noqa: E402
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process with TRITON_INTERPRET=1")
 compiled = pytest.mark.skipif(INTERPRETED, reason="runs in the process without TRITON_INTERPRET")
@@ -54,6 +58,40 @@ def test_the_interpreters_bfloat16_needs_the_mend(state, status, tmp_path):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.path.dirname(__file__)}
     result = subprocess.run([sys.executable, "-c", _PROBE, state, str(tmp_path)], env=environment, capture_output=True)
     assert result.returncode == status, result.stderr.decode()[-800:]
+
+
+@triton.jit
+def _activations(z, values, slopes, NAME: tl.constexpr):
+    at = tl.arange(0, 1024)
+    tl.store(values + at, triton_math.activate(tl.load(z + at), NAME))
+    tl.store(slopes + at, triton_math.activation_slope(tl.load(z + at), NAME))
+
+
+@interpreted
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_bear_a_gpus_exp_and_division(name, monkeypatch):
+    """A GPU's are off by up to 2 units in the last place each; where terms cancel, that is many of a small result."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def inexact(operation):
+        def call(*args):
+            exact = operation(*args)
+            wrong = 1 + 2**-22 * torch.empty(exact.data.shape).uniform_(-1, 1).numpy()
+            return TensorHandle(exact.data * wrong, exact.dtype)
+
+        return call
+
+    for operation in ("create_exp", "create_fdiv", "create_erf"):
+        monkeypatch.setattr(InterpreterBuilder, operation, inexact(getattr(InterpreterBuilder, operation)))
+    z = torch.logspace(-4, 1, 512)
+    z = torch.cat([z, -z])
+    values, slopes = torch.empty_like(z), torch.empty_like(z)
+    _activations[(1,)](z, values, slopes, name)
+    exact, exact_slopes = activate(name, z.double()), activation_backward(name, torch.ones(1024).double(), z.double())
+    # In gelu's negative tail 1 + erf cancels in PyTorch too.
+    size = z.abs() if name == "gelu" else exact.abs()
+    assert ((values - exact).abs() <= 1e-6 * size).all()
+    assert ((slopes - exact_slopes).abs() <= 1e-6 * (1 + z.abs())).all()
 
 
 @interpreted
@@ -159,6 +197,24 @@ def test_shipped_kernels_fit_the_cards():
     assert len(seen) == 9
     others = list(rows_of(torch.bfloat16, 37, ["sm_100", "gfx942"], once=True))
     assert len(others) == 2 * len(seen) and all(row["matrix"].get("mfma", 1) for row in others)
+
+
+@compiled
+def test_ones_compile():
+    """Triton makes a constant of an argument that is 1, and a constant has none of a tensor's methods."""
+    from benchmarks.triton_compile import recording
+    from genft_kernels.backends import triton as backend
+
+    one, seed, settings = torch.ones(1, 1), torch.zeros(1, dtype=torch.int64), (0.5, "gelu", 1.5 * 2**-32, 1)
+    with recording() as launches:  # a threshold of 1, and every length
+        backend.linear(one, one, None, one, one, seed, *settings)
+        backend.linear_backward(one, one, one, one, one, None, seed, *settings, [True, False, True, True])
+        backend.row(one[None], one[None], one[None], one[0], seed, *settings[1:3], "tanh")
+        backend.row_backward(*[one[None]] * 5, seed, *settings[1:3], "tanh", [True] * 4)
+    assert len(launches) == 6
+    for launch in launches:
+        assert dict(launch.constants)["threshold"] == 1
+        launch.compile("sm_90")
 
 
 @compiled
