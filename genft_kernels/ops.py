@@ -21,8 +21,10 @@ from .config import is_factored
 
 def _compute(backend: str, operation: str, *args, **options) -> tuple[Tensor | None, ...]:
     """The operation's results from a backend."""
-    # The dtypes are settled by now; autocast must not settle them anew inside a product.
-    with torch.autocast(_first(args).device.type, enabled=False):
+    first = _first(args)
+    # Triton launches on the current device, whatever its tensors are on. The dtypes are settled by now; autocast must
+    # not settle them anew inside a product.
+    with torch.cuda.device_of(first), torch.autocast(first.device.type, enabled=False):
         return getattr(backends.load(backend), operation)(*args, **options)
 
 

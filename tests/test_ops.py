@@ -1,10 +1,13 @@
 """The custom ops: schema, fakes, gradients, torch.compile."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from cases import CASES, make_data, relative_error, run
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from genft_kernels import ops
+from genft_kernels import backends, ops
 from genft_kernels.functional import genft_linear
 
 BY_NAME = {case.name: case for case in CASES}
@@ -90,3 +93,22 @@ def test_a_module_compiles_and_draws_new_masks():
     assert all(p.grad.abs().sum() > 0 for p in layer.parameters() if p.requires_grad)
     layer.eval()
     torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_a_backend_runs_on_the_device_of_its_tensors(monkeypatch):
+    """As the forward of a model over several GPUs asks, which never sets the current device."""
+    current = [0]
+
+    def exchange(device):
+        before, current[0] = current[0], device
+        return before
+
+    monkeypatch.setattr(torch.cuda, "_exchange_device", exchange)
+    monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", exchange)
+    seen_on = []
+    backend = SimpleNamespace(column=lambda *args: seen_on.append(current[0]))
+    monkeypatch.setattr(backends, "load", lambda name: backend)
+    with FakeTensorMode():
+        down = torch.empty(1, 2, 3, device="cuda:1")
+    ops._compute("triton", "column", [], down, None, "identity")
+    assert seen_on == [1] and current == [0]
