@@ -177,7 +177,7 @@ def work(workload: Workload, direction: str) -> Callable[[], object]:
 def _failure(case: Case, provider: Provider, error: Exception) -> Row:
     """The row of a provider that raised: that must not end the others' run, unless the device itself is lost."""
     if isinstance(error, torch.AcceleratorError):
-        raise error
+        torch.cuda.synchronize()  # raises again where the device is lost; a capture that failed has not harmed it
     return _refusal(case, provider, "failed", f"{type(error).__name__}: {error}"[:300])
 
 

@@ -1,6 +1,8 @@
 """The benchmark harness: its gate, its cases, its measures. Nothing here looks at how fast anything is."""
 
 import dataclasses
+import weakref
+from unittest import mock
 
 import pytest
 import torch
@@ -52,6 +54,21 @@ def test_a_wrong_provider_is_not_timed_and_loses_its_rows(what, tmp_path):
     for row in measure([right]):  # and put right, the refusal goes
         harness.record(store, row)
     assert all(row["status"] == "measured" for row in store)
+
+
+def test_only_a_lost_device_ends_the_run(monkeypatch):
+    """A capture that failed, which harms nothing after it, raises the same class of error."""
+
+    def fail(*args):
+        raise torch.AcceleratorError("this failed")
+
+    broken = Provider("broken", "broken", fail)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    rows = measure([broken, PROVIDERS["frozen"]])
+    assert of(rows, "broken", None)["status"] == "failed" and of(rows, "frozen")["status"] == "measured"
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    with pytest.raises(torch.AcceleratorError):
+        measure([broken])
 
 
 def test_a_result_of_another_shape_or_name_is_wrong():
@@ -188,6 +205,27 @@ def test_providers_take_turns_and_ratios_stay_within_a_turn():
     assert [each["both"] for each in samples["b"]] == [4, 8, 18]
     assert timing.ratios(samples["b"], samples["a"], "both") == [4 / 1, 8 / 6, 18 / 8]
     assert timing.quantiles([5.0, 1.0, 2.0, 3.0, 4.0]) == pytest.approx((1.8, 3.0, 4.2))
+
+
+def test_what_a_captured_backward_reads_outlives_its_capture(monkeypatch):
+    testing = pytest.importorskip("triton.testing")
+    workload, outputs, alive = PROVIDERS["frozen"].build(Problem(case(), CPU)), [], []
+    function = workload.function
+
+    def forward():
+        y = function()
+        outputs.append(weakref.ref(y))
+        return y
+
+    def do_bench(call, quantiles):
+        alive.extend(y() is not None for y in outputs)
+        return [1.0] * 3
+
+    workload.function = forward
+    monkeypatch.setattr(testing, "do_bench", do_bench)
+    with mock.patch.object(torch, "cuda"):
+        timing.gpu_quantiles(workload, "backward", replay=True)
+    assert alive == [True]
 
 
 # --- other packages -------------------------------------------------------------------------------------------------

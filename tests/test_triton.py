@@ -6,6 +6,8 @@ The kernels themselves run on the shared cases in tests/test_backends.py, in a p
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -183,6 +185,26 @@ def test_the_pipeline_is_measured_where_it_can_matter_and_kept_on_disk(monkeypat
         kernel[(1,)](torch.empty(shape, dtype=dtype), 5)
     assert ran == ["measured", 3, 3]
     assert kernel.measured.cache_results
+
+
+@compiled
+def test_one_call_at_a_time_is_tuned(monkeypatch):
+    """Triton's tuner keeps the arguments of a call in itself, and backward has a thread for each GPU."""
+    from genft_kernels.backends.triton_linear import _extended_k as kernel
+
+    inside, most = [], []
+
+    def measure(*args, **kwargs):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.05)
+        inside.pop()
+
+    monkeypatch.setattr(kernel.measured, "run", measure)
+    operand = torch.empty(1024, 1024, dtype=torch.bfloat16)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(kernel[(1,)], [operand] * 2))
+    assert most == [1, 1]
 
 
 @compiled

@@ -5,6 +5,8 @@ It leaves the order of every sum alone, so the outcome of a measurement never sh
 
 from __future__ import annotations
 
+import threading
+
 import triton
 from torch import Tensor
 from triton.runtime.jit import KernelInterface
@@ -25,10 +27,13 @@ class Tuned(KernelInterface):
         configs = [triton.Config({}, num_warps=None, num_stages=depth) for depth in stages]
         self.kernel, self.measured = kernel, triton.autotune(configs, list(key), cache_results=True)(kernel)
         self.stages = stages
+        # Triton's tuner notes a call's arguments in itself; backward has a thread for each GPU.
+        self._lock = threading.Lock()
 
     def run(self, *args, **kwargs):
         if worth_measuring(args):
-            return self.measured.run(*args, **kwargs)
+            with self._lock:
+                return self.measured.run(*args, **kwargs)
         return self.kernel.run(*args, num_stages=self.stages[0], **kwargs)
 
 
