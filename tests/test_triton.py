@@ -97,6 +97,33 @@ def test_activations_bear_a_gpus_exp_and_division(name, monkeypatch):
 
 
 @interpreted
+def test_float32_sums_lose_less_than_one_chain_of_additions(monkeypatch):
+    """On a GPU a float32 product is such a chain in each thread, unlike the interpreter's."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    from genft_kernels.backends import triton as backend
+
+    def chain(left, right, total):
+        for unit in range(left.shape[1]):
+            total = (left[:, unit, None].astype("f8") * right[None, unit] + total).astype("f4")
+        return total
+
+    def create_dot(self, a, b, total, *settings):
+        return TensorHandle(chain(a.data, b.data, total.data), total.dtype.scalar)
+
+    def loss(actual, exact):
+        return (actual - exact).norm()
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+    x, weight, h, b = torch.randn(8, 2000), torch.randn(20, 2000), torch.zeros(2000, 1), torch.zeros(20, 1)
+    exact = x.double() @ weight.double().T
+    chained = loss(torch.from_numpy(chain(x.numpy(), weight.T.numpy(), 0.0)), exact)
+    assert 2 * loss(backend.linear(x, weight, None, h, b, None, 1.0, "identity", 0.0, 1)[0], exact) < chained
+    assert 2 * loss(backend.column([x], weight[None], None, "identity")[0][0], exact) < chained
+    assert 2 * loss(backend.linear(x, weight, None, h, b, None, 1.0, "gelu", 0.0, 1)[0], exact) < chained
+
+
+@interpreted
 @pytest.mark.parametrize("dtype, bits", [(torch.bfloat16, 16), (torch.float16, 13)], ids=str)
 def test_the_fold_rounds_by_the_words_of_stream_2(dtype, bits):
     from genft_kernels.backends.triton_linear import fold
@@ -185,6 +212,24 @@ def test_the_pipeline_is_measured_where_it_can_matter_and_kept_on_disk(monkeypat
         kernel[(1,)](torch.empty(shape, dtype=dtype), 5)
     assert ran == ["measured", 3, 3]
     assert kernel.measured.cache_results
+
+
+@compiled
+def test_a_pipeline_that_does_not_fit_a_card_becomes_a_shorter_one(monkeypatch):
+    from triton.runtime.errors import OutOfResources
+
+    from genft_kernels.backends.triton_linear import _main_loop as kernel
+
+    ran = []
+
+    def run(*args, num_stages, **kwargs):
+        ran.append(num_stages)
+        if num_stages > 2:
+            raise OutOfResources(135_168, 101_376, "shared memory")
+
+    monkeypatch.setattr(kernel.kernel, "run", run)
+    kernel[(1,)](torch.empty(64, 64, dtype=torch.bfloat16))
+    assert ran == [3, 2]
 
 
 @compiled

@@ -14,6 +14,7 @@ from .triton_launch import dropout_arguments, edge, matrix_block, precision, sli
 from .triton_math import (
     activate,
     activation_slope,
+    add_product,
     keep_tile,
     rank_k_tile,
     round_up_or_down,
@@ -47,7 +48,7 @@ def _extended_k(
         inner = start + tl.arange(0, BLOCK_N)
         x = _matrix_tile(tokens, rows, inner, t, n, stride_t, stride_n)
         w = _matrix_tile(matrix, columns, inner, m, n, stride_mm, stride_mn).to(x.dtype)
-        total = tl.dot(x, tl.trans(w), total, input_precision=PRECISION)
+        total = add_product(total, x, tl.trans(w), PRECISION)
     if HAS_BIAS:
         total += tl.load(bias + columns, mask=columns < m, other=0.0).to(tl.float32)[None, :]
     mask = (rows[:, None] < t) & (columns[None, :] < m)
@@ -98,11 +99,11 @@ def _main_loop(
         ).to(x.dtype)  # fmt: skip
         # Two products into float32: W + U would lose U in 16 bits.
         if OVER_OUT:
-            total = tl.dot(x, w, total, input_precision=PRECISION)
-            small = tl.dot(x, update, small, input_precision=PRECISION)
+            total = add_product(total, x, w, PRECISION)
+            small = add_product(small, x, update, PRECISION)
         else:
-            total = tl.dot(x, tl.trans(w), total, input_precision=PRECISION)
-            small = tl.dot(x, tl.trans(update), small, input_precision=PRECISION)
+            total = add_product(total, x, tl.trans(w), PRECISION)
+            small = add_product(small, x, tl.trans(update), PRECISION)
     total += scale * small
     if HAS_BIAS:
         total += tl.load(bias + kept, mask=kept < n_kept, other=0.0).to(tl.float32)[None, :]
@@ -157,7 +158,7 @@ def _contract(
         tokens = start + tl.arange(0, BLOCK_T)
         grads = _matrix_tile(dy, tokens, rows, t, n_out, stride_dt, stride_do)
         inputs = _matrix_tile(x, tokens, columns, t, n_in, stride_xt, stride_xi)
-        g = tl.dot(tl.trans(grads), inputs, g, input_precision=PRECISION)
+        g = add_product(g, tl.trans(grads), inputs, PRECISION)
     s = rank_k_tile(b, h, rows, columns, n_out, n_in, k, SLICES, PRECISION, BLOCK_OUT, BLOCK_IN)
     p = scale * g * activation_slope(s, ACTIVATION)
     if DROPOUT:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..activations import activation_backward
 from ..philox import COLUMN_STREAM
 from .triton_launch import dropout_arguments, edge, precision, slices, unit_block
-from .triton_math import activate, activation_slope, keep_tile, rank_k_tile, thin_rows
+from .triton_math import activate, activation_slope, add_product, keep_tile, rank_k_tile, thin_rows
 
 
 @triton.jit
@@ -35,7 +35,7 @@ def _row_forward(
         if DROPOUT:
             y *= keep_tile(key, stream, rows, columns, n_out, threshold, keep_scale, BLOCK_OUT, BLOCK_IN)
         a = thin_rows(down_t, rows, units, n_out, k)  # [out, k]
-        z = tl.dot(tl.trans(y.to(a.dtype)), a, z, input_precision=PRECISION)
+        z = add_product(z, tl.trans(y.to(a.dtype)), a, PRECISION)
     if HAS_BIAS:
         z += tl.load(bias + units, mask=units < k, other=0.0).to(tl.float32)[None, :]
     mask = (columns[:, None] < n_in) & (units[None, :] < k)
@@ -86,9 +86,9 @@ def _row_backward_out(
             OUTER, DROPOUT, PRECISION, SLICES_1, SLICES, BLOCK_OUT, BLOCK_IN,
         )  # fmt: skip
         r = thin_rows(right, columns, units_1, n_in, k1)  # [in, k1]
-        to_left = tl.dot(q.to(r.dtype), r, to_left, input_precision=PRECISION)
+        to_left = add_product(to_left, q.to(r.dtype), r, PRECISION)
         d = thin_rows(dz, columns, units, n_in, k)  # [in, k]
-        to_down = tl.dot(y.to(d.dtype), d, to_down, input_precision=PRECISION)
+        to_down = add_product(to_down, y.to(d.dtype), d, PRECISION)
     row_at = layer * n_out + rows[:, None]
     inside = rows[:, None] < n_out
     tl.store(dleft + row_at * k1 + units_1[None, :], to_left.to(dleft.dtype.element_ty),
@@ -118,7 +118,7 @@ def _row_backward_in(
             OUTER, DROPOUT, PRECISION, SLICES_1, SLICES, BLOCK_OUT, BLOCK_IN,
         )  # fmt: skip
         a = thin_rows(left, rows, units_1, n_out, k1)  # [out, k1]
-        total = tl.dot(tl.trans(q.to(a.dtype)), a, total, input_precision=PRECISION)
+        total = add_product(total, tl.trans(q.to(a.dtype)), a, PRECISION)
     mask = (columns[:, None] < n_in) & (units_1[None, :] < k1)
     at = (layer * n_in + columns[:, None]) * k1 + units_1[None, :]
     tl.store(dright + at, total.to(dright.dtype.element_ty), mask=mask)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .triton_launch import precision, unit_block
-from .triton_math import activate, activation_slope, thin_rows
+from .triton_math import activate, activation_slope, add_product, thin_rows
 from .triton_tuning import bucket, tuned
 
 
@@ -48,7 +48,7 @@ def _thin_product(
         thin_mask = (units[:, None] < k) & (inner[None, :] < n)
         thin_at = units[:, None].to(tl.int64) * stride_tk + inner[None, :].to(tl.int64) * stride_tn
         thin_tile = tl.load(thin + thin_at, mask=thin_mask, other=0.0)
-        z = tl.dot(tile.to(thin_tile.dtype), tl.trans(thin_tile), z, input_precision=PRECISION)
+        z = add_product(z, tile.to(thin_tile.dtype), tl.trans(thin_tile), PRECISION)
     if HAS_BIAS:
         z += tl.load(bias + units, mask=units < k, other=0.0).to(tl.float32)[None, :]
     mask = (rows[:, None] < m) & (units[None, :] < k)
@@ -83,7 +83,7 @@ def _thin_transposed(
         mask = (rows[:, None] < m) & (columns[None, :] < n)
         at = rows[:, None].to(tl.int64) * stride_m + columns[None, :].to(tl.int64) * stride_n
         tile = tl.load(matrix + at, mask=mask, other=0.0).to(dz.dtype)
-        total = tl.dot(tl.trans(dz), tile, total, input_precision=PRECISION)
+        total = add_product(total, tl.trans(dz), tile, PRECISION)
     mask = (units[:, None] < k) & (columns[None, :] < n)
     at = (tl.program_id(2).to(tl.int64) * k + units[:, None]) * n + columns[None, :]
     tl.store(outs + at, total.to(outs.dtype.element_ty), mask=mask)

@@ -9,6 +9,7 @@ import threading
 
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import KernelInterface
 
 STAGES = (3, 4, 2)  # the usual first
@@ -34,7 +35,10 @@ class Tuned(KernelInterface):
         if worth_measuring(args):
             with self._lock:
                 return self.measured.run(*args, **kwargs)
-        return self.kernel.run(*args, num_stages=self.stages[0], **kwargs)
+        try:
+            return self.kernel.run(*args, num_stages=self.stages[0], **kwargs)
+        except OutOfResources:  # a wide k, on a card with little shared memory
+            return self.kernel.run(*args, num_stages=min(self.stages), **kwargs)
 
 
 def tuned(*key: str, stages: tuple[int, ...] = STAGES):
