@@ -85,8 +85,8 @@ def _timed(call: Call, rates: Rates, clock: Clock) -> Row:
     try:
         times, floor, moved = clock(call.run), rates.floor(call), call.bytes
     except Exception as error:
-        if isinstance(error, torch.AcceleratorError):  # the device is lost
-            raise
+        if isinstance(error, torch.AcceleratorError):
+            torch.cuda.synchronize()  # raises again where the device is lost; a capture that failed has not harmed it
         return {"status": f"failed: {type(error).__name__}: {error}"[:300], "time_us": None, "times_floor": None}
     return {
         "status": "measured", "time_us": [round(1e6 * each, 2) for each in times],

@@ -81,6 +81,20 @@ def test_a_kernel_that_fails_is_named_and_the_others_go_on(name, monkeypatch):
     assert "contract" not in ways(found)
 
 
+def test_only_a_lost_device_ends_the_run(monkeypatch):
+    """A capture that failed, which harms nothing after it, raises the same class of error."""
+
+    def fail():
+        raise torch.AcceleratorError("this failed")
+
+    broken = kernel_calls.Call("broken", fail, (), 1)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert kernels._timed(broken, Rates(1, 1), clock)["status"] == "failed: AcceleratorError: this failed"
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    with pytest.raises(torch.AcceleratorError):
+        kernels._timed(broken, Rates(1, 1), clock)
+
+
 def test_rates_come_from_the_clock():
     seconds = iter([(0, 2.0, 0), (0, 5.0, 0)])
 
