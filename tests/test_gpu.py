@@ -3,6 +3,7 @@
 The shared cases run there too (tests/test_backends.py, tests/test_precision.py): `pytest -m gpu` takes them all.
 """
 
+import dataclasses
 import functools
 
 import pytest
@@ -34,6 +35,14 @@ REAL = [
 
 
 @functools.cache
+def without_kinks(case):
+    """With gelu for leaky_relu: of millions of float32 arguments a few lie within a rounding of its kink, and each that
+    changes sides changes the gradients by 1 / sqrt(in out) of their norm, hundreds of times float32's errors."""
+    settings = {"outer_activation": "gelu"} if "outer_activation" in case.settings else {}
+    return dataclasses.replace(case, settings={**case.settings, **settings})
+
+
+@functools.cache
 def exact_and_plain(case, dtype):
     """(float64's results on the GPU, plain PyTorch's errors at `dtype`)."""
     data = make_data(case).to(dtype).to(CUDA)
@@ -46,6 +55,7 @@ def exact_and_plain(case, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("case", REAL, ids=lambda case: case.name)
 def test_real_sizes(case, dtype, on):
+    case = without_kinks(case) if dtype == torch.float32 else case
     exact, plain = exact_and_plain(case, dtype)
     data = make_data(case).to(dtype).to(CUDA)
     for name, actual in run(genft_linear, data, case.config, training=True, seed=3, backend=on.backend).items():
