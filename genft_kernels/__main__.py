@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import platform
 
@@ -15,6 +16,7 @@ OPTIONAL_PACKAGES = ("safetensors", "triton", "transformers", "peft", "numpy")
 
 def main() -> None:
     """Print a report to standard output."""
+    argparse.ArgumentParser(prog="python -m genft_kernels", description=__doc__).parse_args()
     print(f"genft_kernels {__version__}")
     print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
     print(f"torch {torch.__version__}, CUDA build: {torch.version.cuda or 'no'}, {torch.get_num_threads()} CPU threads")

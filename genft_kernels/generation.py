@@ -16,10 +16,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .config import GeneratorParameters, GenFTConfig
 from .functional import Factors, generate_factors
+from .ops import first_order
 
 
 class Generation:
@@ -122,7 +122,7 @@ class _Generate(torch.autograd.Function):
         return results
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, *grads):
         generation = ctx.generation()
         if generation is not None:

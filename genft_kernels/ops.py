@@ -11,9 +11,12 @@ backend returns None for it, an op an empty tensor, because an op must return te
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import backends
 from .config import is_factored
@@ -165,7 +168,7 @@ def linear(
 @linear.register_fake
 def _(x, weight, bias, h, b, seed, scale, activation, dropout, stream, backend):
     factored = is_factored(activation, dropout)
-    tokens = x.shape[:-1].numel() if x.dim() > 1 else 1
+    tokens = math.prod(x.shape[:-1])  # not numel(), which makes a symbolic size a constant: a graph for each length
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     return y, x.new_empty((tokens, h.shape[1]) if factored else 0)
 
@@ -233,17 +236,29 @@ def linear_handing_on(*inputs) -> tuple[Tensor, Tensor | None]:
     gets the other's dx and adds its own product onto it, and no separate addition of the two is needed.
 
     It is a plain node of the autograd graph, which takes a fraction of a custom op's time to make. Where something
-    listens to the dispatcher (compilation, tracing, a dispatch mode, functorch), it is the custom op.
+    listens to the dispatcher (compilation, tracing, a dispatch mode), it is the custom op.
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-    ):
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return linear(*inputs)[0], None
     if not torch.is_grad_enabled():
         return _compute(inputs[-1], "linear", *inputs[:-1])[0], None
     return _HandingOn.apply(*inputs)
+
+
+def first_order(backward: Callable) -> Callable:
+    """For a node's backward that is not differentiable: RuntimeError under `create_graph=True`.
+
+    PyTorch's `once_differentiable` raises later, and not where the caller takes an unused input for a zero, as
+    `torch.autograd.functional.hvp` does.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx, *grads):
+        if torch.is_grad_enabled():
+            raise RuntimeError('no second derivatives (create_graph=True): backend="reference" has them')
+        return backward(ctx, *grads)
+
+    return checked
 
 
 class _HandingOn(torch.autograd.Function):
@@ -252,10 +267,11 @@ class _HandingOn(torch.autograd.Function):
         results = _compute(inputs[-1], "linear", *inputs[:-1])
         _linear_setup(ctx, inputs, results)
         ctx.kept, ctx.spent = None, False
-        return results[0], inputs[0].detach() if ctx.needs_input_grad[0] else None
+        # `data`, because a view that is made within a node may not be changed in place, as ReLU(inplace=True) does.
+        return results[0].data, inputs[0].detach() if ctx.needs_input_grad[0] else None
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad, dx):
         if grad is None:
             if ctx.kept is None and not ctx.spent:  # autograd frees now what this layer's own loss will need later

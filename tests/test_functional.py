@@ -274,11 +274,15 @@ def test_float32_parameters_over_a_16_bit_weight_get_float32_gradients():
 
 
 def test_second_derivatives_raise_instead_of_being_wrong():
-    data = make_data(BY_NAME["factored-square"])
-    y = genft_linear(data.x, data.weight, data.bias, data.params, BY_NAME["factored-square"].config)
-    (dx,) = torch.autograd.grad(y.square().sum(), data.x, create_graph=True)
-    with pytest.raises(RuntimeError):
-        dx.sum().backward()
+    data, config = make_data(BY_NAME["factored-square"]), BY_NAME["factored-square"].config
+
+    def f(x):
+        return genft_linear(x, data.weight, data.bias, data.params, config).square().sum()
+
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(f(data.x), data.x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivatives"):  # it would take what is unused for a zero
+        torch.autograd.functional.hvp(f, data.x.detach(), data.x.detach())
 
 
 def forward_mode(f, x):
@@ -321,3 +325,19 @@ def test_the_ratio_of_a_weight_of_zeros_is_finite(backend, scope):
     params = GeneratorParameters(*(torch.randn(size) for size in sizes))
     y = genft_linear(torch.randn(4, 6), torch.zeros(5, 6), None, params, config, backend=backend)
     assert y.isfinite().all() and y.any()
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(outer_activation="gelu")], ids=["factored", "tiled"])
+@pytest.mark.parametrize("leading", [(5,), (2, 3)], ids=str)
+def test_the_output_may_be_changed_in_place(leading, settings):
+    case = Case("square", 16, 16, dict(inner_activation="tanh", **settings), leading=leading)
+
+    def in_place(*args, **options):
+        return torch.relu_(genft_linear(*args, **options).add_(args[0]))
+
+    def apart(*args, **options):
+        return torch.relu(genft_linear(*args, **options) + args[0])
+
+    data = make_data(case)
+    changed, expected = run(in_place, data, case.config), run(apart, data, case.config)
+    assert all(torch.equal(changed[name], expected[name]) for name in expected)

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cases import CASES, make_data, relative_error, run
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from genft_kernels import backends, ops
-from genft_kernels.functional import genft_linear
+from genft_kernels.functional import factored_linear, genft_linear
 
 BY_NAME = {case.name: case for case in CASES}
 DTYPES = [torch.float32, torch.bfloat16]
@@ -112,3 +113,12 @@ def test_a_backend_runs_on_the_device_of_its_tensors(monkeypatch):
         down = torch.empty(1, 2, 3, device="cuda:1")
     ops._compute("triton", "column", [], down, None, "identity")
     assert seen_on == [1] and current == [0]
+
+
+def test_a_compiled_layer_takes_any_number_of_tokens():
+    counter = CompileCounter()
+    weight, h, b = torch.randn(12, 16), torch.randn(16, 3), torch.randn(12, 3)
+    compiled = torch.compile(lambda x: factored_linear(x, weight, None, h, b), backend=counter, dynamic=True)
+    for tokens in (7, 9, 11):
+        compiled(torch.randn(tokens, 16))
+    assert counter.frame_count == 1
