@@ -54,7 +54,11 @@ def _gathered(table: torch.Tensor, seed: torch.Tensor | None, count: int) -> tor
 
 @functools.cache
 def _dither_table(bits: int, device: torch.device) -> torch.Tensor:
-    """Uniform integers in [0, 2**bits), int32 [_TABLE_SIZE]."""
-    counters = torch.arange(_TABLE_SIZE // 4, device=device)
-    key = torch.zeros(1, dtype=torch.int64, device=device)
-    return (words(counters, key, ROUNDING_STREAM).reshape(-1) >> (32 - bits)).to(torch.int32)
+    """Uniform integers in [0, 2**bits), int32 [_TABLE_SIZE].
+
+    Made on the CPU and copied in whole: a kernel would fill it on the current stream, where another could not wait for
+    it, or never, where that is being captured in a graph.
+    """
+    seed = torch.zeros(1, dtype=torch.int64)
+    table = words(torch.arange(_TABLE_SIZE // 4), seed, ROUNDING_STREAM).reshape(-1) >> (32 - bits)
+    return table.to(torch.int32).to(device)
