@@ -34,6 +34,12 @@ GRACE = 10.0  # seconds from an interrupt to a kill
 _PYTEST = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu")
 _SHARED = ("tests/test_backends.py", "tests/test_precision.py")
 # Every kernel of a backend, forward and backward, in few cases: few and many tokens, both forms, masks, bias.
+# Who takes part in the first timings: what the targets name, not every rank and package.
+_CORE = (
+    "two-product-floor", "three-product-floor", "frozen", "genft-eager", "genft-triton", "genft-cuda",
+    "genft-triton-token-side", "genft-cuda-token-side", "official", "official-compiled", "peft-lora", "hand-lora",
+    "fused-lora-triton", "fused-lora-cuda",
+)  # fmt: skip
 _SANITIZED = "alone and tiled-tall or many-tokens and bfloat16"
 _MODULE = """
 import torch
@@ -60,8 +66,9 @@ def sanitizer(tool: str) -> Check:
     """compute-sanitizer's `tool` over the kernels of both backends."""
     command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all")
     tests = (*_PYTEST, "tests/test_backends.py", "-k", f"(triton-cuda or cuda-cuda) and ({_SANITIZED})")
-    # Without a cache of PyTorch's own, every tensor is an allocation whose bounds are known.
-    return Check(tool, (*command, *tests), 100, (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),))
+    # Without a cache of PyTorch's own, every tensor is an allocation whose bounds are known; without NaN in fresh
+    # memory, what is read before it is written shows.
+    return Check(tool, (*command, *tests), 100, (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"), ("GENFT_POISON", "0")))
 
 
 def bench(name: str, seconds: float, *arguments: str) -> Check:
@@ -69,24 +76,32 @@ def bench(name: str, seconds: float, *arguments: str) -> Check:
     return Check(name, (PYTHON, "-m", "benchmarks", *arguments), seconds)
 
 
+def kernels(name: str, seconds: float, *arguments: str) -> Check:
+    """Each kernel alone, at some sizes."""
+    return Check(name, (PYTHON, "-m", "benchmarks.kernels", *arguments), seconds)
+
+
 def checks(output: Path, scratch: Path) -> list[Check]:
     """All of them, most valuable first; `scratch` is a folder to install into."""
     to = ("--output", str(output))
     install = (PYTHON, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index")
     wheel = f"{' '.join(install)} --target {scratch} . && cd {scratch} && PYTHONPATH={scratch} {PYTHON} -c '{_MODULE}'"
-    core = ("--layer", "llama-7b-qv", "roberta-base-qv", "--k", "26", "--form", "factored", "tiled")
+    core = ("--provider", *_CORE, "--k", "26", "--form", "factored", "tiled", *to)
+    llama, roberta = ("--layer", "llama-7b-qv"), ("--layer", "roberta-base-qv")
     return [
         Check("build", (PYTHON, "-c", "from genft_kernels.backends import _jit; _jit.load()"), 90),
         Check("shared cases", (*_PYTEST, "-n", "8", *_SHARED), 150),
-        Check("real sizes, graphs, synchronisation", (*_PYTEST, "-n", "2", "tests/test_gpu.py"), 150),
-        bench("core timings, many tokens", 100, *core, "--tokens", "8192", *to),
-        bench("core timings, few tokens", 60, *core, "--tokens", "16", *to),
-        Check("kernels and their floors", (PYTHON, "-m", "benchmarks.kernels", *to), 150),
+        Check("real sizes, graphs, synchronisation", (*_PYTEST, "-n", "4", "tests/test_gpu.py"), 150),
+        bench("layer, LLaMA, many tokens", 90, *llama, *core, "--tokens", "8192"),
+        kernels("kernels, LLaMA", 90, *llama, *to, "--tokens", "8192", "128", "16"),
+        bench("layer, RoBERTa, many tokens", 60, *roberta, *core, "--tokens", "8192"),
         sanitizer("memcheck"),
         sanitizer("racecheck"),
-        sanitizer("initcheck"),
+        bench("layer, LLaMA, few tokens", 60, *llama, *core, "--tokens", "16"),
         Check("model step", (PYTHON, "-m", "benchmarks.model_step", *to), 120),
         Check("installed wheel", ("bash", "-c", wheel), 120, (("GENFT_CACHE_DIR", str(scratch / "cache")),)),
+        sanitizer("initcheck"),
+        kernels("kernels, every layer", 300, *to),
         bench("full grid", 3600, "--resume", *to),
     ]
 

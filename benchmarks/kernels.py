@@ -121,18 +121,7 @@ def _gpu_clock(call: Callable[[], object]) -> tuple[float, float, float]:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, print a line for each kernel, and return the exit status: 1 if one failed, 2 without a GPU."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--backend", nargs="+", choices=("triton", "cuda"), default=["triton", "cuda"])
-    parser.add_argument(
-        "--layer", nargs="+", choices=LAYERS, default=["llama-7b-qv", "roberta-base-qv", "llama-7b-mlp"]
-    )
-    parser.add_argument("--tokens", nargs="+", type=arguments.positive(int), default=TOKENS, metavar="T")
-    parser.add_argument("--k", nargs="+", type=int, choices=SPLITS, default=[26])
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="default benchmarks/results")
-    options = parser.parse_args(argv)
+    options = _parse(argv)
     if not torch.cuda.is_available():
         print("this machine has no CUDA device that PyTorch can use", file=sys.stderr)
         return 2
@@ -148,6 +137,21 @@ def main(argv: list[str] | None = None) -> int:
         print(line(row), flush=True)
     print(f"\n{ways(store)}\nwrote {store.path}")
     return 1 if red else 0
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--backend", nargs="+", choices=("triton", "cuda"), default=["triton", "cuda"])
+    parser.add_argument(
+        "--layer", nargs="+", choices=LAYERS, default=["llama-7b-qv", "roberta-base-qv", "llama-7b-mlp"]
+    )
+    parser.add_argument("--tokens", nargs="+", type=arguments.positive(int), default=TOKENS, metavar="T")
+    parser.add_argument("--k", nargs="+", type=int, choices=SPLITS, default=[26])
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="default benchmarks/results")
+    return parser.parse_args(argv)
 
 
 def line(row: Row) -> str:

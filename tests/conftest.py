@@ -21,14 +21,17 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
-    """`torch.empty` and its kin return NaN (and all-ones integers), so nothing that was not written can pass."""
+    """`torch.empty` and its kin return NaN (and all-ones integers), so nothing that was not written can pass.
+
+    Not with GENFT_POISON=0, for tools that tell by themselves what was not written.
+    """
     torch.manual_seed(0)
     monkeypatch.setattr(scratch, "_slots", scratch._Slots())
     fill, deterministic = (
         torch.utils.deterministic.fill_uninitialized_memory,
         torch.are_deterministic_algorithms_enabled(),
     )
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = os.environ.get("GENFT_POISON") != "0"
     torch.use_deterministic_algorithms(True)
     yield
     torch.utils.deterministic.fill_uninitialized_memory = fill

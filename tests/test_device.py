@@ -7,7 +7,8 @@ import warnings
 import pytest
 import torch
 
-from benchmarks import device
+from benchmarks import __main__ as layers
+from benchmarks import device, kernels, model_step
 from benchmarks.results_store import ResultStore
 
 _BEGIN = "import signal, time; print('begun', flush=True)"
@@ -48,6 +49,19 @@ def test_checks_without_time_left_are_named_and_not_run(tmp_path, capsys):
     store = ResultStore("some card", "checks", ("check",), tmp_path)
     assert device.run_all([python("late", "raise SystemExit(1)")], store, {}, 0.1, tmp_path / "log")
     assert "late: no time left" in capsys.readouterr().out and len(store) == 0
+
+
+def test_every_check_is_a_command_that_parses(tmp_path):
+    """A misspelt option would cost a call on a GPU machine."""
+    parsers = {
+        "benchmarks": layers._parse, "benchmarks.kernels": kernels._parse, "benchmarks.model_step": model_step._parse,
+    }  # fmt: skip
+    parsed = []
+    for check in device.checks(tmp_path, tmp_path / "scratch"):
+        if check.command[1] == "-m" and check.command[2] in parsers:
+            parsers[check.command[2]](list(check.command[3:]))
+            parsed.append(check.command[2])
+    assert {*parsed} == {*parsers}
 
 
 def test_what_must_hold_on_a_card_comes_before_what_is_timed(tmp_path):

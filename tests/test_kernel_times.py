@@ -5,7 +5,7 @@ import pytest
 import torch
 from benchmarking import CPU, SMALL
 
-from benchmarks import device, kernel_calls, kernels
+from benchmarks import kernel_calls, kernels
 from benchmarks.kernels import KEY, Rates, measure, ways
 from genft_kernels import backends
 
@@ -128,8 +128,3 @@ def test_the_ways_of_linear_are_compared_with_the_product_that_a_fold_needs():
 def test_without_a_gpu_it_says_so(tmp_path, capsys):
     assert kernels.main(["--output", str(tmp_path)]) == 2
     assert "no CUDA device" in capsys.readouterr().err and not list(tmp_path.iterdir())
-
-
-def test_the_call_on_a_gpu_machine_runs_it(tmp_path):
-    (check,) = [each for each in device.checks(tmp_path, tmp_path) if "benchmarks.kernels" in each.command]
-    assert check.command[-2:] == ("--output", str(tmp_path))
