@@ -103,7 +103,7 @@ class _Recipe:
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
+    return tensor.detach()  # an operation that saves its own output would otherwise keep itself alive
 
 
 class _Generate(torch.autograd.Function):

@@ -272,3 +272,19 @@ def test_a_layer_that_has_left_is_not_generated_for():
     (group,) = groups(model)
     assert len(group.layers) == 3
     assert_close(train(model), train(one_by_one(model)))
+
+
+def test_a_forward_without_a_backward_leaves_nothing_behind():
+    layer = GenFTLinear(64, 48, config=GenFTConfig(dropout=0.1, zero_delta=False))
+    x = torch.randn(3, 64)
+
+    def alive():
+        gc.collect()
+        return sum(type(each) is torch.Tensor for each in gc.get_objects())
+
+    layer(x)
+    layer(x)
+    before = alive()
+    for _ in range(5):
+        layer(x)
+    assert alive() == before
