@@ -24,6 +24,7 @@ def kept_bytes(forward: Callable[[], object], there_anyway: tuple[Tensor, ...] =
     kept: dict[int, Tensor] = {}  # holding the tensors keeps their addresses from being given out again
 
     def pack(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()  # an operation that saves its own output would otherwise keep itself alive
         address = tensor.untyped_storage().data_ptr()
         if address not in known:
             kept[address] = tensor

@@ -172,6 +172,19 @@ def test_kept_bytes_count_each_storage_once_and_nothing_that_is_there_anyway():
     assert memory.kept_bytes(shared, (x,)) == 2 * 10 * 20 * 4 + 4  # exp's and tanh's results, and the sum
 
 
+def test_counting_what_is_kept_keeps_nothing():
+    """A graph left alive holds its leaves to the stream that it ran on, and a capture on another one fails."""
+    x, seen = torch.randn(10, 20, requires_grad=True), []
+
+    def forward():
+        y = x.tanh()
+        seen.append(weakref.ref(y))
+        return y * x
+
+    memory.kept_bytes(forward)
+    assert seen[0]() is None
+
+
 @pytest.mark.parametrize(("form", "matrices"), [("factored", 3), ("tiled", 5), ("dropout", 5)])
 def test_the_official_way_keeps_matrices_of_the_weights_size(form, matrices):
     # rho W, Y1 and sigma D; what psi is applied to in both stages; two masks, which a CPU keeps in the dtype of Y1.
