@@ -32,7 +32,7 @@ PYTHON = sys.executable
 KERNEL_CACHE = {"GENFT_CACHE_DIR": str(REPOSITORY / "build" / "kernels")}
 GRACE = 10.0  # seconds from an interrupt to a kill
 _PYTEST = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu")
-_SHARED = ("tests/test_backends.py", "tests/test_precision.py")
+_SHARED = ("tests/test_backends.py", "tests/test_precision.py", "tests/test_cuda_kernels.py")
 # Every kernel of a backend, forward and backward, in few cases: few and many tokens, both forms, masks, bias.
 # Who takes part in the first timings: what the targets name, not every rank and package.
 _CORE = (
@@ -40,7 +40,7 @@ _CORE = (
     "genft-triton-token-side", "genft-cuda-token-side", "official", "official-compiled", "peft-lora", "hand-lora",
     "fused-lora-triton", "fused-lora-cuda",
 )  # fmt: skip
-_SANITIZED = "alone and tiled-tall or many-tokens and bfloat16"
+_SANITIZED = "alone and tiled-tall or many-tokens and (bfloat16 or float32)"
 _MODULE = """
 import torch
 from genft_kernels import GenFTConfig, GenFTLinear
@@ -62,13 +62,16 @@ class Check:
     variables: tuple[tuple[str, str], ...] = ()
 
 
-def sanitizer(tool: str) -> Check:
-    """compute-sanitizer's `tool` over the kernels of both backends."""
+def sanitizer(tool: str, backend: str = "cuda") -> Check:
+    """compute-sanitizer's `tool` over the kernels of a backend; over nobody else's, where a name tells ours."""
     command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all")
-    tests = (*_PYTEST, "tests/test_backends.py", "-k", f"(triton-cuda or cuda-cuda) and ({_SANITIZED})")
+    command += ("--report-api-errors", "no")  # PyTorch asks for things that may fail
+    command += ("--kernel-name", "kns=genft") if backend == "cuda" else ()
+    tests = (*_PYTEST, "tests/test_backends.py", "-k", f"{backend}-cuda and ({_SANITIZED})")
     # Without a cache of PyTorch's own, every tensor is an allocation whose bounds are known; without NaN in fresh
     # memory, what is read before it is written shows.
-    return Check(tool, (*command, *tests), 100, (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"), ("GENFT_POISON", "0")))
+    name, variables = f"{tool}, {backend}", (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"), ("GENFT_POISON", "0"))
+    return Check(name, (*command, *tests), 100, variables)
 
 
 def bench(name: str, seconds: float, *arguments: str) -> Check:
@@ -97,10 +100,12 @@ def checks(output: Path, scratch: Path) -> list[Check]:
         bench("layer, RoBERTa, many tokens", 60, *roberta, *core, "--tokens", "8192"),
         sanitizer("memcheck"),
         sanitizer("racecheck"),
+        sanitizer("memcheck", "triton"),
         bench("layer, LLaMA, few tokens", 60, *llama, *core, "--tokens", "16"),
         Check("model step", (PYTHON, "-m", "benchmarks.model_step", *to), 120),
         Check("installed wheel", ("bash", "-c", wheel), 120, (("GENFT_CACHE_DIR", str(scratch / "cache")),)),
         sanitizer("initcheck"),
+        sanitizer("synccheck"),
         kernels("kernels, every layer", 300, *to),
         bench("full grid", 3600, "--resume", *to),
     ]

@@ -68,7 +68,9 @@ def test_what_must_hold_on_a_card_comes_before_what_is_timed(tmp_path):
     todo = device.checks(tmp_path, tmp_path / "scratch")
     names = [check.name for check in todo]
     assert names[:3] == ["build", "shared cases", "real sizes, graphs, synchronisation"]
-    assert {"memcheck", "racecheck", "initcheck"} < set(names) and names[-1] == "full grid"
+    assert {f"{tool}, cuda" for tool in ("memcheck", "racecheck", "initcheck", "synccheck")} < set(names) and names[
+        -1
+    ] == "full grid"
 
 
 def test_what_pytorch_remarks_on_a_gpu_fails_no_test(monkeypatch):
