@@ -22,7 +22,7 @@ $(VENV)/.ready: pyproject.toml setup.py
 INTERPRETED = tests/test_triton.py tests/test_backends.py tests/test_precision.py -k triton
 
 test: env
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(INTERPRETED)
 
 # The same kernels under the newest Triton, in an environment of its own.
@@ -31,7 +31,7 @@ test-triton-next: env
 	$(VENV)-triton-next/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(VENV)-triton-next/bin/pip install --quiet --disable-pip-version-check \
 	    -e . triton==3.9.0 pytest pytest-xdist hypothesis
-	$(VENV)-triton-next/bin/python -m pytest -n 2 tests/test_triton.py
+	OMP_NUM_THREADS=1 $(VENV)-triton-next/bin/python -m pytest -n 2 tests/test_triton.py
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV)-triton-next/bin/python -m pytest -n 2 $(INTERPRETED)
 
 # Planted faults: each must turn a test red.
