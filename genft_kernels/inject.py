@@ -40,7 +40,7 @@ def apply_genft(model: nn.Module, config: GenFTConfig, *, backend: str = "auto")
         backend: for every adapted layer; "auto", or one by name.
 
     Raises:
-        ValueError, TypeError: a name matches nothing, or a layer cannot be adapted; the message names it.
+        ValueError, TypeError: nothing is targeted, or a layer cannot be adapted; the message names it.
         RuntimeError: the model is adapted already. In each case the model is as it was.
     """
     check_config(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -46,11 +47,11 @@ def find_targets(model: nn.Module, config: GenFTConfig) -> list[Target]:
     """The layers that `config` adapts, in the model's order.
 
     A string in `target_modules` or `exclude_modules` is a regular expression for whole paths; in a list, each entry
-    is a path or its dotted end (as in PEFT), and must match a module of the model.
+    is a path or its dotted end (as in PEFT). An entry that matches no module at all is warned of: it may be misspelt,
+    or one list serves several families of models.
 
     Raises:
-        ValueError: nothing matches, an entry of a list does not, a matched module cannot be adapted, or an entry of
-            `fused_blocks` is unused.
+        ValueError: nothing matches, a matched module cannot be adapted, or an entry of `fused_blocks` is unused.
         TypeError: a matched module is of a kind that cannot be adapted. Each message names the module.
     """
     wanted = config.target_modules
@@ -67,7 +68,9 @@ def find_targets(model: nn.Module, config: GenFTConfig) -> list[Target]:
     for field in ("target_modules", "exclude_modules"):
         for entry in _entries(getattr(config, field)):
             if not any(_matches((entry,), name) for name, _ in model.named_modules(remove_duplicate=False)):
-                raise ValueError(f"{field}: {entry!r} matches no module of the model. {_linear_layers(model)}")
+                warnings.warn(
+                    f"{field}: {entry!r} matches no module of the model. {_linear_layers(model)}", stacklevel=3
+                )
     fused = config.fused_blocks or {}
     targets = []
     for module, names in paths.items():

@@ -49,13 +49,18 @@ def test_a_string_is_a_regular_expression_for_whole_paths():
     "settings, message",
     [
         (dict(target_modules=["query", "valeu"]), "target_modules: 'valeu' matches no module.*key .2., query"),
-        (dict(exclude_modules=["layers.7"]), "exclude_modules: 'layers.7' matches no module"),
-        (dict(target_modules="query"), r"matched nothing: query \(.*for a name write \['query'\]\)"),
+        (dict(target_modules=["query"], exclude_modules=["layers.7"]), "exclude_modules: 'layers.7' matches no module"),
     ],
 )
 def test_a_name_that_matches_nothing_is_not_passed_over(settings, message):
-    with pytest.raises(ValueError, match=message):
-        names(Encoder(), **settings)
+    with pytest.warns(UserWarning, match=message):
+        found = names(Encoder(), **settings)
+    assert found == ["layers.0.attention.query", "layers.1.attention.query"]
+
+
+def test_a_plain_name_that_is_no_list_is_told():
+    with pytest.raises(ValueError, match=r"matched nothing: query \(.*for a name write \['query'\]\)"):
+        names(Encoder(), target_modules="query")
 
 
 def test_the_configuration_must_be_one():

@@ -8,3 +8,5 @@ import os
 
 # Everything comes from installed packages. Hugging Face libraries read this when they are first imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The profiler, which counts memory, warns of what is older than itself, in the middle of the progress bars.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
