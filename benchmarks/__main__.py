@@ -31,13 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measure, print a line for each row, and return the exit status."""
     options = _parse(argv)
     fields = environment(options.device)
-    try:
-        store = ResultStore(fields["device"], "layer", harness.KEY, options.output)
-        if not options.list:
-            store.check_writable()
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    store = ResultStore.of_command(fields["device"], "layer", harness.KEY, options.output, writes=not options.list)
     if options.resume:
         done = functools.partial(harness.is_done, store, options.providers, sources=fields["sources"])
         options.cases = [case for case in options.cases if not done(case)]

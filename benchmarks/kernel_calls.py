@@ -34,9 +34,8 @@ class Call:
     tokens: int | None = None
     form: str | None = None
 
-    @property
-    def bytes(self) -> int:
-        """Of the operands and of what the call returns."""
+    def moved_bytes(self) -> int:
+        """Of the operands and of what a run returns."""
         results = self.run()
         results = results if isinstance(results, (tuple, list)) else [results]
         tensors = [*self.operands, *(each for each in results if each is not None)]
@@ -87,10 +86,17 @@ def weight_side(kernels: ModuleType, layer: Layer, k: int, dtype: torch.dtype, d
         )
 
 
+def product(layer: Layer, tokens: int, dtype: torch.dtype, device: torch.device) -> Call:
+    """PyTorch's product of x [tokens, in] and W [out, in]."""
+    random = _random(device, dtype)
+    x, weight = random(tokens, layer.in_features), random(layer.out_features, layer.in_features)
+    return Call("product", lambda: F.linear(x, weight), (x, weight), tokens * weight.numel(), tokens=tokens)
+
+
 def token_side(
     kernels: ModuleType, layer: Layer, tokens: int, k: int, dtype: torch.dtype, device: torch.device
 ) -> Iterator[Call]:
-    """The kernels that see x, and PyTorch's product of x and W."""
+    """The kernels that see x."""
     random, n_in, n_out = _random(device, dtype), layer.in_features, layer.out_features
     big, thin_work = tokens * n_in * n_out, n_in * n_out * k
     x, dy, weight, h, b = (
@@ -98,7 +104,6 @@ def token_side(
     )
     xh, transposed, seed = random(tokens, k), h.t()[None].contiguous(), torch.tensor([3], device=device)
     at = dict(tokens=tokens)
-    yield Call("product", lambda: F.linear(x, weight), (x, weight), big, **at)
     yield Call(
         "thin_product",
         lambda: kernels.thin_product([x], transposed, None, "identity"),

@@ -21,13 +21,14 @@ import torch
 from benchmarks import arguments, timing
 from benchmarks.cases import DTYPES, LAYERS, SPLITS, Layer
 from benchmarks.environment import environment
-from benchmarks.kernel_calls import Call, token_side, weight_side
+from benchmarks.kernel_calls import Call, product, token_side, weight_side
 from benchmarks.results_store import RESULTS, ResultStore, Row
 from benchmarks.tables import markdown, number
 from genft_kernels import backends
 
 KEY = ("backend", "kernel", "layer", "tokens", "dtype", "k", "form")
 TOKENS = (8192, 1024, 128, 16, 1)
+PYTORCH = "pytorch"  # whose the product of x and W is, without an update
 # From a call to its time in seconds: p20, median, p80.
 Clock = Callable[[Callable[[], object]], tuple[float, float, float]]
 
@@ -39,9 +40,9 @@ class Rates:
     copied_bytes: float
     multiplications: float
 
-    def floor(self, call: Call) -> float:
+    def floor(self, moved_bytes: int, multiplications: int) -> float:
         """Seconds that no kernel stays under."""
-        return max(call.bytes / self.copied_bytes, call.multiplications / self.multiplications)
+        return max(moved_bytes / self.copied_bytes, multiplications / self.multiplications)
 
 
 def measured_rates(device: torch.device, dtype: torch.dtype, clock: Clock, size: int = 8192) -> Rates:
@@ -70,10 +71,22 @@ def measure(
         "product_teraflops": round(2e-12 * rates.multiplications),
     }
     dtype_name = next(name for name, each in DTYPES.items() if each == dtype)
-    for layer, k, name in itertools.product(layers, ks, names):
-        kernels, size = backends.load(name).kernels, dict(k=k, dtype=dtype, device=device)
-        sides = *(token_side(kernels, layer, count, **size) for count in tokens), weight_side(kernels, layer, **size)
-        for call in itertools.chain(*sides):
+    where = dict(dtype=dtype, device=device)
+
+    def calls(layer: Layer) -> Iterator[tuple[str, int | None, Call]]:
+        """(backend, k, call)."""
+        for count in tokens:
+            yield PYTORCH, None, product(layer, count, **where)
+        for k, name in itertools.product(ks, names):
+            kernels, size = backends.load(name).kernels, dict(k=k, **where)
+            sides = (
+                *(token_side(kernels, layer, count, **size) for count in tokens),
+                weight_side(kernels, layer, **size),
+            )
+            yield from ((name, k, call) for call in itertools.chain(*sides))
+
+    for layer in layers:
+        for name, k, call in calls(layer):
             key = {
                 "backend": name, "kernel": call.kernel, "layer": layer.name, "in": layer.in_features,
                 "out": layer.out_features, "tokens": call.tokens, "dtype": dtype_name, "k": k, "form": call.form,
@@ -83,11 +96,12 @@ def measure(
 
 def _timed(call: Call, rates: Rates, clock: Clock) -> Row:
     try:
-        times, floor, moved = clock(call.run), rates.floor(call), call.bytes
+        times, moved = clock(call.run), call.moved_bytes()
     except Exception as error:
         if isinstance(error, torch.AcceleratorError):
             torch.cuda.synchronize()  # raises again where the device is lost; a capture that failed has not harmed it
         return {"status": f"failed: {type(error).__name__}: {error}"[:300], "time_us": None, "times_floor": None}
+    floor = rates.floor(moved, call.multiplications)
     return {
         "status": "measured", "time_us": [round(1e6 * each, 2) for each in times],
         "floor_us": round(1e6 * floor, 2), "times_floor": round(times[1] / floor, 2),
@@ -106,13 +120,14 @@ def ways(rows: Iterable[Row]) -> str:
         layer, tokens, dtype, k = size
         parts = (
             times.get((backend, "fold", layer, None, dtype, k, form)),
-            times.get((backend, "product", layer, tokens, dtype, k, None)),
+            times.get((PYTORCH, "product", layer, tokens, dtype, None, None)),
         )
         folded = None if None in parts else sum(parts)
         fastest = "–" if None in (time, folded) else (kernel if time < folded else "fold")
         shown = ("–" if each is None else number(each) for each in (time, folded))
-        lines.append((f"{layer}, k {k}, {form}", backend, str(tokens), kernel, *shown, fastest))
-    return markdown(("layer", "backend", "tokens", "way", "its us", "fold and product us", "fastest"), sorted(lines))
+        lines.append((f"{layer}, k {k}, {form}", backend, tokens, kernel, *shown, fastest))
+    header = "layer", "backend", "tokens", "way", "its us", "fold and product us", "fastest"
+    return markdown(header, ([str(cell) for cell in each] for each in sorted(lines)))
 
 
 def _gpu_clock(call: Callable[[], object]) -> tuple[float, float, float]:
@@ -126,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
         print("this machine has no CUDA device that PyTorch can use", file=sys.stderr)
         return 2
     device, dtype = torch.device("cuda"), DTYPES[options.dtype]
-    store = ResultStore(environment(device)["device"], "kernels", KEY, options.output)
+    store = ResultStore.of_command(environment(device)["device"], "kernels", KEY, options.output)
     rates = measured_rates(device, dtype, _gpu_clock)
     print(f"copies: {rates.copied_bytes / 1e12:.2f} TB/s; products: {2 * rates.multiplications / 1e12:.0f} TFLOP/s")
     sizes = [LAYERS[name] for name in options.layer], options.tokens, options.k

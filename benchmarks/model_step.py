@@ -124,12 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.list:
         print("\n".join(str(case) for case in options.cases))
         return 0
-    try:
-        store = ResultStore(device_name(device), SUITE, KEY, options.output)
-        store.check_writable()
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    store = ResultStore.of_command(device_name(device), SUITE, KEY, options.output)
     red, title = 0, None
     try:
         for row in run(options.methods, options.cases, device, options.seconds):

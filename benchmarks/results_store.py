@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -34,6 +35,20 @@ class ResultStore:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=self.path.parent):
             pass
+
+    @classmethod
+    def of_command(
+        cls, device_name: str, suite: str, key: tuple[str, ...], root: Path, writes: bool = True
+    ) -> ResultStore:
+        """The store of a command; where it cannot be read, or written, that ends the command with status 2."""
+        try:
+            store = cls(device_name, suite, key, root)
+            if writes:
+                store.check_writable()
+        except (OSError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        return store
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self._rows.values())

@@ -98,13 +98,15 @@ def test_a_broken_result_file_is_an_error_not_overwritten(tmp_path, capsys):
     path = tmp_path / folder_name(environment.device_name(CPU)) / "layer.jsonl"
     path.parent.mkdir()
     path.write_text("not JSON\n")
-    assert bench([*ARGUMENTS, "--output", str(tmp_path)]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        bench([*ARGUMENTS, "--output", str(tmp_path)])
     assert "line 1: not JSON" in capsys.readouterr().err and path.read_text() == "not JSON\n"
 
 
 def test_where_rows_cannot_be_written_nothing_is_measured(tmp_path, capsys):
     (tmp_path / "taken").write_text("")
-    assert bench([*ARGUMENTS, "--output", str(tmp_path / "taken")]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        bench([*ARGUMENTS, "--output", str(tmp_path / "taken")])
     output = capsys.readouterr()
     assert output.err.startswith("error: ") and "taken" in output.err and not output.out
 

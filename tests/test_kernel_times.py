@@ -1,5 +1,7 @@
 """Each kernel alone beside its floor: the calls run, bytes and products are counted by hand, what fails is told."""
 
+import itertools
+
 import cuda_host
 import pytest
 import torch
@@ -9,10 +11,8 @@ from benchmarks import kernel_calls, kernels
 from benchmarks.kernels import KEY, Rates, measure, ways
 from genft_kernels import backends
 
-BACKEND = pytest.param(
-    "cuda",
-    marks=pytest.mark.skipif(cuda_host.unavailable_reason() is not None, reason=str(cuda_host.unavailable_reason())),
-)
+NAME = "cuda"  # whose kernels the CPU can run
+on_the_cpu = pytest.mark.skipif(cuda_host.unavailable_reason() is not None, reason=str(cuda_host.unavailable_reason()))
 K, TOKENS = 8, 33
 N_IN, N_OUT, LAYERS = 96, 64, 4  # of SMALL
 
@@ -27,9 +27,9 @@ def rows(name, rates=None, layers=(SMALL,)):
     return list(measure([name], layers, [TOKENS, 1], [K], torch.float32, CPU, rates, clock))
 
 
-@pytest.mark.parametrize("name", [BACKEND])
-def test_every_kernel_of_a_backend_is_measured(name):
-    found = rows(name)
+@on_the_cpu
+def test_every_kernel_of_a_backend_is_measured():
+    found = rows(NAME)
     assert {row["status"] for row in found} == {"measured"}
     assert {row["kernel"] for row in found} == {*vars(backends.load("triton").kernels), "product"}
     assert len({tuple(row[field] for field in KEY) for row in found}) == len(found)
@@ -40,41 +40,35 @@ def test_every_kernel_of_a_backend_is_measured(name):
         assert row["device"] and row["sources"] and row["copy_terabytes"] == 0.001 and row["product_teraflops"] == 2
 
 
-@pytest.mark.parametrize("name", [BACKEND])
-def test_floors_are_counted_from_the_shapes(name):
-    ours = backends.load(name).kernels
+@on_the_cpu
+def test_floors_are_counted_from_the_shapes():
+    ours = backends.load(NAME).kernels
     size = dict(k=K, dtype=torch.float32, device=CPU)
-    calls = {
-        (call.kernel, call.tokens, call.form): call
-        for side in (
-            kernel_calls.weight_side(ours, SMALL, **size),
-            kernel_calls.token_side(ours, SMALL, TOKENS, **size),
-        )
-        for call in side
-    }
+    sides = kernel_calls.weight_side(ours, SMALL, **size), kernel_calls.token_side(ours, SMALL, TOKENS, **size)
+    product = kernel_calls.product(SMALL, TOKENS, torch.float32, CPU)
+    calls = {(call.kernel, call.tokens, call.form): call for call in (product, *itertools.chain(*sides))}
     w, thin_in, thin_out, x, y = N_IN * N_OUT, N_IN * K, N_OUT * K, TOKENS * N_IN, TOKENS * N_OUT
-    assert calls["product", TOKENS, None].bytes == 4 * (x + w + y)
+    assert calls["product", TOKENS, None].moved_bytes() == 4 * (x + w + y)
     assert calls["product", TOKENS, None].multiplications == TOKENS * w
-    assert calls["fold", None, "dropout"].bytes == 4 * (2 * w + thin_in + thin_out)
+    assert calls["fold", None, "dropout"].moved_bytes() == 4 * (2 * w + thin_in + thin_out)
     assert calls["fold", None, "dropout"].multiplications == w * K
     # W and A of every layer in, h and what its activation was applied to out.
-    assert calls["thin_product", None, None].bytes == 4 * LAYERS * (w + thin_in + 2 * thin_out)
+    assert calls["thin_product", None, None].moved_bytes() == 4 * LAYERS * (w + thin_in + 2 * thin_out)
     assert calls["thin_product", None, None].multiplications == LAYERS * w * K
-    assert calls["extended_k", TOKENS, "factored"].bytes == 4 * (x + w + TOKENS * K + thin_out + y)
+    assert calls["extended_k", TOKENS, "factored"].moved_bytes() == 4 * (x + w + TOKENS * K + thin_out + y)
     assert calls["extended_k", TOKENS, "factored"].multiplications == TOKENS * (w + thin_out)
-    assert calls["contract", TOKENS, "tiled"].bytes == 4 * (x + y + 2 * (thin_in + thin_out))
+    assert calls["contract", TOKENS, "tiled"].moved_bytes() == 4 * (x + y + 2 * (thin_in + thin_out))
     assert calls["contract", TOKENS, "tiled"].multiplications == (TOKENS + 3 * K) * w
-    assert Rates(1e9, 1e12).floor(calls["product", TOKENS, None]) == 4 * (x + w + y) / 1e9
-    assert Rates(1e12, 1e3).floor(calls["product", TOKENS, None]) == TOKENS * w / 1e3
+    assert Rates(1e9, 1e12).floor(5_000, 7) == 5e-6 and Rates(1e12, 1e3).floor(5_000, 7) == 7e-3
 
 
-@pytest.mark.parametrize("name", [BACKEND])
-def test_a_kernel_that_fails_is_named_and_the_others_go_on(name, monkeypatch):
+@on_the_cpu
+def test_a_kernel_that_fails_is_named_and_the_others_go_on(monkeypatch):
     def broken(*args):
         raise RuntimeError("no such luck")
 
-    monkeypatch.setattr(backends.load(name).kernels, "contract", broken)
-    found = rows(name)
+    monkeypatch.setattr(backends.load(NAME).kernels, "contract", broken)
+    found = rows(NAME)
     assert {row["kernel"] for row in found if row["status"] != "measured"} == {"contract"}
     (row, *_) = [row for row in found if row["kernel"] == "contract"]
     assert row["status"] == "failed: RuntimeError: no such luck" and "no such luck" in kernels.line(row)
@@ -108,7 +102,8 @@ def test_rates_come_from_the_clock():
 
 def test_the_ways_of_linear_are_compared_with_the_product_that_a_fold_needs():
     def row(kernel, tokens, form, time):
-        size = {"backend": "cuda", "layer": "a", "dtype": "float32", "k": 8}
+        owner = {"backend": "pytorch", "k": None} if kernel == "product" else {"backend": "cuda", "k": 8}
+        size = {"layer": "a", "dtype": "float32", **owner}
         return size | {"kernel": kernel, "tokens": tokens, "form": form, "time_us": time and [0, time, 0]}
 
     table = ways(

@@ -254,7 +254,8 @@ def test_the_command_measures_and_writes(small_cases, tmp_path, capsys):
 
 def test_where_rows_cannot_be_written_nothing_is_measured(small_cases, tmp_path, capsys):
     (tmp_path / "taken").write_text("")
-    assert model_step.main(["--device", "cpu", "--output", str(tmp_path / "taken")]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        model_step.main(["--device", "cpu", "--output", str(tmp_path / "taken")])
     output = capsys.readouterr()
     assert output.err.startswith("error: ") and "taken" in output.err and "genft-fast" not in output.out
 

@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 import warnings
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def _load_or_compile(path: Path, compiler: str, sources: Path) -> ctypes.CDLL | 
         return ctypes.CDLL(str(path))
     except OSError:  # absent or damaged
         path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
     command = [compiler, *_FLAGS, str(sources / _SOURCES[0]), "-o", str(unfinished)]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
