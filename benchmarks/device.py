@@ -31,7 +31,7 @@ PYTHON = sys.executable
 # Compiled once for all checks, and kept for the next call where the user's cache folder is not.
 KERNEL_CACHE = {"GENFT_CACHE_DIR": str(REPOSITORY / "build" / "kernels")}
 GRACE = 10.0  # seconds from an interrupt to a kill
-_PYTEST = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu")
+_PYTEST = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "-m", "gpu")
 _SHARED = ("tests/test_backends.py", "tests/test_precision.py", "tests/test_cuda_kernels.py")
 # Every kernel of a backend, forward and backward, in few cases: few and many tokens, both forms, masks, bias.
 # Who takes part in the first timings: what the targets name, not every rank and package.
@@ -93,8 +93,7 @@ def checks(output: Path, scratch: Path) -> list[Check]:
     llama, roberta = ("--layer", "llama-7b-qv"), ("--layer", "roberta-base-qv")
     return [
         Check("build", (PYTHON, "-c", "from genft_kernels.backends import _jit; _jit.load()"), 90),
-        Check("shared cases", (*_PYTEST, "-n", "8", *_SHARED), 150),
-        Check("real sizes, graphs, synchronisation", (*_PYTEST, "-n", "4", "tests/test_gpu.py"), 150),
+        Check("GPU tests", (*_PYTEST, "-n", "16", "tests/test_gpu.py", *_SHARED), 210),
         bench("layer, LLaMA, many tokens", 90, *llama, *core, "--tokens", "8192"),
         kernels("kernels, LLaMA", 90, *llama, *to, "--tokens", "8192", "128", "16"),
         bench("layer, RoBERTa, many tokens", 60, *roberta, *core, "--tokens", "8192"),
