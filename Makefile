@@ -19,7 +19,7 @@ $(VENV)/.ready: pyproject.toml setup.py
 	touch $@
 
 # Everything, then the Triton kernels in their interpreter, which must be chosen before Triton is imported.
-INTERPRETED = tests/test_triton.py tests/test_backends.py tests/test_precision.py -k triton
+INTERPRETED = tests/backends/test_triton.py tests/backends/test_backends.py tests/ops/test_precision.py -k triton
 
 test: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
@@ -31,16 +31,16 @@ test-triton-next: env
 	$(VENV)-triton-next/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(VENV)-triton-next/bin/pip install --quiet --disable-pip-version-check \
 	    -e . triton==3.9.0 pytest pytest-xdist hypothesis
-	OMP_NUM_THREADS=1 $(VENV)-triton-next/bin/python -m pytest -n 2 tests/test_triton.py
+	OMP_NUM_THREADS=1 $(VENV)-triton-next/bin/python -m pytest -n 2 tests/backends/test_triton.py
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV)-triton-next/bin/python -m pytest -n 2 $(INTERPRETED)
 
 # Planted faults: each must turn a test red.
 mutations: env
-	$(BIN)/python -m tests.mutations
+	$(BIN)/python -m tests.faults.mutations
 
 # The same in the CUDA kernels, which g++ compiles and the CPU runs.
 cuda-faults: env
-	$(BIN)/python -m tests.cuda_faults
+	$(BIN)/python -m tests.faults.cuda_faults
 
 lint: env
 	$(BIN)/ruff check .
@@ -56,11 +56,11 @@ sweep: env
 # Every provider side by side: minutes on a CPU, the full grid on a GPU. Other packages' LoRA kernels take part where
 # they are installed (pip install --no-deps unsloth nemo-automodel); without them they show as unavailable.
 bench: env
-	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/python -m benchmarks.layer $(ARGS)
 
 # Training steps of whole models: full fine-tuning, LoRA, the official way, this package's. Six minutes on two CPU cores.
 bench-model: env
-	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.model_step $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.step $(ARGS)
 
 # Plots, benchmarks/results/RESULTS.md and the README's figures, from the result files.
 bench-report: env
@@ -68,11 +68,11 @@ bench-report: env
 
 # Registers, spills, shared memory and matrix instructions of the Triton kernels; needs no GPU.
 kernels-report: env
-	$(BIN)/python -m benchmarks.kernels_report $(ARGS)
+	$(BIN)/python -m benchmarks.compiled.triton_report $(ARGS)
 
 # Registers, spills and shared memory of the CUDA kernels; needs nvcc, but no GPU.
 cuda-report: env
-	$(BIN)/python -m benchmarks.cuda_report $(ARGS)
+	$(BIN)/python -m benchmarks.compiled.cuda_report $(ARGS)
 
 wheel: env
 	rm -rf build dist

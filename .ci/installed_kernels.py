@@ -5,7 +5,8 @@ import sys
 import torch
 
 from genft_kernels import GenFTConfig, GenFTLinear
-from genft_kernels.backends import _jit, cuda_kernels
+from genft_kernels.backends import _jit
+from genft_kernels.backends.cuda import kernels as cuda_kernels
 
 expected = sys.argv[1]  # "cached" or "prebuilt"
 kernels = _jit.load()

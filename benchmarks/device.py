@@ -24,15 +24,15 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.environment import REPOSITORY, device_name, environment
-from benchmarks.results_store import RESULTS, ResultStore
+from benchmarks.measure.environment import REPOSITORY, device_name, environment
+from benchmarks.measure.rows import RESULTS, ResultStore
 
 PYTHON = sys.executable
 # Compiled once for all checks, and kept for the next call where the user's cache folder is not.
 KERNEL_CACHE = {"GENFT_CACHE_DIR": str(REPOSITORY / "build" / "kernels")}
 GRACE = 10.0  # seconds from an interrupt to a kill
 _PYTEST = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "-m", "gpu")
-_SHARED = ("tests/test_backends.py", "tests/test_precision.py", "tests/test_cuda_kernels.py")
+_SHARED = ("tests/backends/test_backends.py", "tests/ops/test_precision.py", "tests/backends/test_cuda_kernels.py")
 # Every kernel of a backend, forward and backward, in few cases: few and many tokens, both forms, masks, bias.
 # Who takes part in the first timings: what the targets name, not every rank and package.
 _CORE = (
@@ -67,7 +67,7 @@ def sanitizer(tool: str, backend: str = "cuda") -> Check:
     command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all")
     command += ("--report-api-errors", "no")  # PyTorch asks for things that may fail
     command += ("--kernel-name", "kns=genft") if backend == "cuda" else ()
-    tests = (*_PYTEST, "tests/test_backends.py", "-k", f"{backend}-cuda and ({_SANITIZED})")
+    tests = (*_PYTEST, "tests/backends/test_backends.py", "-k", f"{backend}-cuda and ({_SANITIZED})")
     # Without a cache of PyTorch's own, every tensor is an allocation whose bounds are known; without NaN in fresh
     # memory, what is read before it is written shows.
     name, variables = f"{tool}, {backend}", (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"), ("GENFT_POISON", "0"))
@@ -76,12 +76,12 @@ def sanitizer(tool: str, backend: str = "cuda") -> Check:
 
 def bench(name: str, seconds: float, *arguments: str) -> Check:
     """The layer benchmark on some cases."""
-    return Check(name, (PYTHON, "-m", "benchmarks", *arguments), seconds)
+    return Check(name, (PYTHON, "-m", "benchmarks.layer", *arguments), seconds)
 
 
 def kernels(name: str, seconds: float, *arguments: str) -> Check:
     """Each kernel alone, at some sizes."""
-    return Check(name, (PYTHON, "-m", "benchmarks.kernels", *arguments), seconds)
+    return Check(name, (PYTHON, "-m", "benchmarks.kernel", *arguments), seconds)
 
 
 def checks(output: Path, scratch: Path) -> list[Check]:
@@ -93,7 +93,7 @@ def checks(output: Path, scratch: Path) -> list[Check]:
     llama, roberta = ("--layer", "llama-7b-qv"), ("--layer", "roberta-base-qv")
     return [
         Check("build", (PYTHON, "-c", "from genft_kernels.backends import _jit; _jit.load()"), 90),
-        Check("GPU tests", (*_PYTEST, "-n", "16", "tests/test_gpu.py", *_SHARED), 210),
+        Check("GPU tests", (*_PYTEST, "-n", "16", "tests/backends/test_gpu.py", *_SHARED), 210),
         bench("layer, LLaMA, many tokens", 90, *llama, *core, "--tokens", "8192"),
         kernels("kernels, LLaMA", 90, *llama, *to, "--tokens", "8192", "128", "16"),
         bench("layer, RoBERTa, many tokens", 60, *roberta, *core, "--tokens", "8192"),
@@ -101,7 +101,7 @@ def checks(output: Path, scratch: Path) -> list[Check]:
         sanitizer("racecheck"),
         sanitizer("memcheck", "triton"),
         bench("layer, LLaMA, few tokens", 60, *llama, *core, "--tokens", "16"),
-        Check("model step", (PYTHON, "-m", "benchmarks.model_step", *to), 120),
+        Check("model step", (PYTHON, "-m", "benchmarks.step", *to), 120),
         Check("installed wheel", ("bash", "-c", wheel), 120, (("GENFT_CACHE_DIR", str(scratch / "cache")),)),
         sanitizer("initcheck"),
         sanitizer("synccheck"),

@@ -1,5 +1,5 @@
 // The Python module genft_cuda: the launchers of genft.h with pointers and streams as integers, lists of matrices as
-// lists of integers. Arguments are checked in genft_kernels/backends/cuda_kernels.py.
+// lists of integers. Arguments are checked in genft_kernels/backends/cuda/kernels.py.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,4 +1,4 @@
-// What dropout multiplies an update with, on a CPU: genft_kernels/backends/cpu_dropout.py compiles this file at its first
+// What dropout multiplies an update with, on a CPU: genft_kernels/backends/eager/dropout.py compiles this file at its first
 // use and calls it by ctypes.
 #include <algorithm>
 #include <cstdint>

@@ -1,13 +1,13 @@
 """GenFT: fine-tune a model by updates generated from its own weights (arXiv 2506.11042), as fast as LoRA."""
 
 from . import reference
-from .accumulation import accumulate
-from .adapter_io import load_adapter, save_adapter
-from .config import GeneratorParameters, GenFTConfig
-from .inject import apply_genft, disabled, explain, merge, remove_genft, trainable_summary, unmerge
+from ._version import __version__ as __version__
+from .adapt import apply_genft, disabled, explain, merge, remove_genft, trainable_summary, unmerge
+from .config import GenFTConfig
+from .files.adapter import load_adapter, save_adapter
 from .modules import GenFTGenerator, GenFTLinear
-
-__version__ = "0.1.0"
+from .parameters import GeneratorParameters
+from .sharing.accumulate import accumulate
 
 __all__ = [
     "GenFTConfig",

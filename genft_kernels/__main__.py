@@ -9,7 +9,8 @@ import platform
 import torch
 
 from . import __version__, backends
-from .backends import _jit, cpu_dropout
+from .backends import _jit
+from .backends.eager import dropout as cpu_dropout
 
 OPTIONAL_PACKAGES = ("safetensors", "triton", "transformers", "peft", "numpy")
 

@@ -7,7 +7,8 @@ import numbers
 import torch
 from torch.autograd import forward_ad
 
-from .config import GeneratorParameters, GenFTConfig, check_config
+from .config import GenFTConfig, check_config
+from .parameters import GeneratorParameters, expected_shapes
 
 SUPPORTED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -77,27 +78,6 @@ def check_parameters(params: GeneratorParameters, config: GenFTConfig, out_featu
             raise ValueError(f"params.{name} must have shape {list(shape)}, got {list(tensor.shape)}")
         else:
             _check_floating((f"params.{name}", tensor))
-
-
-def expected_shapes(
-    config: GenFTConfig, in_features: int, out_features: int, width: int
-) -> dict[str, tuple[int, ...] | None]:
-    """The shape of every tensor of `GeneratorParameters`, None for one that `config` does not have.
-
-    `width` counts the hidden units of the matrices: k for a layer's concatenated tensors, s for the shared half.
-    Down biases always have all k entries.
-    """
-    columns, rows = config.transform != "row", config.transform != "column"
-    return {
-        "column_down": (width, in_features) if columns else None,
-        "column_up": (in_features, width) if columns else None,
-        "row_down": (width, out_features) if rows else None,
-        "row_up": (out_features, width) if rows else None,
-        "column_down_bias": (config.hidden_dim,) if columns and config.bias else None,
-        "column_up_bias": (in_features,) if columns and config.bias else None,
-        "row_down_bias": (config.hidden_dim,) if rows and config.bias else None,
-        "row_up_bias": (out_features,) if rows and config.bias else None,
-    }
 
 
 def autocasts(x: torch.Tensor) -> bool:

@@ -8,9 +8,9 @@ import warnings
 import torch
 from torch import nn
 
-from .checks import expected_shapes
 from .config import GenFTConfig, check_config
-from .groups import LayerGroup, is_tensor_subclass
+from .parameters import expected_shapes
+from .sharing.cache import LayerGroup, is_tensor_subclass
 
 
 class GenFTGenerator(nn.Module):

@@ -9,12 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import backends, reference, shared_input
+from . import backends, reference
 from .checks import check_frozen_weight, check_linear, check_transforms
-from .config import GeneratorParameters, GenFTConfig
-from .functional import apply_factors, compute_dtype, forward_seed, genft_linear
+from .config import GenFTConfig
+from .functional import genft_linear
 from .generator import GenFTGenerator, last_stage_names
-from .groups import is_tensor_subclass
+from .parameters import GeneratorParameters
+from .sharing import shared_input
+from .sharing.cache import is_tensor_subclass
+from .update import apply_factors, compute_dtype, forward_seed
 
 __all__ = ["GenFTGenerator", "GenFTLinear"]
 

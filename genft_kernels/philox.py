@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from .scratch import scratch
+from .backends.eager.scratch import scratch
 
 COLUMN_STREAM = 0
 ROW_STREAM = 1

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from .activations import activate
 from .checks import check_factors, check_frozen_weight, check_linear, check_parameters, draw_seed, seed_tensor
-from .config import GeneratorParameters, GenFTConfig
+from .config import GenFTConfig
+from .parameters import GeneratorParameters
 from .philox import COLUMN_STREAM, ROW_STREAM, keep_mask
 
 

@@ -2,11 +2,11 @@
 
 import os
 
-import cuda_host
 import pytest
 import torch
 
-from genft_kernels import scratch
+from genft_kernels.backends.eager import scratch
+from tests import cuda_host
 
 # Deterministic algorithms, which the fixture below turns on, want this of cuBLAS before it starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -14,7 +14,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 cuda_host.install()
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    import triton_interpreter
+    from tests.helpers import triton_interpreter
 
     triton_interpreter.install()
 

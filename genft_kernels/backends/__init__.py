@@ -77,7 +77,7 @@ def choose(requested: str, device: torch.device, dtype: torch.dtype) -> str:
 
 def load(name: str) -> ModuleType:
     """The module of an operation backend."""
-    return importlib.import_module(f".{name}", __name__)
+    return importlib.import_module(f".{name}.operations", __name__)
 
 
 def explain(

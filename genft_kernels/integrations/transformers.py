@@ -7,7 +7,7 @@ from accelerate.state import GradientState
 from torch.utils import _pytree
 from transformers import TrainerCallback
 
-from ..accumulation import Accumulation
+from ..sharing.accumulate import Accumulation
 
 
 class AccumulateCallback(TrainerCallback):

@@ -24,11 +24,12 @@ import pybind11
 import torch
 from filelock import FileLock
 
-from genft_kernels.backends import cuda, cuda_kernels
+from genft_kernels.backends.cuda import kernels as cuda_kernels
+from genft_kernels.backends.cuda import operations as cuda
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent.parent
-CSRC, CACHE = ROOT / "csrc", ROOT / "build" / "cuda_host"  # tests/cuda_faults.py has others
+CSRC, CACHE = ROOT / "csrc", ROOT / "build" / "cuda_host"  # tests/faults/cuda_faults.py has others
 _FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fno-strict-aliasing"]  # warnings are nvcc's to give
 
 

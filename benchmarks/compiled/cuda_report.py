@@ -1,0 +1,143 @@
+"""`make cuda-report`: registers, stack, spills and shared memory of every CUDA kernel, as ptxas tells them.
+
+Compiles csrc/ with warnings as errors and exits with 1 where a kernel spills, takes more shared memory than a block may
+have, or is started by no launcher. No GPU is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from genft_kernels.backends import _build
+
+RESULTS = Path(__file__).parents[1] / "results" / "cuda_kernels.json"
+SOURCES = Path(__file__).parents[2] / "csrc"
+RECORDER = Path(__file__).with_name("launch_recorder.cu")
+WRAPPED = (
+    "__cudaRegisterFunction",
+    "__cudaGetKernel",
+    "__cudaLaunchKernel",
+    "cudaLaunchKernel",
+    "cudaFuncSetAttribute",
+    "cudaGetLastError",
+)
+# Bytes of a block. Code for sm_80 also runs on sm_86 and sm_89, which have less.
+SHARED_LIMIT = {"sm_80": 99 << 10, "sm_90a": 227 << 10}
+TARGETS = tuple(SHARED_LIMIT)
+
+_PTXAS = re.compile(
+    r"Compiling entry function '(?P<symbol>\w+)' for '(?P<target>\w+)'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<spill_stores>\d+) bytes spill stores, "
+    r"(?P<spill_loads>\d+) bytes spill loads.*?"
+    r"Used (?P<registers>\d+) registers(?P<more>[^\n]*)",
+    re.DOTALL,
+)
+
+
+def compile_verbosely(output: Path, targets: Sequence[str] = TARGETS) -> list[dict]:
+    """Compile and link csrc/ into the folder `output`, a warning being an error, and describe every kernel.
+
+    Raises:
+        BuildError: it does not compile without warnings, or there is no nvcc.
+    """
+    recipe = _build.Recipe.read(SOURCES)
+    recording = dataclasses.replace(
+        recipe,
+        files={**recipe.files, RECORDER.name: RECORDER.read_bytes()},
+        kernels=(*recipe.kernels, RECORDER.name),
+        strict_flags=(*recipe.strict_flags, "-Xptxas=-v", f"-Xlinker={','.join(f'--wrap={name}' for name in WRAPPED)}"),
+    )
+    _build.build(recording, _build.find_nvcc(), targets, output, strict=True)
+    shared = _shared_memory(output)
+    rows = [row | {"shared": shared.get(row.pop("symbol"))} for row in rows_of((output / _build.LOG).read_text())]
+    return sorted(rows, key=lambda row: (row["source"], row["kernel"], row["target"]))
+
+
+def _shared_memory(build: Path) -> dict[str, int]:
+    """The most dynamic shared memory, in bytes, that a launch of each kernel asks for, by mangled name.
+
+    A process of its own makes the launches; they are recorded, so no GPU is needed.
+    """
+    command = [sys.executable, "-m", "benchmarks.compiled.cuda_launches", build]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=SOURCES.parent).stdout
+    most = {}
+    for line in output.splitlines():
+        symbol, size = line.split()
+        most[symbol] = max(most.get(symbol, 0), int(size))
+    return most
+
+
+def rows_of(log: str) -> Iterator[dict]:
+    """The kernels in a log of ninja and ptxas; sizes in bytes, shared memory as far as it is static."""
+    for part in re.split(r"^\[\d+/\d+\] ", log, flags=re.MULTILINE):
+        source = re.search(r" -c (\S+) -o ", part)
+        for match in _PTXAS.finditer(part):
+            shared = re.search(r"(\d+) bytes smem", match["more"])
+            yield {
+                "symbol": match["symbol"],
+                "kernel": _demangled(match["symbol"]),
+                "source": source[1],
+                "target": match["target"],
+                "registers": int(match["registers"]),
+                "stack": int(match["stack"]),
+                "spill_stores": int(match["spill_stores"]),
+                "spill_loads": int(match["spill_loads"]),
+                "static_shared": int(shared[1]) if shared else 0,
+            }
+
+
+def faults(row: dict) -> Iterator[str]:
+    """What a row has that must not be, in words."""
+    if spilt := row["spill_stores"] + row["spill_loads"]:
+        yield f"{spilt} bytes of spills"
+    if row["shared"] is None:
+        yield "no launcher starts it"
+    elif row["shared"] + row["static_shared"] > SHARED_LIMIT[row["target"]]:
+        yield f"more than {SHARED_LIMIT[row['target']]} bytes of shared memory"
+
+
+def _demangled(symbol: str) -> str:
+    """`thin_product<float, 3>` of its mangled name: without namespaces, return type and parameters."""
+    name = subprocess.run(["c++filt", "-p", symbol], check=True, capture_output=True, text=True).stdout.strip()
+    return re.sub(r"^void |genft::|\(anonymous namespace\)::", "", name)
+
+
+def _line(row: dict) -> str:
+    shared = "?" if row["shared"] is None else row["shared"] + row["static_shared"]
+    spilt = row["spill_stores"] + row["spill_loads"]
+    problems = ", ".join(faults(row))
+    sizes = f"{row['registers']:3} registers, {row['stack']} B stack, {spilt} B spills, {shared:6} B shared"
+    return f"{row['target']:7} {row['source']:12} {row['kernel']:42} {sizes}" + (
+        f"   FAULT: {problems}" * bool(problems)
+    )
+
+
+def main() -> None:
+    """Print a line for each kernel and target, write them as JSON, and exit with 1 on a fault."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled.cuda_report", description=__doc__)
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = compile_verbosely(Path(folder) / "build", options.targets)
+        manifest = json.loads((Path(folder) / "build" / _build.MANIFEST).read_text())
+    for row in rows:
+        print(_line(row))
+    environment = {"nvcc": manifest["nvcc"], "seconds": manifest["seconds"]}
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
+    broken = sum(bool(list(faults(row))) for row in rows)
+    print(f"{len(rows)} kernels, {broken} with faults; compiled in {manifest['seconds']} s; wrote {options.output}")
+    sys.exit(broken > 0)
+
+
+if __name__ == "__main__":
+    main()

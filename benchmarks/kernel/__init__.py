@@ -1,0 +1,1 @@
+"""Each kernel alone, beside its floor."""

@@ -1,0 +1,1 @@
+"""One layer, forward and backward, every provider side by side."""

@@ -1,0 +1,1 @@
+"""What every measurement needs: timing, memory, gate, rows, environment."""

@@ -1,0 +1,71 @@
+"""What a provider keeps for its backward, the most it holds at once, and how many kernels it launches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.finetune.memory import peak_tensor_bytes
+from benchmarks.measure.workload import Workload
+from genft_kernels.backends.eager import scratch
+from genft_kernels.sharing import node as generation
+
+
+def kept_bytes(forward: Callable[[], object], there_anyway: tuple[Tensor, ...] = ()) -> int:
+    """Bytes that `forward` saves for its backward, each storage once, without those of `there_anyway`.
+
+    `there_anyway` holds inputs, parameters and frozen weights. Only what autograd saves is seen; also in the graph
+    that a generation of whole models keeps to itself.
+    """
+    known = {tensor.untyped_storage().data_ptr() for tensor in there_anyway}
+    kept: dict[int, Tensor] = {}  # holding the tensors keeps their addresses from being given out again
+
+    def pack(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()  # an operation that saves its own output would otherwise keep itself alive
+        address = tensor.untyped_storage().data_ptr()
+        if address not in known:
+            kept[address] = tensor
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, mock.patch.object(generation, "_as_it_is", pack):  # of that graph, where other hooks do not reach
+        outputs = forward()
+    del outputs
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def workload_kept_bytes(workload: Workload) -> int:
+    """`kept_bytes` of one layer's forward, beside x, W and what trains."""
+    return kept_bytes(workload.forward, (*workload.leaves.values(), *workload.frozen)) // workload.projections
+
+
+def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
+    """The most bytes of tensors alive at once during `work`, beyond what was alive before it.
+
+    By the allocator's counters on CUDA, by the profiler's memory events on a CPU, where scratch memory that an
+    earlier call left behind is given up first, so that it counts.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    scratch._slots.buffers.clear()
+    return peak_tensor_bytes(work)
+
+
+def launches(work: Callable[[], object], device: torch.device) -> int | None:
+    """GPU kernels, copies and fills that `work` launches; None on a CPU, which launches nothing."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiler:
+        work()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events())

@@ -1,0 +1,1 @@
+"""The operations by the CUDA C++ kernels of `csrc/`."""

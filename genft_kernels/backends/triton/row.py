@@ -1,0 +1,172 @@
+"""The row stage in its tiled form, flash style: h = phi(Y^T A^T + a), Y = drop(psi(left right^T)), never stored.
+
+`left` [n_out, k1] and `right` [n_in, k1] make a tile of Y [out, in]; `down` is A [k, n_out] and comes transposed.
+One launch serves L layers: each of these is stacked, and a program belongs to one layer.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...activations import activation_backward
+from ...philox import COLUMN_STREAM
+from .launch import dropout_arguments, edge, precision, slices, unit_block
+from .math import activate, activation_slope, add_product, keep_tile, rank_k_tile, thin_rows
+
+
+@triton.jit
+def _row_forward(
+    left, right, down_t, bias, seed, out, pre, n_out, n_in, k1, k, threshold, keep_scale, stream,
+    OUTER: tl.constexpr, INNER: tl.constexpr, DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr, SLICES_1: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+):  # fmt: skip
+    columns = tl.program_id(0) * BLOCK_IN + tl.arange(0, BLOCK_IN)
+    units = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    layer = tl.program_id(2).to(tl.int64)
+    key = tl.load(seed + layer)
+    left, right, down_t = left + layer * n_out * k1, right + layer * n_in * k1, down_t + layer * n_out * k
+    z = tl.zeros((BLOCK_IN, BLOCK_K), dtype=tl.float32)
+    for start in range(0, n_out, BLOCK_OUT):
+        rows = start + tl.arange(0, BLOCK_OUT)
+        s = rank_k_tile(left, right, rows, columns, n_out, n_in, k1, SLICES_1, PRECISION, BLOCK_OUT, BLOCK_IN)
+        y = activate(s, OUTER)  # [out, in]
+        if DROPOUT:
+            y *= keep_tile(key, stream, rows, columns, n_out, threshold, keep_scale, BLOCK_OUT, BLOCK_IN)
+        a = thin_rows(down_t, rows, units, n_out, k)  # [out, k]
+        z = add_product(z, tl.trans(y.to(a.dtype)), a, PRECISION)
+    if HAS_BIAS:
+        z += tl.load(bias + units, mask=units < k, other=0.0).to(tl.float32)[None, :]
+    mask = (columns[:, None] < n_in) & (units[None, :] < k)
+    at = (layer * n_in + columns[:, None]) * k + units[None, :]
+    if INNER != "identity":
+        z = z.to(pre.dtype.element_ty)
+        tl.store(pre + at, z, mask=mask)
+        z = z.to(tl.float32)
+    tl.store(out + at, activate(z, INNER).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _row_tile(
+    left, right, down_t, dz, key, rows, columns, n_out, n_in, k1, k, threshold, keep_scale, stream,
+    OUTER: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, SLICES_1: tl.constexpr, SLICES: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+):  # fmt: skip
+    """A tile of Y and of Q = dY * mask * psi'(left right^T), dY = A^T dZ^T; both [out, in], float32."""
+    s = rank_k_tile(left, right, rows, columns, n_out, n_in, k1, SLICES_1, PRECISION, BLOCK_OUT, BLOCK_IN)
+    dy = rank_k_tile(down_t, dz, rows, columns, n_out, n_in, k, SLICES, PRECISION, BLOCK_OUT, BLOCK_IN)
+    y, q = activate(s, OUTER), dy * activation_slope(s, OUTER)
+    if DROPOUT:
+        keep = keep_tile(key, stream, rows, columns, n_out, threshold, keep_scale, BLOCK_OUT, BLOCK_IN)
+        y, q = y * keep, q * keep
+    return y, q
+
+
+@triton.jit
+def _row_backward_out(
+    left, right, down_t, dz, seed, dleft, ddown_t, n_out, n_in, k1, k, threshold, keep_scale, stream,
+    OUTER: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, SLICES_1: tl.constexpr, SLICES: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+):  # fmt: skip
+    """dleft = Q right  [out, k1],  dA^T = Y dZ  [out, k]: a program has its rows of both."""
+    rows = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    units_1 = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)  # k1 is k, or k + 1 with the bias unit
+    units = units_1
+    layer = tl.program_id(2).to(tl.int64)
+    key = tl.load(seed + layer)
+    left, right, down_t = left + layer * n_out * k1, right + layer * n_in * k1, down_t + layer * n_out * k
+    dz += layer * n_in * k
+    to_left = tl.zeros((BLOCK_OUT, BLOCK_K), dtype=tl.float32)
+    to_down = tl.zeros((BLOCK_OUT, BLOCK_K), dtype=tl.float32)
+    for start in range(0, n_in, BLOCK_IN):
+        columns = start + tl.arange(0, BLOCK_IN)
+        y, q = _row_tile(
+            left, right, down_t, dz, key, rows, columns, n_out, n_in, k1, k, threshold, keep_scale, stream,
+            OUTER, DROPOUT, PRECISION, SLICES_1, SLICES, BLOCK_OUT, BLOCK_IN,
+        )  # fmt: skip
+        r = thin_rows(right, columns, units_1, n_in, k1)  # [in, k1]
+        to_left = add_product(to_left, q.to(r.dtype), r, PRECISION)
+        d = thin_rows(dz, columns, units, n_in, k)  # [in, k]
+        to_down = add_product(to_down, y.to(d.dtype), d, PRECISION)
+    row_at = layer * n_out + rows[:, None]
+    inside = rows[:, None] < n_out
+    tl.store(dleft + row_at * k1 + units_1[None, :], to_left.to(dleft.dtype.element_ty),
+             mask=inside & (units_1[None, :] < k1))  # fmt: skip
+    tl.store(ddown_t + row_at * k + units[None, :], to_down.to(ddown_t.dtype.element_ty),
+             mask=inside & (units[None, :] < k))  # fmt: skip
+
+
+@triton.jit
+def _row_backward_in(
+    left, right, down_t, dz, seed, dright, n_out, n_in, k1, k, threshold, keep_scale, stream,
+    OUTER: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, SLICES_1: tl.constexpr, SLICES: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+):  # fmt: skip
+    """dright = Q^T left  [in, k1]: a program has its columns of Q."""
+    columns = tl.program_id(0) * BLOCK_IN + tl.arange(0, BLOCK_IN)
+    units_1 = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    layer = tl.program_id(2).to(tl.int64)
+    key = tl.load(seed + layer)
+    left, right, down_t = left + layer * n_out * k1, right + layer * n_in * k1, down_t + layer * n_out * k
+    dz += layer * n_in * k
+    total = tl.zeros((BLOCK_IN, BLOCK_K), dtype=tl.float32)
+    for start in range(0, n_out, BLOCK_OUT):
+        rows = start + tl.arange(0, BLOCK_OUT)
+        _, q = _row_tile(
+            left, right, down_t, dz, key, rows, columns, n_out, n_in, k1, k, threshold, keep_scale, stream,
+            OUTER, DROPOUT, PRECISION, SLICES_1, SLICES, BLOCK_OUT, BLOCK_IN,
+        )  # fmt: skip
+        a = thin_rows(left, rows, units_1, n_out, k1)  # [out, k1]
+        total = add_product(total, tl.trans(q.to(a.dtype)), a, PRECISION)
+    mask = (columns[:, None] < n_in) & (units_1[None, :] < k1)
+    at = (layer * n_in + columns[:, None]) * k1 + units_1[None, :]
+    tl.store(dright + at, total.to(dright.dtype.element_ty), mask=mask)
+
+
+def row_forward(left, right, down, bias, seed, outer: str, dropout: float, inner: str) -> tuple[Tensor, Tensor | None]:
+    """(h [L, in, k], what the inner activation was applied to or None)."""
+    (layers, n_out, k1), n_in, k = left.shape, right.shape[1], down.shape[1]
+    out = down.new_empty((layers, n_in, k))
+    pre = None if inner == "identity" else torch.empty_like(out)
+    seed, threshold, keep_scale = dropout_arguments(dropout, seed, left.device, layers)
+    block_k, block = unit_block(k, left), edge(left)
+    _row_forward[(triton.cdiv(n_in, block), triton.cdiv(k, block_k), layers)](
+        left.contiguous(), right.contiguous(), down.mT.contiguous(), bias, seed, out, pre,
+        n_out, n_in, k1, k, threshold, keep_scale, COLUMN_STREAM,
+        OUTER=outer, INNER=inner, DROPOUT=dropout > 0, HAS_BIAS=bias is not None, PRECISION=precision(left),
+        SLICES_1=slices(k1), BLOCK_K=block_k, BLOCK_OUT=block, BLOCK_IN=block, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return out, pre
+
+
+def row_backward(grad, left, right, down, pre, seed, outer: str, dropout: float, inner: str, needs: list[bool]):
+    """(dleft [L, out, k1], dright [L, in, k1], dA [L, k, out], da [k]), those that `needs` names."""
+    need_left, need_right, need_down, need_bias = needs
+    (layers, n_out, k1), n_in, k = left.shape, right.shape[1], down.shape[1]
+    dz = activation_backward(inner, grad, pre).contiguous()  # [L, in, k]
+    seed, threshold, keep_scale = dropout_arguments(dropout, seed, left.device, layers)
+    thin = (left.contiguous(), right.contiguous(), down.mT.contiguous(), dz, seed)
+    numbers = (n_out, n_in, k1, k, threshold, keep_scale, COLUMN_STREAM)
+    block_k, block = unit_block(max(k, k1), left), edge(left)
+    chunks = triton.cdiv(max(k, k1), block_k)
+    settings = dict(
+        OUTER=outer, DROPOUT=dropout > 0, PRECISION=precision(left), SLICES_1=slices(k1), SLICES=slices(k),
+        BLOCK_K=block_k, num_warps=8, num_stages=1,
+    )  # fmt: skip
+    dleft = ddown = dright = None
+    if need_left or need_down:
+        dleft, ddown_t = left.new_empty((layers, n_out, k1)), down.new_empty((layers, n_out, k))
+        _row_backward_out[(triton.cdiv(n_out, block), chunks, layers)](
+            *thin, dleft, ddown_t, *numbers, BLOCK_OUT=block, BLOCK_IN=32, **settings
+        )
+        ddown = ddown_t.mT.contiguous()
+    if need_right:
+        dright = right.new_empty((layers, n_in, k1))
+        # In float32 any larger tile spills for some k, on one card or another.
+        height, width = (32, block) if left.dtype.itemsize == 2 else (16, 16)
+        _row_backward_in[(triton.cdiv(n_in, width), chunks, layers)](
+            *thin, dright, *numbers, BLOCK_OUT=height, BLOCK_IN=width, **settings
+        )
+    dbias = dz.sum((0, 1), dtype=torch.float32).to(grad.dtype) if need_bias else None
+    return dleft if need_left else None, dright, ddown if need_down else None, dbias

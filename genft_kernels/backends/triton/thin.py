@@ -1,0 +1,158 @@
+"""Products of big matrices and thin ones, with the activation on the thin side: `column`, x h, dy b, dh, db.
+
+One launch serves L layers of one shape. Their big matrices lie anywhere in memory, so all but the first are found by
+a table of offsets; what is thin is stacked.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import precision, unit_block
+from .math import activate, activation_slope, add_product, thin_rows
+from .tuned import bucket, tuned
+
+
+@triton.jit
+def _matrix_of_layer(first, offsets, layer, DIVISIBILITY: tl.constexpr):
+    """Where the layer's matrix begins, as an offset in elements from the first one's; one layer needs no offsets."""
+    if offsets is None:
+        return first
+    else:
+        return first + tl.multiple_of(tl.load(offsets + layer), DIVISIBILITY)
+
+
+@tuned("bucket", "n", "k", "stride_n")
+@triton.jit(do_not_specialize=["bucket"])
+def _thin_product(
+    first, offsets, thins, bias, outs, pres, m, bucket, n, k, stride_m, stride_n, stride_tl, stride_tk, stride_tn,
+    DIVISIBILITY: tl.constexpr,
+    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out [m, k] = activation(matrix [m, n] thin[k, n]^T + bias), and what the activation was applied to."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    units = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    layer = tl.program_id(2)
+    matrix = _matrix_of_layer(first, offsets, layer, DIVISIBILITY)
+    thin = thins + layer.to(tl.int64) * stride_tl
+    z = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
+    for start in range(0, n, BLOCK_N):
+        inner = start + tl.arange(0, BLOCK_N)
+        matrix_mask = (rows[:, None] < m) & (inner[None, :] < n)
+        matrix_at = rows[:, None].to(tl.int64) * stride_m + inner[None, :].to(tl.int64) * stride_n
+        tile = tl.load(matrix + matrix_at, mask=matrix_mask, other=0.0)
+        thin_mask = (units[:, None] < k) & (inner[None, :] < n)
+        thin_at = units[:, None].to(tl.int64) * stride_tk + inner[None, :].to(tl.int64) * stride_tn
+        thin_tile = tl.load(thin + thin_at, mask=thin_mask, other=0.0)
+        z = add_product(z, tile.to(thin_tile.dtype), tl.trans(thin_tile), PRECISION)
+    if HAS_BIAS:
+        z += tl.load(bias + units, mask=units < k, other=0.0).to(tl.float32)[None, :]
+    mask = (rows[:, None] < m) & (units[None, :] < k)
+    at = (layer.to(tl.int64) * m + rows[:, None]) * k + units[None, :]
+    if ACTIVATION != "identity":
+        z = z.to(pres.dtype.element_ty)  # the gradient will see the rounded z, so the activation does too
+        tl.store(pres + at, z, mask=mask)
+        z = z.to(tl.float32)
+    tl.store(outs + at, activate(z, ACTIVATION).to(outs.dtype.element_ty), mask=mask)
+
+
+@tuned("bucket", "n", "k", "stride_n")
+@triton.jit(do_not_specialize=["bucket"])
+def _thin_transposed(
+    grads, pres, first, offsets, outs, m, bucket, n, k, stride_m, stride_n, rows_per_split, splits,
+    DIVISIBILITY: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out [split, k, n] = (grad * activation'(pre))[m, k]^T matrix [m, n], each split over its own rows."""
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    units = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    layer, split = tl.program_id(2) // splits, tl.program_id(2) % splits
+    matrix = _matrix_of_layer(first, offsets, layer, DIVISIBILITY)
+    grad = grads + layer.to(tl.int64) * m * k
+    total = tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.float32)
+    for start in range(0, rows_per_split, BLOCK_M):
+        rows = split * rows_per_split + start + tl.arange(0, BLOCK_M)
+        dz = thin_rows(grad, rows, units, m, k)
+        if ACTIVATION != "identity":
+            z = thin_rows(pres + layer.to(tl.int64) * m * k, rows, units, m, k).to(tl.float32)
+            dz = (dz.to(tl.float32) * activation_slope(z, ACTIVATION)).to(grads.dtype.element_ty)
+        mask = (rows[:, None] < m) & (columns[None, :] < n)
+        at = rows[:, None].to(tl.int64) * stride_m + columns[None, :].to(tl.int64) * stride_n
+        tile = tl.load(matrix + at, mask=mask, other=0.0).to(dz.dtype)
+        total = add_product(total, tl.trans(dz), tile, PRECISION)
+    mask = (units[:, None] < k) & (columns[None, :] < n)
+    at = (tl.program_id(2).to(tl.int64) * k + units[:, None]) * n + columns[None, :]
+    tl.store(outs + at, total.to(outs.dtype.element_ty), mask=mask)
+
+
+def thin_product(
+    matrices: list[Tensor], thin: Tensor, bias: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor | None]:
+    """(activation(matrix [m, n] thin[k, n]^T + bias [k]), its argument or None), both [L, m, k] in thin's dtype.
+
+    `matrices` are L of one shape; `thin` is [L, k, n].
+    """
+    matrices = _alike(matrices)
+    (m, n), (layers, k, _) = matrices[0].shape, thin.shape
+    out = thin.new_empty((layers, m, k))
+    pre = None if activation == "identity" else torch.empty_like(out)
+    if m:
+        block_k = unit_block(k, thin)
+        offsets, divisibility = _offsets(matrices)
+        _thin_product[(triton.cdiv(m, 64), triton.cdiv(k, block_k), layers)](
+            matrices[0], offsets, thin, bias, out, pre, m, bucket(m), n, k, *matrices[0].stride(), *thin.stride(),
+            DIVISIBILITY=divisibility, ACTIVATION=activation, HAS_BIAS=bias is not None, PRECISION=precision(thin),
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=block_k, num_warps=8,
+        )  # fmt: skip
+    return out, pre
+
+
+def thin_transposed(grad: Tensor, matrices: list[Tensor], pre: Tensor | None, activation: str) -> Tensor:
+    """(grad * activation'(pre))[L, m, k]^T matrix [m, n]: [L, k, n] float32, summed in a fixed order."""
+    matrices = _alike(matrices)
+    (m, n), (layers, _, k) = matrices[0].shape, grad.shape
+    block_k = unit_block(k, grad)
+    grid = triton.cdiv(n, 64), triton.cdiv(k, block_k)
+    # Enough programs for a large card, but at least 512 rows for each.
+    splits = max(1, min(triton.cdiv(256, grid[0] * grid[1] * layers), triton.cdiv(m, 512)))
+    rows = triton.cdiv(triton.cdiv(m, splits), 64) * 64
+    splits = max(1, triton.cdiv(m, max(rows, 1)))
+    out = torch.empty((layers, splits, k, n), dtype=torch.float32, device=grad.device)
+    offsets, divisibility = _offsets(matrices)
+    _thin_transposed[(*grid, layers * splits)](
+        grad.contiguous(), pre, matrices[0], offsets, out, m, bucket(m), n, k, *matrices[0].stride(), rows, splits,
+        DIVISIBILITY=divisibility, ACTIVATION=activation, PRECISION=precision(grad),
+        BLOCK_M=64, BLOCK_N=64, BLOCK_K=block_k, num_warps=8,
+    )  # fmt: skip
+    return out[:, 0] if splits == 1 else out.sum(1)
+
+
+def _alike(matrices: list[Tensor]) -> list[Tensor]:
+    """The matrices with the same strides and dtype; they differ so rarely that a copy will do."""
+    first = matrices[0]
+    if all(matrix.stride() == first.stride() and matrix.dtype == first.dtype for matrix in matrices):
+        return matrices
+    return list(torch.stack([matrix.to(first.dtype) for matrix in matrices]))
+
+
+def _offsets(matrices: list[Tensor]) -> tuple[Tensor | None, int]:
+    """(each matrix's distance from the first in elements, int64 [L], and what divides all of them).
+
+    The table keeps nothing alive: the caller holds on to `matrices` until the launch.
+    """
+    if len(matrices) == 1:
+        return None, 1
+    size, begin = matrices[0].dtype.itemsize, matrices[0].data_ptr()
+    distances = tuple((matrix.data_ptr() - begin) // size for matrix in matrices)
+    aligned = 16 // size  # to the 16 bytes that one load takes
+    return _table(distances, matrices[0].device), aligned if all(d % aligned == 0 for d in distances) else 1
+
+
+@functools.lru_cache(maxsize=1024)
+def _table(distances: tuple[int, ...], device: torch.device) -> Tensor:
+    """On the device, and kept: nothing is uploaded in the steady state, or while a graph is captured."""
+    return torch.tensor(distances, dtype=torch.int64, device=device)

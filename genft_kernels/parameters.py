@@ -1,0 +1,87 @@
+"""The tensors that a generator and its layers train: their names, shapes and order, here and in files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+from .config import GenFTConfig
+
+
+class GeneratorParameters(NamedTuple):
+    """The trained tensors of one layer's update, shared and specific units concatenated (design section 1).
+
+    `k = shared_dim + specific_dim`; along `k` the shared units come first. A tensor that the configuration does
+    not have is None: the row stage's under `transform="column"`, the column stage's under `"row"`, and every
+    bias without `bias=True`.
+    """
+
+    column_down: torch.Tensor | None  # A1 [k, in]
+    column_up: torch.Tensor | None  # B1 [in, k]
+    row_down: torch.Tensor | None  # A2 [k, out]
+    row_up: torch.Tensor | None  # B2 [out, k]
+    column_down_bias: torch.Tensor | None = None  # a1 [k]
+    column_up_bias: torch.Tensor | None = None  # c1 [in]
+    row_down_bias: torch.Tensor | None = None  # a2 [k]
+    row_up_bias: torch.Tensor | None = None  # c2 [out]
+
+    @classmethod
+    def concatenated(
+        cls,
+        shared: Mapping[str, torch.Tensor],
+        specific: Mapping[str, torch.Tensor],
+        device: torch.device,
+        layers: int | None = None,
+    ) -> GeneratorParameters:
+        """The shared units followed by the layer's own, on `device`; differentiable.
+
+        Args:
+            shared: a generator's parameters, by the names here with s in place of k.
+            specific: a layer's own, by their names there; with `layers`, those of L layers, stacked [L, ...].
+            layers: L, which gives every matrix, but no bias, a leading dimension.
+
+        Raises:
+            RuntimeError: the shared units are on the meta device, that is, offloaded.
+        """
+        if device.type != "meta" and any(tensor.device.type == "meta" for tensor in shared.values()):
+            raise RuntimeError(
+                "the generator is offloaded, and no call of it brings it back: keep genft_generators on a device "
+                "(by an entry of its own in the device_map)"
+            )
+
+        def along_units(name: str) -> torch.Tensor | None:
+            common = shared.get(name)
+            common = None if common is None else common.to(device)
+            if name.endswith("bias"):
+                return common
+            stage, end = name.split("_")
+            own = specific.get(f"{stage}_specific_{end}", specific.get(f"specific_{end}"))
+            if common is not None and layers is not None:
+                common = common.expand(layers, *common.shape)
+            halves = [half for half in (common, own) if half is not None]
+            return torch.cat(halves, -1 if end == "up" else -2) if len(halves) == 2 else next(iter(halves), None)
+
+        return cls(**{name: along_units(name) for name in cls._fields})
+
+
+def expected_shapes(
+    config: GenFTConfig, in_features: int, out_features: int, width: int
+) -> dict[str, tuple[int, ...] | None]:
+    """The shape of every tensor of `GeneratorParameters`, None for one that `config` does not have.
+
+    `width` counts the hidden units of the matrices: k for a layer's concatenated tensors, s for the shared half.
+    Down biases always have all k entries.
+    """
+    columns, rows = config.transform != "row", config.transform != "column"
+    return {
+        "column_down": (width, in_features) if columns else None,
+        "column_up": (in_features, width) if columns else None,
+        "row_down": (width, out_features) if rows else None,
+        "row_up": (out_features, width) if rows else None,
+        "column_down_bias": (config.hidden_dim,) if columns and config.bias else None,
+        "column_up_bias": (in_features,) if columns and config.bias else None,
+        "row_down_bias": (config.hidden_dim,) if rows and config.bias else None,
+        "row_up_bias": (out_features,) if rows and config.bias else None,
+    }

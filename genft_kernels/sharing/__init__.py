@@ -1,0 +1,1 @@
+"""One generation of factors for all layers that share a generator."""

@@ -1,0 +1,146 @@
+"""One layer's update, or those of a group: generated from frozen weights, and applied to tokens.
+
+`generate_factors` is the weight side and does not depend on x; `apply_factors` is the token side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from . import ops
+from .checks import autocasts, draw_seed, seed_tensor
+from .config import GenFTConfig, is_factored
+from .parameters import GeneratorParameters
+from .philox import COLUMN_STREAM, ROW_STREAM
+
+
+class Factors(NamedTuple):
+    """What is left of generated updates: dW = scale * drop(psi(b h^T)), mask drawn from `stream`."""
+
+    h: torch.Tensor  # [L, in, k] for L layers or [in, k] for one; one more column with bias
+    b: torch.Tensor  # [L, out, k] or [out, k], likewise
+    stream: int
+
+    def unbind(self) -> list[Factors]:
+        """Those of each of the L layers."""
+        return [Factors(h, b, self.stream) for h, b in zip(self.h.unbind(0), self.b.unbind(0), strict=True)]
+
+
+def generate_factors(
+    weights: Sequence[torch.Tensor],
+    params: GeneratorParameters,
+    config: GenFTConfig,
+    *,
+    dtype: torch.dtype,
+    dropout: float,
+    seed: torch.Tensor | None,
+    backend: str,
+) -> Factors:
+    """The thin factors in `dtype` of L layers' updates, from their frozen weights (design section 2, "generate").
+
+    rho goes into thin matrices: rho * W A^T = W (rho * A)^T.
+
+    Args:
+        weights: L matrices [out, in] on one device.
+        params: each matrix with a leading dimension L, the biases, which all layers share, without.
+        seed: int64 [L], the layers' own, or None without dropout.
+        backend: an operation backend by name.
+    """
+    rho = _weight_ratio(weights, config)
+    matrix_ratio = rho if config.ratio_scope == "all" else None
+    device, phi = weights[0].device, config.inner_activation
+
+    def cast(tensor: torch.Tensor | None, ratio: float | torch.Tensor | None = None) -> torch.Tensor | None:
+        # Scaled before the cast, which may round.
+        return None if tensor is None else (tensor if ratio is None else tensor * ratio).to(device, dtype)
+
+    row_up, row_up_bias = cast(params.row_up, matrix_ratio), cast(params.row_up_bias)
+    row_down_bias = cast(params.row_down_bias)
+    if config.transform == "row":
+        transposed = [weight.t() for weight in weights]
+        h, _ = ops.column(transposed, cast(params.row_down, rho), row_down_bias, phi, backend)  # [L, in, k]
+        return Factors(*_with_bias_unit(h, row_up, row_up_bias), ROW_STREAM)
+    column_down, column_down_bias = cast(params.column_down, rho), cast(params.column_down_bias)
+    h1, _ = ops.column(list(weights), column_down, column_down_bias, phi, backend)  # [L, out, k]
+    left, right = _with_bias_unit(h1, cast(params.column_up, matrix_ratio), cast(params.column_up_bias))
+    if config.transform == "column":
+        return Factors(right, left, COLUMN_STREAM)
+    row_down = cast(params.row_down, matrix_ratio)
+    h, _ = ops.row(
+        left, right, row_down, row_down_bias, seed, config.outer_activation, dropout, phi, backend
+    )  # [L, in, k]
+    h, b = _with_bias_unit(h, row_up, row_up_bias)
+    # dW = sigma * D instead of sigma * D^T: the factors change places.
+    return Factors(b, h, ROW_STREAM) if config.delta_layout == "out_in" else Factors(h, b, ROW_STREAM)
+
+
+def _weight_ratio(weights: Sequence[torch.Tensor], config: GenFTConfig) -> float | torch.Tensor:
+    """rho: the configured number, or 1 / root mean square of each W as a tensor [L, 1, 1] (no host sync)."""
+    if config.weight_ratio != "rms":
+        return config.weight_ratio
+    wide = torch.promote_types(weights[0].dtype, torch.float32)
+    norms = torch.stack([torch.linalg.vector_norm(weight, dtype=wide) for weight in weights])
+    # From a W of zeros everything in proportion to it is zero, whatever rho is.
+    return (weights[0].numel() ** 0.5 / torch.where(norms > 0, norms, 1))[:, None, None]
+
+
+def _with_bias_unit(
+    hidden: torch.Tensor, up: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A bias is one more hidden unit that is always one: hidden [L, n, k] | 1 and up [L, m, k] | bias [m]."""
+    if bias is None:
+        return hidden, up
+    ones, biases = hidden.new_ones((*hidden.shape[:2], 1)), bias[:, None].expand(*up.shape[:2], 1)
+    return torch.cat([hidden, ones], 2), torch.cat([up, biases], 2)
+
+
+def apply_factors(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    factors: Factors,
+    scale: float,
+    activation: str,
+    dropout: float,
+    seed: torch.Tensor | None,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The token side alone: `factored_linear` of arguments that were checked, the factors in `compute_dtype(x)`.
+
+    Returns y and what the next reader of x should read in its place (`ops.linear_handing_on`).
+    """
+    dtype = compute_dtype(x)
+    bias = None if bias is None else bias.to(dtype)
+    h, b, stream = factors
+    return ops.linear_handing_on(
+        x.to(dtype), weight, bias, h, b, seed, float(scale), activation, dropout, stream, backend
+    )
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """What a layer computes in: x's dtype, or autocast's."""
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
+
+
+def forward_seed(
+    seed: int | torch.Tensor | None,
+    device: torch.device,
+    training: bool,
+    dropout: float,
+    outer_activation: str,
+    dtype: torch.dtype,
+    backend: str,
+) -> torch.Tensor | None:
+    """A layer's seed as a tensor, drawn where none is given but dropout or stochastic rounding will want one.
+
+    Outside training no seed is drawn: rounding then takes a fixed one, so that evaluation is repeatable.
+    """
+    if seed is not None:
+        return seed_tensor(seed, device)
+    # What is folded is rounded; in the factored form only kernels ever fold.
+    folds = backend != "eager" or not is_factored(outer_activation, dropout)
+    rounds = folds and dtype.itemsize == 2
+    return draw_seed(device) if training and (dropout > 0 or rounds) else None

@@ -1,0 +1,244 @@
+"""Every operation backend against the specification, on the shared cases; and how a backend is chosen."""
+
+import dataclasses
+import functools
+import statistics
+from collections import defaultdict
+
+import pytest
+import torch
+
+from genft_kernels import GeneratorParameters, backends, philox, reference
+from genft_kernels.backends import tuning as choices
+from genft_kernels.functional import factored_linear, genft_linear
+from genft_kernels.update import generate_factors
+from tests.helpers.cases import CASES, CPU, make_data, relative_error, run, runnable
+
+LOW_PRECISION = [torch.float32, torch.float16, torch.bfloat16]
+
+
+RUNNERS = runnable()
+
+
+@pytest.mark.parametrize("on", runnable(torch.float64))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_float64_equals_the_reference(case, on):
+    data, options = make_data(case), dict(training=True, seed=case.seed)
+    expected = run(reference.genft_linear, data, case.config, **options)
+    actual = run(genft_linear, data.to(on.device), case.config, backend=on.backend, **options)
+    for name, exact in expected.items():
+        assert actual[name].shape == exact.shape and actual[name].dtype == exact.dtype, name
+        assert relative_error(actual[name], exact) <= 1e-12, name
+
+
+def errors(function, case, dtype, device, **options):
+    """Relative error of y and each gradient against float64, as the median over random data.
+
+    The median, because at a kink of the activation one rounding changes one gradient by its whole size.
+    """
+    found = defaultdict(list)
+    for seed in range(5):
+        data = make_data(dataclasses.replace(case, seed=seed)).to(dtype)
+        exact = run(reference.genft_linear, data.to(torch.float64), case.config, training=True, seed=seed)
+        found_here = run(function, data.to(device), case.config, training=True, seed=seed, **options)
+        for name, actual in found_here.items():
+            assert actual.dtype == dtype and actual.isfinite().all(), name
+            found[name].append(relative_error(actual, exact[name]))
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+@functools.cache
+def errors_of_plain_pytorch(case, dtype, device):
+    """On the device or on the CPU, whichever is worse: for a small product a vendor adds in one order or another."""
+    of_devices = [errors(reference.genft_linear, case, dtype, each) for each in {device, CPU}]
+    return {name: max(found[name] for found in of_devices) for name in of_devices[0]}
+
+
+@pytest.mark.parametrize("on", RUNNERS)
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+@pytest.mark.parametrize(
+    # The rounding of a single number is luck.
+    "case",
+    [case for case in CASES if case.in_features * case.out_features > 1],
+    ids=lambda case: case.name,
+)
+def test_error_is_at_most_twice_plain_pytorchs(case, dtype, on):
+    plain = errors_of_plain_pytorch(case, dtype, on.device)
+    for name, error in errors(genft_linear, case, dtype, on.device, backend=on.backend).items():
+        allowed = 2 * plain[name] + torch.finfo(dtype).eps
+        assert error <= allowed, f"{name}: {error:.3g} > {allowed:.3g}"
+
+
+def generated(weights, layers, shared, case, backend):
+    """Factors of a group of layers and the gradient of every parameter, each [L, ...], biases summed over layers."""
+    stacked = GeneratorParameters(*(
+        None if tensors[0] is None else tensors[0] if name.endswith("bias") else torch.stack(tensors)
+        for name, tensors in zip(GeneratorParameters._fields, zip(*layers, strict=True), strict=True)
+    ))  # fmt: skip
+    settings = dict(dtype=torch.float32, dropout=case.config.dropout, seed=shared, backend=backend)
+    factors = generate_factors(weights, stacked, case.config, **settings)
+    inputs = {name: tensor for name, tensor in stacked._asdict().items() if tensor is not None}
+    generator = torch.Generator().manual_seed(1)
+    grads = (torch.randn(factor[0].shape, generator=generator).to(factor) for factor in (factors.h, factors.b))
+    loss = sum((factor * grad).sum() for factor, grad in zip((factors.h, factors.b), grads, strict=True))
+    return factors, dict(zip(inputs, torch.autograd.grad(loss, list(inputs.values())), strict=True))
+
+
+@pytest.mark.parametrize("on", RUNNERS)
+@pytest.mark.parametrize("strides", ["equal", "different"])
+@pytest.mark.parametrize(
+    "name", ["factored-wide-bias", "tiled-tall-bias", "dropout-tiled-bias-out_in", "ratio-all-rms-tiled", "row-tiled",
+             "column-tiled-bias"]
+)  # fmt: skip
+def test_layers_in_one_call_equal_each_alone(name, strides, on):
+    case = next(case for case in CASES if case.name == name)
+    data = [make_data(dataclasses.replace(case, seed=seed), torch.float32).to(on.device) for seed in range(3)]
+    weights = [layer.weight for layer in data]
+    if strides == "different":
+        weights[1] = weights[1].t().contiguous().t()
+    biases = data[0].params
+    layers = [
+        GeneratorParameters(*(shared if name.endswith("bias") else own for name, own, shared in zip(
+            biases._fields, layer.params, biases, strict=True
+        )))
+        for layer in data
+    ]  # fmt: skip
+    seeds = torch.tensor([5, -3, 2**40], device=on.device)
+    together, grads = generated(weights, layers, seeds, case, on.backend)
+    alone = [generated(weights[i : i + 1], layers[i : i + 1], seeds[i : i + 1], case, on.backend) for i in range(3)]
+    for index, (factors, _) in enumerate(alone):
+        assert relative_error(together.h[index], factors.h[0]) <= 1e-6
+        assert relative_error(together.b[index], factors.b[0]) <= 1e-6
+    for key, grad in grads.items():
+        parts = [own[key] for _, own in alone]
+        expected = sum(parts) if key.endswith("bias") else torch.cat(parts)
+        assert relative_error(grad, expected) <= 1e-5, key
+
+
+@pytest.mark.parametrize("on", RUNNERS)
+@pytest.mark.parametrize("name", ["dropout-square", "dropout-tiled-bias-out_in", "column-tiled-bias", "row-tiled"])
+def test_dropout_follows_the_seed(name, on):
+    case = next(case for case in CASES if case.name == name)
+    data = make_data(case, torch.float32).to(on.device)
+
+    def outputs(seed):
+        return run(genft_linear, data, case.config, backend=on.backend, training=True, seed=seed)["y"]
+
+    assert torch.equal(outputs(3), outputs(3))
+    assert torch.equal(outputs(3), outputs(torch.tensor([3])))
+    assert not torch.allclose(outputs(3), outputs(4))
+    evaluated = run(genft_linear, data, case.config, backend=on.backend, seed=3)["y"]
+    assert not torch.allclose(evaluated, outputs(3))
+
+
+@pytest.mark.parametrize("on", RUNNERS)
+@pytest.mark.parametrize("tokens", [37, 150])  # the identity and zeros below it: few and many tokens take other paths
+def test_the_mask_is_the_specifications_bit_for_bit(tokens, on):
+    n_in, n_out, seed = 37, 70, 2**50 + 7
+    x, ones = torch.zeros(tokens, n_in, device=on.device), torch.ones
+    x[:n_in] = torch.eye(n_in)
+    h, b, weight = ones(n_in, 1).to(x), ones(n_out, 1).to(x), torch.zeros(n_out, n_in).to(x)
+    settings = dict(dropout=0.4, training=True, seed=seed, backend=on.backend)
+    kept = factored_linear(x, weight, None, h, b, **settings)[:n_in].t() != 0  # [out, in]
+    expected = philox.keep_mask(torch.tensor([seed]), philox.ROW_STREAM, n_in, n_out, 0.4, slice(0, n_out))
+    assert torch.equal(kept.cpu(), expected.bool())
+
+
+@pytest.mark.parametrize("on", RUNNERS)
+def test_without_a_seed_one_is_drawn_from_torchs_generator(on):
+    case = next(case for case in CASES if case.name == "dropout-square")
+    data = make_data(case, torch.float32).to(on.device)
+    results = []
+    for seed in (4, 4, 5):
+        torch.manual_seed(seed)
+        results.append(run(genft_linear, data, case.config, backend=on.backend, training=True)["y"])
+    assert torch.equal(results[0], results[1]) and not torch.allclose(results[0], results[2])
+
+
+@pytest.mark.parametrize("on", RUNNERS)
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+@pytest.mark.parametrize("name", ["factored-square", "factored-wide-bias", "column-factored", "tiled-square"])
+def test_every_way_of_running_linear_is_right(name, dtype, on, monkeypatch):
+    """Where the shared cases' few tokens take one way, force the other: the factored and the tiled form folded."""
+    monkeypatch.setattr(choices, "choices_for", lambda device: choices.Choices(0, 0, 0))
+    case = next(case for case in CASES if case.name == name)
+    plain = errors_of_plain_pytorch(case, dtype, on.device)
+    for key, error in errors(genft_linear, case, dtype, on.device, backend=on.backend).items():
+        allowed = 2 * plain[key] + torch.finfo(dtype).eps
+        assert error <= allowed, f"{key}: {error:.3g} > {allowed:.3g}"
+
+
+def test_the_choice_follows_the_shape_and_knows_every_card(monkeypatch):
+    counted, small, large = (
+        choices.COUNTED,
+        torch.empty(768, 768, device="meta"),
+        torch.empty(4096, 4096, device="meta"),
+    )
+    assert not counted.folds(4096, small) and counted.folds(8192, small)
+    assert not counted.folds(128, large) and counted.folds(1024, large)
+    monkeypatch.setitem(choices.MEASURED, (9, 0), choices.Choices(64, 1, 1))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: {0: (9, 0), 1: (12, 9)}[device.index])
+    assert choices.choices_for(torch.device("cuda:0")).main_loop_tokens == 64
+    assert choices.choices_for(torch.device("cuda:1")) == choices.choices_for(CPU) == counted
+
+
+@pytest.mark.parametrize("on", RUNNERS)
+@pytest.mark.parametrize("name", ["factored-many-tokens", "tiled-many-tokens", "dropout-square"])
+def test_the_same_inputs_give_the_same_bits(name, on):
+    case = next(case for case in CASES if case.name == name)
+    data = make_data(case, torch.bfloat16).to(on.device)
+    first, second = (run(genft_linear, data, case.config, backend=on.backend, training=True, seed=7) for _ in range(2))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["tiled-tall-bias", "dropout-tall", "column-tiled-bias"])
+def test_eager_tiles_have_no_seams(name, dtype, monkeypatch):
+    case = next(case for case in CASES if case.name == name)
+    case = dataclasses.replace(case, out_features=270)
+    data = make_data(case).to(dtype)
+    whole = run(genft_linear, data, case.config, backend="eager", training=True, seed=1)
+    monkeypatch.setattr(backends.load("eager"), "_TILE_ELEMENTS", 1)  # tiles of 64 rows
+    tiled = run(genft_linear, data, case.config, backend="eager", training=True, seed=1)
+    for key, expected in whole.items():
+        assert relative_error(tiled[key], expected) <= 16 * torch.finfo(dtype).eps, key
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("outer, dropout", [("identity", 0.0), ("gelu", 0.0), ("identity", 0.1)])
+def test_eager_never_waits_for_a_value_of_its_device(outer, dropout, dtype):
+    """Meta tensors have no values, so reading one raises; on a GPU it would stop the host and break a capture."""
+    eager = backends.load("eager")
+    meta = functools.partial(torch.empty, device="meta", dtype=dtype)
+    weights, down, left, right, up = [meta(20, 12)] * 2, meta(2, 3, 12), meta(2, 20, 5), meta(2, 12, 5), meta(2, 3, 20)
+    seeds, x, dy, h, b = meta(2, dtype=torch.int64), meta(9, 12), meta(9, 20), meta(12, 4), meta(20, 4)
+    stages = outer, dropout, "silu"
+    assert eager.column(weights, down, None, "silu")[0].shape == (2, 20, 3)
+    eager.column_backward(meta(2, 20, 3), weights, meta(2, 20, 3), "silu", [True, True])
+    assert eager.row(left, right, up, None, seeds, *stages)[0].shape == (2, 12, 3)
+    eager.row_backward(meta(2, 12, 3), left, right, up, meta(2, 12, 3), seeds, *stages, [True] * 4)
+    update = seeds[:1], 0.5, outer, dropout, philox.ROW_STREAM
+    y, xh = eager.linear(x, weights[0], None, h, b, *update)
+    dx, _, dh, db = eager.linear_backward(dy, x, weights[0], h, b, xh, *update, [True] * 4)
+    assert (y.shape, dx.shape, dh.shape, db.shape) == (dy.shape, x.shape, h.shape, b.shape)
+
+
+def test_auto_takes_the_first_that_can_run():
+    assert backends.choose("auto", CPU, torch.float32) == "eager"
+    assert backends.choose("reference", CPU, torch.float32) == "reference"
+
+
+def test_an_explicit_backend_never_becomes_another(monkeypatch):
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot run on cpu: .*(not installed|float64)"):
+        backends.choose("triton", CPU, torch.float64)
+    monkeypatch.setattr(backends, "unavailable", lambda name, device, dtype: "it is broken today")
+    with pytest.raises(RuntimeError, match="backend 'eager' cannot run on cpu: it is broken today"):
+        backends.choose("eager", CPU, torch.float32)
+    with pytest.raises(ValueError, match="backend must be one of auto, eager, triton, cuda, reference; got 'cutlass'"):
+        backends.choose("cutlass", CPU, torch.float32)
+
+
+def test_explain_names_every_backend_and_the_choice():
+    text = backends.explain("cpu")
+    assert text.startswith('backend="auto" on cpu: eager')
+    assert all(f"  {name}: " in text for name in (*backends.OPERATION_BACKENDS, "reference"))

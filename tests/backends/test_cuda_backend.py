@@ -1,0 +1,104 @@
+"""The CUDA backend as a whole: under torch.compile and opcheck, and its errors.
+
+The kernels are in test_cuda_kernels.py, the operations against the reference in test_backends.py.
+"""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from genft_kernels import philox
+from genft_kernels.backends.cuda import kernels as cuda_kernels
+from genft_kernels.functional import genft_linear
+from tests import cuda_host
+from tests.helpers.cases import CASES, check_every_op, make_data, relative_error, run
+
+on_the_cpu = pytest.mark.skipif(cuda_host.unavailable_reason() is not None, reason=str(cuda_host.unavailable_reason()))
+
+
+@on_the_cpu
+@pytest.mark.parametrize("name", ["factored-square", "dropout-tiled-bias-out_in", "tiled-many-tokens"])
+def test_every_op_passes_opcheck(name, monkeypatch):
+    check_every_op(next(case for case in CASES if case.name == name), "cuda", monkeypatch)
+
+
+@on_the_cpu
+@pytest.mark.parametrize("name", ["factored-square", "dropout-tiled-bias-out_in"])
+def test_compiles_without_a_graph_break(name):
+    case = next(case for case in CASES if case.name == name)
+    data, options = make_data(case, torch.float32), dict(training=True, seed=torch.tensor([3]), backend="cuda")
+    expected = run(genft_linear, data, case.config, **options)
+    compiled = run(torch.compile(genft_linear, fullgraph=True, backend="aot_eager"), data, case.config, **options)
+    assert all(relative_error(compiled[key], expected[key]) <= 1e-6 for key in expected)
+
+
+def test_wrong_dtypes_are_named():
+    weight, h, b = (torch.ones(shape, dtype=torch.float64) for shape in ((5, 6), (6, 2), (5, 2)))
+    update = None, 1.0, "gelu", 0.0, philox.ROW_STREAM
+    with pytest.raises(TypeError, match="compute in torch.bfloat16 and torch.float16 and torch.float32, not in .*64"):
+        cuda_kernels.fold(weight, h, b, *update)
+    with pytest.raises(TypeError, match="of one dtype, not of torch.bfloat16 and torch.float32"):
+        cuda_kernels.fold(weight, h.float(), b.bfloat16(), *update)
+
+
+def test_a_wrong_shape_is_named_before_anything_runs():
+    ones = torch.ones
+    weight, h, b = (ones(shape) for shape in ((5, 6), (6, 2), (5, 2)))
+    update = 1.0, "gelu", 0.5, philox.ROW_STREAM
+    seed = torch.tensor([1])
+    with pytest.raises(ValueError, match=r"b must be \[5, 2\], got \[6, 2\]"):
+        cuda_kernels.fold(weight, h, h, seed, *update)
+    with pytest.raises(ValueError, match="seed must be int64 with 1 elements, got torch.int32 with 1"):
+        cuda_kernels.fold(weight, h, b, seed.int(), *update)
+    with pytest.raises(ValueError, match=r"x must be \[3, 6\], got \[4, 6\]"):
+        cuda_kernels.contract(ones(3, 5), ones(4, 6), h, b, seed, *update, True, True)
+    with pytest.raises(ValueError, match=r"tokens must be \[3, 6\], got \[3, 5\]"):
+        cuda_kernels.main_loop(ones(3, 5), weight, None, h, b, seed, *update, False)
+    with pytest.raises(ValueError, match=r"small must be \[3, 2\], got \[3, 4\]"):
+        cuda_kernels.extended_k(ones(3, 6), weight, None, ones(3, 4), b, 1.0)
+    with pytest.raises(ValueError, match=r"matrix 1 must be \[5, 6\], got \[6, 5\]"):
+        cuda_kernels.thin_product([weight, weight.t()], ones(2, 3, 6), None, "identity")
+    with pytest.raises(ValueError, match=r"grad must be \[1, 5, 3\], got \[2, 5, 3\]"):
+        cuda_kernels.thin_transposed(ones(2, 5, 3), [weight], None, "identity")
+    with pytest.raises(ValueError, match="seed must be int64 with 2 elements, got torch.int64 with 1"):
+        cuda_kernels.row_forward(ones(2, 5, 3), ones(2, 6, 3), ones(2, 4, 5), None, seed, "tanh", 0.5, "tanh")
+
+
+def test_tensors_of_two_devices_are_named():
+    weight, h, b = (torch.ones(shape) for shape in ((5, 6), (6, 2), (5, 2)))
+    with pytest.raises(RuntimeError, match="on one device, not on cpu and meta"):
+        cuda_kernels.fold(weight, h.to("meta"), b, None, 1.0, "gelu", 0.0, philox.ROW_STREAM)
+
+
+def test_more_features_than_cudas_grids_allow_are_refused():
+    factor = torch.ones(1, 1).expand(5_000_000, 1)
+    with pytest.raises(ValueError, match="at most 4194240 features, got 5000000"):
+        cuda_kernels.extended_k(torch.ones(1, 1), factor, None, torch.ones(1, 1), factor, 1.0)
+
+
+@on_the_cpu
+def test_a_failed_launch_names_the_kernel():
+    matrix = torch.ones(4, 4)
+    unknown_dtype = 7
+    with pytest.raises(RuntimeError, match="CUDA kernel 'extended_k' failed to launch: invalid argument .error 1"):
+        cuda_kernels.launch(
+            "extended_k", matrix, 4, matrix, 4, False, None, matrix, matrix, matrix, 4, 4, 4, 4, 1.0, unknown_dtype
+        )
+
+
+@pytest.mark.parametrize(
+    "dtype, reason", [("float32", "it needs a CUDA device, not cpu"), ("float64", "it does not compute in torch.float")]
+)
+def test_without_a_gpu_the_backend_says_so(dtype, reason):
+    """In a process without tests/cuda_host."""
+    program = f"""
+import torch
+from genft_kernels.backends import choose
+print(choose("auto", torch.device("cpu"), torch.{dtype}))
+choose("cuda", torch.device("cpu"), torch.{dtype})
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stdout == "eager\n"
+    assert f"RuntimeError: backend 'cuda' cannot run on cpu: {reason}" in result.stderr

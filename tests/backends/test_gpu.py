@@ -1,0 +1,211 @@
+"""What only a GPU can show: real sizes, graphs, no host synchronisation, more than 2**31 elements, torch.compile.
+
+The shared cases run there too (test_backends.py, ops/test_precision.py): `pytest -m gpu` takes them all.
+"""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+
+from genft_kernels import GenFTConfig, GenFTLinear, reference
+from genft_kernels.backends import tuning as choices
+from genft_kernels.functional import factored_linear, genft_linear
+from tests.helpers.cases import Case, make_data, relative_error, run, runnable
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
+ON_GPU = [param for param in runnable() if param.values[0].device == CUDA]
+KERNELS = [param for param in ON_GPU if param.values[0].backend != "eager"]
+
+FAST = dict(shared_dim=24, specific_dim=4, inner_activation="tanh", weight_ratio="rms")
+VTAB = dict(shared_dim=32, specific_dim=5, outer_activation="leaky_relu", dropout=0.1)
+GLUE = dict(shared_dim=24, specific_dim=2, dropout=0.1, bias=True)
+REAL = [
+    Case("roberta-factored", 768, 768, FAST, leading=(8, 512)),
+    Case("roberta-glue", 768, 768, GLUE, leading=(8, 512)),
+    Case("vit-vtab", 768, 768, VTAB, leading=(16, 197)),
+    Case("llama-q-factored", 4096, 4096, FAST, leading=(2048,)),
+    Case("llama-q-decode", 4096, 4096, VTAB, leading=(1,)),
+    Case("gqa-v-tiled", 4096, 1024, VTAB, leading=(1111,)),
+    Case("mlp-factored-few", 4096, 11008, FAST, leading=(17,)),
+    Case("mlp-tiled-129", 4096, 11008, VTAB, leading=(129,)),
+]
+
+
+@functools.cache
+def without_kinks(case):
+    """With gelu for leaky_relu: of millions of float32 arguments a few lie within a rounding of its kink, and each that
+    changes sides changes the gradients by 1 / sqrt(in out) of their norm, hundreds of times float32's errors."""
+    settings = {"outer_activation": "gelu"} if "outer_activation" in case.settings else {}
+    return dataclasses.replace(case, settings={**case.settings, **settings})
+
+
+@functools.cache
+def exact_and_plain(case, dtype):
+    """(float64's results on the GPU, plain PyTorch's errors at `dtype`)."""
+    data = make_data(case).to(dtype).to(CUDA)
+    exact = run(reference.genft_linear, data.to(torch.float64), case.config, training=True, seed=3)
+    plain = run(reference.genft_linear, data, case.config, training=True, seed=3)
+    return exact, {name: relative_error(plain[name], exact[name]) for name in exact}
+
+
+@pytest.mark.parametrize("on", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", REAL, ids=lambda case: case.name)
+def test_real_sizes(case, dtype, on):
+    case = without_kinks(case) if dtype == torch.float32 else case
+    exact, plain = exact_and_plain(case, dtype)
+    data = make_data(case).to(dtype).to(CUDA)
+    for name, actual in run(genft_linear, data, case.config, training=True, seed=3, backend=on.backend).items():
+        error, allowed = relative_error(actual, exact[name]), 2 * plain[name] + torch.finfo(dtype).eps
+        assert error <= allowed, f"{name}: {error:.3g} > {allowed:.3g}"
+
+
+@pytest.mark.parametrize("on", KERNELS)
+@pytest.mark.parametrize("case", REAL[:3], ids=lambda case: case.name)
+def test_the_same_bits_in_ten_runs(case, on):
+    data = make_data(case).to(torch.bfloat16).to(CUDA)
+    first, *others = (
+        run(genft_linear, data, case.config, training=True, seed=5, backend=on.backend) for _ in range(10)
+    )
+    assert all(torch.equal(first[name], other[name]) for other in others for name in first)
+
+
+@pytest.mark.parametrize("case", REAL[:3], ids=lambda case: case.name)
+def test_what_is_tuned_does_not_show_in_a_result(case, monkeypatch):
+    """Triton's pipeline depths leave every bit alone, so a measurement cannot make two runs differ."""
+    from genft_kernels.backends.triton.tuned import STAGES, Tuned
+
+    def with_stages(stages):
+        def run_with(self, *args, **kwargs):
+            return self.kernel.run(*args, num_stages=min(stages, max(self.stages)), **kwargs)
+
+        return run_with
+
+    data, results = make_data(case).to(torch.bfloat16).to(CUDA), []
+    for stages in STAGES:
+        monkeypatch.setattr(Tuned, "run", with_stages(stages))
+        results.append(run(genft_linear, data, case.config, training=True, seed=5, backend="triton"))
+    assert all(torch.equal(results[0][name], other[name]) for other in results[1:] for name in other)
+
+
+@pytest.mark.parametrize("on", ON_GPU)
+@pytest.mark.parametrize("case", REAL[:3], ids=lambda case: case.name)
+def test_nothing_waits_for_the_gpu(case, on):
+    data = make_data(case).to(torch.bfloat16).to(CUDA)
+    run(genft_linear, data, case.config, training=True, backend=on.backend)  # compiles, tunes, uploads
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        run(genft_linear, data, case.config, training=True, backend=on.backend)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@pytest.mark.parametrize("on", ON_GPU)
+@pytest.mark.parametrize("case", REAL[:3], ids=lambda case: case.name)
+def test_a_captured_graph_follows_its_inputs(case, on):
+    """Forward and backward are captured once and replayed with another x and another seed."""
+    data, seed = make_data(case).to(torch.bfloat16).to(CUDA), torch.tensor([1], device=CUDA)
+
+    def step():
+        return run(genft_linear, data, case.config, training=True, seed=seed, backend=on.backend)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        data.x.copy_(torch.randn_like(data.x))
+        seed.fill_(77)
+    graph.replay()
+    for name, expected in step().items():
+        assert torch.equal(captured[name], expected), name
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler's, such as that tf32 is off
+@pytest.mark.parametrize("on", ON_GPU)
+@pytest.mark.parametrize("case", REAL[:3], ids=lambda case: case.name)
+def test_compiles_without_a_graph_break(case, on):
+    data, options = make_data(case).to(torch.float32).to(CUDA), dict(training=True, backend=on.backend)
+    seed = torch.tensor([9], device=CUDA)
+    expected = run(genft_linear, data, case.config, seed=seed, **options)
+    torch._dynamo.reset()
+    compiled = run(torch.compile(genft_linear, fullgraph=True), data, case.config, seed=seed, **options)
+    for name in expected:
+        assert relative_error(compiled[name], expected[name]) <= 1e-5, name
+
+
+@pytest.mark.parametrize("on", ON_GPU)
+def test_seeds_come_from_the_gpus_generator(on):
+    layer = GenFTLinear(64, 48, config=GenFTConfig(**GLUE, zero_delta=False), backend=on.backend, device=CUDA)
+    x = torch.randn(9, 64, device=CUDA)
+    results = []
+    for seed in (4, 4, 5):
+        torch.cuda.manual_seed(seed)
+        results.append(layer(x))
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+
+
+def skip_unless_free(gib: int) -> None:
+    torch.cuda.empty_cache()  # what earlier tests have freed is free
+    if torch.cuda.mem_get_info()[0] < gib << 30:
+        pytest.skip(f"needs {gib} GiB of GPU memory")
+
+
+@pytest.mark.parametrize("on", KERNELS)
+@pytest.mark.parametrize("activation, fold_tokens", [("identity", 2**40), ("identity", 1), ("gelu", 1)])
+def test_more_than_two_to_the_31_elements_in_x(activation, fold_tokens, on, monkeypatch):
+    """The last tokens alone give the same y and dx, and gradients, if only they have one."""
+    monkeypatch.setattr(choices, "choices_for", lambda device: choices.Choices(128, fold_tokens, 1))
+    tokens, n_in, n_out, last = 2**21 + 1000, 1024, 64, slice(-300, None)
+    skip_unless_free(16)  # 4 for each of x, dx and what stands between
+    assert tokens * n_in > 2**31
+    x = torch.randn(tokens, n_in, device=CUDA, dtype=torch.bfloat16).requires_grad_()
+    weight = torch.randn(n_out, n_in, device=CUDA, dtype=torch.bfloat16) / 32
+    h = torch.randn(n_in, 16, device=CUDA, dtype=torch.bfloat16).requires_grad_()
+    b = torch.randn(n_out, 16, device=CUDA, dtype=torch.bfloat16).requires_grad_()
+    dy = torch.zeros(tokens, n_out, device=CUDA, dtype=torch.bfloat16)
+    dy[last] = torch.randn(300, n_out, device=CUDA)
+    options = dict(activation=activation, training=True, seed=1, backend=on.backend)
+
+    def results(x, dy):
+        y = factored_linear(x, weight, None, h, b, **options)
+        return y, *torch.autograd.grad(y, [x, h, b], dy)
+
+    y, dx, dh, db = results(x, dy)
+    few = x[last].detach().requires_grad_()
+    for name, actual, expected in zip(
+        ("y", "dx", "dh", "db"), (y[last], dx[last], dh, db), results(few, dy[last]), strict=True
+    ):
+        assert relative_error(actual, expected) <= 0.02, name
+
+
+@pytest.mark.parametrize("on", KERNELS)
+@pytest.mark.parametrize("tokens", [3, 200])
+def test_more_than_two_to_the_31_elements_in_w(tokens, on):
+    """The last rows and columns of W, alone, give the same y and dx."""
+    n_in, n_out, last = 32_800, 65_600, slice(-100, None)
+    skip_unless_free(16)  # 4 for each of W, W + dW forward and backward
+    assert n_in * n_out > 2**31
+    weight = torch.randn(n_out, n_in, device=CUDA, dtype=torch.bfloat16)
+    weight *= 1 / 128
+    x = torch.randn(tokens, n_in, device=CUDA, dtype=torch.bfloat16).requires_grad_()
+    h = torch.randn(n_in, 8, device=CUDA, dtype=torch.bfloat16) / 16
+    b = torch.randn(n_out, 8, device=CUDA, dtype=torch.bfloat16) / 16
+    dy = torch.randn(tokens, n_out, device=CUDA, dtype=torch.bfloat16)
+    options = dict(activation="tanh", seed=1, backend=on.backend)
+    y = factored_linear(x, weight, None, h, b, **options)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    rows = weight[last].float() + torch.tanh(b[last].float() @ h.float().T)
+    assert relative_error(y[:, last], x.float() @ rows.T) <= 0.02
+    columns = weight[:, last].float() + torch.tanh(b.float() @ h[last].float().T)
+    assert relative_error(dx[:, last], dy.float() @ columns) <= 0.02

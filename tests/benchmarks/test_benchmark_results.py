@@ -1,0 +1,205 @@
+"""The benchmarks' rows on disk, the commands, and the report."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.layer import harness
+from benchmarks.layer.__main__ import main as bench
+from benchmarks.layer.providers import PROVIDERS, select
+from benchmarks.measure import environment
+from benchmarks.measure.rows import ResultStore, folder_name, read_rows
+from benchmarks.report import __main__ as report
+from benchmarks.report import agreement
+from tests.helpers.benchmarking import CPU, case, measure, wrong
+
+ROOT = Path(__file__).parents[2]
+
+
+# --- rows on disk ---------------------------------------------------------------------------------------------------
+
+
+def test_the_store_replaces_by_key_and_is_on_disk_at_once(tmp_path):
+    store = ResultStore("Some CPU(R) @ 2, 2 threads", "layer", ("a", "b"), tmp_path)
+    store.upsert([{"a": 1, "b": 1, "time": 5}, {"a": 1, "b": 2, "time": 6}])
+    store.upsert([{"a": 1, "b": 1, "time": 7}])
+    assert store.path.parent.name == "some-cpu-2-2-threads"
+    again = ResultStore("Some CPU(R) @ 2, 2 threads", "layer", ("a", "b"), tmp_path)
+    assert [row["time"] for row in again] == [7, 6] and again.get({"a": 1, "b": 2})["time"] == 6
+    again.discard([{"a": 1, "b": 1}, {"a": 9, "b": 9}])
+    assert len(read_rows(store.path)) == 1
+    assert list(store.path.parent.iterdir()) == [store.path]  # no partial file is left
+
+
+def test_a_broken_file_is_named_and_left_alone(tmp_path):
+    path = tmp_path / "device" / "layer.jsonl"
+    path.parent.mkdir()
+    path.write_text('{"a": 1}\n{"a": \n')
+    with pytest.raises(ValueError, match="layer.jsonl, line 2: not JSON"):
+        ResultStore("device", "layer", ("a",), tmp_path)
+    assert path.read_text() == '{"a": 1}\n{"a": \n'
+
+
+def test_folder_names():
+    assert folder_name("NVIDIA H200") == "nvidia-h200"
+    assert folder_name("Intel(R) Xeon(R) Processor, 2 threads") == "intel-xeon-processor-2-threads"
+
+
+# --- commands -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--provider", "lora"], "no lora"),
+        (["--layer", "gpt"], "--layer"),
+        (["--tokens", "0"], "must be above 0"),
+        (["--tokens", "many"], "invalid whole number"),
+        (["--seconds", "-1"], "must be above 0"),
+        (["--k", "9"], "--k"),
+        (["--form", "low-rank"], "--form"),
+        (["--direction", "sideways"], "--direction"),
+        (["--device", "abacus"], "--device"),
+        (["--device", "mps"], "must be cpu or cuda"),
+    ],
+)
+def test_bad_arguments_are_usage_errors(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench(arguments)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+ARGUMENTS = ["--device", "cpu", "--layer", "roberta-base-qv", "--tokens", "7", "--seconds", "0.01"]
+
+
+def test_the_command_measures_and_writes(tmp_path, capsys):
+    names = ["frozen", "peft-lora", "genft-triton"]
+    assert bench([*ARGUMENTS, "--provider", *names, "--output", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*/layer.jsonl")
+    rows = read_rows(path)
+    assert len(rows) == 3 + 3 + 1 and {row["tokens"] for row in rows} == {7}
+    printed = capsys.readouterr().out
+    assert "genft-triton: unavailable: it needs a CUDA device" in printed.splitlines()[1]
+
+
+def test_a_resumed_run_leaves_out_what_is_done(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(environment, "sources", lambda: "one")
+    arguments = [*ARGUMENTS, "--provider", "frozen", "genft-triton", "--output", str(tmp_path), "--resume"]
+    assert bench(arguments) == 0 and "1 cases" in capsys.readouterr().out
+    assert bench(arguments) == 0 and "0 cases" in capsys.readouterr().out
+    assert bench([*arguments, "--provider", "frozen", "peft-lora"]) == 0 and "1 cases" in capsys.readouterr().out
+    monkeypatch.setattr(environment, "sources", lambda: "two")
+    assert bench(arguments) == 0 and "1 cases" in capsys.readouterr().out
+
+
+def test_a_broken_result_file_is_an_error_not_overwritten(tmp_path, capsys):
+    path = tmp_path / folder_name(environment.device_name(CPU)) / "layer.jsonl"
+    path.parent.mkdir()
+    path.write_text("not JSON\n")
+    with pytest.raises(SystemExit, match="2"):
+        bench([*ARGUMENTS, "--output", str(tmp_path)])
+    assert "line 1: not JSON" in capsys.readouterr().err and path.read_text() == "not JSON\n"
+
+
+def test_where_rows_cannot_be_written_nothing_is_measured(tmp_path, capsys):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(SystemExit, match="2"):
+        bench([*ARGUMENTS, "--output", str(tmp_path / "taken")])
+    output = capsys.readouterr()
+    assert output.err.startswith("error: ") and "taken" in output.err and not output.out
+
+
+def test_an_interrupted_run_keeps_the_finished_rows(tmp_path, monkeypatch, capsys):
+    finished = measure(select(["frozen"]))
+
+    def interrupted(providers, cases, device, **settings):
+        yield from finished
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(harness, "run", interrupted)
+    assert bench([*ARGUMENTS, "--output", str(tmp_path)]) == 130
+    (path,) = tmp_path.glob("*/layer.jsonl")
+    assert len(read_rows(path)) == 3 and "interrupted" in capsys.readouterr().err
+
+
+def test_a_red_gate_makes_the_command_fail(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(PROVIDERS, "frozen", dataclasses.replace(wrong("y"), name="frozen"))
+    assert bench([*ARGUMENTS, "--provider", "frozen", "--output", str(tmp_path)]) == 1
+    assert "wrong: y is off by 0.01" in capsys.readouterr().out
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Rows of a small run, one of them wrong, and a README to write into."""
+    store = ResultStore("Test Device", "layer", harness.KEY, tmp_path)
+    names = [
+        "two-product-floor",
+        "frozen",
+        "genft-eager",
+        "genft-eager-token-side",
+        "genft-triton",
+        "official",
+        "peft-lora",
+    ]
+    cases = [case(tokens=tokens) for tokens in (8, 16, 33)]
+    for row in measure([*select(names), wrong("dx")], *cases):
+        harness.record(store, row)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    return tmp_path, store
+
+
+def test_the_report_is_made_of_the_rows(results):
+    folder, store = results
+    written = report.write_report(folder, folder / "README.md")
+    assert {path.name for path in written} == {"layer.png", "tokens.png", "RESULTS.md", "README.md"}
+    text, readme = (folder / "RESULTS.md").read_text(), (folder / "README.md").read_text()
+    assert "- wrong: wrong: dx is off by" in text
+    assert "- GenFT triton: unavailable: it needs a CUDA device, not cpu\n" in text
+    row = next(row for row in store if row["provider"] == "peft-lora" and row["direction"] == "both")
+    assert f"{row['time_ms'][1]:.3g}" in text and f"{row['time_ms'][1]:.3g}" in readme
+    assert readme.startswith("before\n") and readme.endswith("after\n") and "old" not in readme
+    assert "test-device/layer.png" in readme
+    again = report.write_report(folder, folder / "README.md")
+    assert (folder / "README.md").read_text() == readme and len(again) == len(written)
+
+
+def test_the_report_says_what_it_lacks(results, tmp_path):
+    folder, _ = results
+    (folder / "README.md").write_text("no markers")
+    with pytest.raises(report.ReportError, match="needs the lines"):
+        report.write_report(folder, folder / "README.md")
+    with pytest.raises(report.ReportError, match="run make bench first"):
+        report.write_report(tmp_path / "nothing", folder / "README.md")
+    with pytest.raises(SystemExit) as stop:
+        report.main(["--results", str(tmp_path / "nothing")])
+    assert stop.value.code == 2
+
+
+def test_agreement_compares_two_runs(results, tmp_path, capsys):
+    _, store = results
+    rows = [json.loads(json.dumps(row)) for row in store]
+    second = ResultStore("second", "layer", harness.KEY, tmp_path)
+    for row in rows:
+        if row["provider"] == "official" and row["tokens"] == 8 and row["direction"] == "both":
+            row["ratios"]["peft-lora"][1] *= 1.5
+    second.upsert(rows)
+    assert agreement.main([str(store.path), str(second.path)]) == 1
+    found = json.loads((store.path.parent / "agreement.json").read_text())
+    assert found["worst"] == pytest.approx(0.5) and found["median"] == 0
+    assert "official" in capsys.readouterr().out
+    assert agreement.main([str(store.path), str(store.path)]) == 0
+
+
+def test_the_pytest_suite_runs_over_the_registry():
+    command = ["pytest", "benchmarks", "--benchmark-only", "-q", "-k", "factored and forward and (frozen or triton)"]
+    # pytest-benchmark would not measure in what it takes for a worker of pytest-xdist.
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout and "unavailable: it needs a CUDA device" in done.stdout

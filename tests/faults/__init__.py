@@ -1,0 +1,1 @@
+"""Planted faults, each of which must turn a test red."""

@@ -1,0 +1,223 @@
+"""`make cuda-faults`: the faults that CUDA kernels are prone to, planted one at a time and run on the CPU host.
+
+Every barrier, every wait for copies and every edge mask in `csrc/` is taken away in turn, found by its text; beside
+them stand wrong fragments, counters, streams and strides. Exits with 1 if one survives. Arguments: words of the faults
+wanted, such as a file's name.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+
+import pytest
+
+from tests import cuda_host
+from tests.faults.mutations import ROOT, Fault, plant
+
+CSRC = "csrc/"
+KERNELS = "tests/backends/test_cuda_kernels.py"
+# The tests that see a file's code; what is used everywhere is seen by all.
+TESTS = {
+    "thin.cu": [KERNELS, "-k", "column or split or more_layers"],
+    "row.cu": [KERNELS, "-k", "row_of_three or row_stage"],
+    "linear.cu": [KERNELS, "-k", "test_linear or token_side"],
+    "fold.cu": [KERNELS, "-k", "fold or token_side or nan or test_linear"],
+    "contract.cu": [KERNELS, "-k", "token_side or activation or contraction or test_linear"],
+    "tile.cuh": [KERNELS],
+    "update.cuh": [KERNELS],
+}
+
+
+def text_of(file: str) -> str:
+    return (ROOT / CSRC / file).read_text()
+
+
+def place(text: str, begin: int, end: int) -> str:
+    """The line or lines around text[begin:end], with as many lines before as make them unique."""
+    end = text.index("\n", end)
+    while True:
+        begin = text.rindex("\n", 0, begin)
+        if text.count(text[begin:end]) == 1:
+            return text[begin:end]
+
+
+def removed(file: str, what: str, pattern: str, replacement: str) -> list[Fault]:
+    """A fault for each match of `pattern`, which `replacement` takes the place of."""
+    text, faults = text_of(file), []
+    for match in re.finditer(pattern, text):
+        old = place(text, match.start(), match.end())
+        line = text.count("\n", 0, match.start()) + 1
+        # The match is the last of its kind in its own lines.
+        head, tail = old[: old.rindex(match[0])], old[old.rindex(match[0]) + len(match[0]) :]
+        faults.append(
+            Fault(f"{file}:{line}: {what}", CSRC + file, old, head + match.expand(replacement) + tail, TESTS[file])
+        )
+    return faults
+
+
+def planned(file: str, what: str, old: str, new: str) -> Fault:
+    return Fault(f"{file}: {what}", CSRC + file, old, new, TESTS[file])
+
+
+BARRIERS = [fault for file in TESTS for fault in removed(file, "no barrier", r"__syncthreads\(\);", ";")]
+WAITS = [fault for file in TESTS for fault in removed(file, "no wait for copies", r"wait_for_copies<\d>\(\);", ";")]
+TWO_EDGES = r"if \((.*) \|\| (.*)\) return;"
+EDGES = [
+    *(fault for file in TESTS for fault in removed(file, "first edge of the result", TWO_EDGES, r"if (\2) return;")),
+    *(fault for file in TESTS for fault in removed(file, "second edge of the result", TWO_EDGES, r"if (\1) return;")),
+    planned(
+        "tile.cuh",
+        "rows beyond the matrix read",
+        "row + r < matrix.rows ? matrix.columns - column - c : 0",
+        "matrix.columns - column - c",
+    ),
+    planned(
+        "tile.cuh",
+        "columns beyond the matrix copied",
+        "if (aligned && inside >= kChunk) {\n            copy",
+        "if (aligned && inside > 0) {\n            copy",
+    ),
+    planned("tile.cuh", "columns beyond the matrix read", "e < inside ? read(from + e) : T(0.0f)", "read(from + e)"),
+    planned(
+        "tile.cuh",
+        "edge not zeroed",
+        "to[e] = e < inside ? read(from + e) : T(0.0f)",
+        "if (e < inside) to[e] = read(from + e)",
+    ),
+    planned(
+        "tile.cuh",
+        "unaligned rows copied in chunks",
+        "if (aligned && inside >= kChunk) {\n            copy",
+        "if (inside >= kChunk) {\n            copy",
+    ),
+    planned(
+        "tile.cuh",
+        "unaligned rows stored in chunks",
+        "(reinterpret_cast<uintptr_t>(matrix) | columns * sizeof(T)) % 16 == 0",
+        "true",
+    ),
+    planned("tile.cuh", "rows beyond the matrix stored", "        if (row + r >= rows) continue;\n", ""),
+    planned(
+        "tile.cuh",
+        "columns beyond the matrix stored in chunks",
+        "if (aligned && inside >= kChunk) {\n            write",
+        "if (aligned) {\n            write",
+    ),
+    planned("tile.cuh", "columns beyond the matrix stored", "e < kChunk && e < inside", "e < kChunk"),
+]
+WRONG = [
+    planned("tile.cuh", "k rounded down", "ceil_divide(k - unit, kUnits) * kUnits", "(k - unit) / kUnits * kUnits"),
+    planned("tile.cuh", "hidden units cut", "first_column + n * 8 >= columns", "first_column + n * 8 >= columns - 8"),
+    planned(
+        "tile.cuh", "next slice into the buffer in use", "load(step + 1, (step + 1) % 2)", "load(step + 1, step % 2)"
+    ),
+    planned("tile.cuh", "first slice in the group of the second", "load(0, 0);\n    commit_copies();", "load(0, 0);"),
+    planned(
+        "tile.cuh",
+        "a: matrices in the wrong order",
+        "matrix % 2 * 8, at = d + matrix / 2 * 8;",
+        "matrix / 2 * 8, at = d + matrix % 2 * 8;",
+    ),
+    planned(
+        "tile.cuh",
+        "b: matrices in the wrong order",
+        "matrix / 2 * 8, at = d + matrix % 2 * 8;",
+        "matrix % 2 * 8, at = d + matrix / 2 * 8;",
+    ),
+    planned("tile.cuh", "a: never transposed", "load_matrices<kATransposed>(left[m]", "load_matrices<false>(left[m]"),
+    planned("tile.cuh", "b: never transposed", "load_matrices<kBTransposed>(right", "load_matrices<false>(right"),
+    planned("tile.cuh", "b: halves exchanged", "left[m], right[0], right[1]", "left[m], right[1], right[0]"),
+    planned("tile.cuh", "b: first columns twice", "left[m], right[2], right[3]", "left[m], right[0], right[1]"),
+    planned(
+        "tile.cuh",
+        "addresses in 32 bits",
+        "matrix.data + (row + r) * matrix.stride",
+        "matrix.data + (row + r) * static_cast<int>(matrix.stride)",
+    ),
+    planned("tile.cuh", "float32: one row twice", "*a_at(row + i * 8, d)", "*a_at(row, d)"),
+    planned("tile.cuh", "warps on the same rows", "threadIdx.x / 32 / Warps<kTile>::kAcross * kRows * 16", "0 * kRows"),
+    planned(
+        "tile.cuh",
+        "a stack's layer not found",
+        "static_cast<int64_t>(layer) * rows * columns",
+        "static_cast<int64_t>(layer) * columns",
+    ),
+    planned(
+        "update.cuh",
+        "counter of the transposed element",
+        "block_counter(i, j, n_out), dropout",
+        "block_counter(j, i, n_out), dropout",
+    ),
+    planned("update.cuh", "words in another order", "words.word[e] >= dropout", "words.word[3 - e] >= dropout"),
+    planned("update.cuh", "what should stay is dropped", ">= dropout.threshold ?", "< dropout.threshold ?"),
+    planned("update.cuh", "every layer with the first one's seed", "read(seeds + layer)", "read(seeds)"),
+    planned("update.cuh", "always the mask of the row stage", "dropout.stream, key)", "kRowStream, key)"),
+    planned("update.cuh", "kept values not scaled", "? dropout.keep_scale : 0.0f", "? 1.0f : 0.0f"),
+    planned("update.cuh", "rounding by other bits", "word >> (32 - kBits) % 32", "word >> (31 - kBits) % 32"),
+    planned("update.cuh", "NaN rounded", "kBits == 0 || !isfinite(exact)", "kBits == 0"),
+    planned("update.cuh", "gelu's slope without its density", "+ z * 0.39894228f * expf(-0.5f * z * z)", ""),
+    planned("update.cuh", "leaky slope of relu", "z <= 0.0f ? kLeakySlope : 1.0f", "z <= 0.0f ? 0.0f : 1.0f"),
+    *removed("thin.cu", "every layer with the first one's matrix", r"matrices\.data\[layer\]", "matrices.data[0]"),
+    planned("thin.cu", "activation forgotten", "argument = activate(static_cast<float>(rounded), activation);", ""),
+    planned("thin.cu", "every split from the first row", "blockIdx.z % splits * rows_per_split", "0"),
+    planned(
+        "row.cu", "Q lacks the mask", "slope(argument, given.outer) * keep.value[e]", "slope(argument, given.outer)"
+    ),
+    planned("row.cu", "Q lacks the slope", " * slope(argument, given.outer)", ""),
+    planned("row.cu", "Y untransposed", "multiply<true, false>(z", "multiply<false, false>(z"),
+    planned(
+        "row.cu",
+        "dleft from Y",
+        "multiply<false, true>(dleft, shared.operand[1]",
+        "multiply<false, true>(dleft, shared.operand[0]",
+    ),
+    planned("linear.cu", "extended K without its scale", "element *= scale", "element *= 1"),
+    planned("linear.cu", "transposed W read as it lies", "kOverOut != transposed", "kOverOut"),
+    planned(
+        "linear.cu",
+        "the next tile over this one",
+        "buffer = summed / kEdge % kBuffers;\n        load",
+        "buffer = 0;\n        load",
+    ),
+    planned(
+        "linear.cu", "update at the wrong rows", "row = kOverOut ? summed : kept,", "row = kOverOut ? kept : summed,"
+    ),
+    planned("linear.cu", "update without its scale", "+= scale * element", "+= element"),
+    planned("fold.cu", "rounded by the words of the mask", "kRoundingStream, key", "dropout.stream, key"),
+    planned("fold.cu", "transposed W folded as it lies", "transposed ? c * kRow<T, kEdge> + r + e :", "false ? 0 :"),
+    planned("contract.cu", "dh from the untransposed tile", "multiply<true, true>(dh", "multiply<false, true>(dh"),
+    planned("contract.cu", "one tile's G for all of a block", "if (i == tile) g[i]", "if (i == 0) g[i]"),
+    planned("contract.cu", "slope forgotten", " * slope(s_element, activation)", ""),
+    planned(
+        "contract.cu",
+        "parts of db in one place",
+        "static_cast<int64_t>(column / kEdge) * n_out",
+        "static_cast<int64_t>(0) * n_out",
+    ),
+]
+
+
+def run_in_fork(folder: pathlib.Path, tests: list[str]) -> subprocess.CompletedProcess:
+    """pytest on this project's `tests` with the kernels of `folder`; torch need not be imported each time."""
+    with tempfile.TemporaryFile("w+") as output:
+        child = os.fork()
+        if child == 0:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+            signal.alarm(900)  # a fault may let a kernel wait for ever
+            cuda_host.CSRC, cuda_host.CACHE = folder / "csrc", folder / "build"
+            os._exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *tests]))
+        _, status = os.waitpid(child, 0)
+        output.seek(0)
+        return subprocess.CompletedProcess(tests, os.waitstatus_to_exitcode(status), output.read())
+
+
+if __name__ == "__main__":
+    faults = [*BARRIERS, *WAITS, *EDGES, *WRONG]
+    sys.exit(plant([fault for fault in faults if " ".join(sys.argv[1:]) in fault.what], run_in_fork))

@@ -1,0 +1,398 @@
+"""Adapter files: what is saved comes back bit for bit, and what does not fit is refused with the model untouched."""
+
+import hashlib
+import json
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from genft_kernels import GenFTConfig, apply_genft, disabled, load_adapter, merge, remove_genft, save_adapter, unmerge
+from genft_kernels.files.format import CONFIG_FILE, TENSORS_FILE, Fingerprint
+from tests.helpers.models import Encoder, FusedEncoder, GroupedQueryBlock, TiedModel, randomise, snapshot, tokens
+
+QUERY = "layers.1.attention.query"
+
+
+def config(**settings) -> GenFTConfig:
+    return GenFTConfig(**{"shared_dim": 2, "specific_dim": 1, "inner_activation": "tanh", **settings})
+
+
+def base(make=Encoder):
+    """The same base model for each call."""
+    torch.manual_seed(7)
+    return make().eval()
+
+
+def adapted(make=Encoder, **settings):
+    return randomise(apply_genft(base(make), config(**settings)))
+
+
+SAVED = dict(modules_to_save=["classifier"])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An adapter, modules to save included, on disk."""
+    save_adapter(adapted(**SAVED), tmp_path)
+    return tmp_path
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+def edit_config(directory: Path, change) -> None:
+    path = directory / CONFIG_FILE
+    description = json.loads(path.read_text())
+    change(description)
+    path.write_text(json.dumps(description))
+
+
+def edit_tensors(directory: Path, change) -> None:
+    """Change the tensors and the digest that goes with them."""
+    path = directory / TENSORS_FILE
+    tensors = safetensors.torch.load_file(path)
+    change(tensors)
+    payload = safetensors.torch.save(tensors)
+    path.write_bytes(payload)
+    edit_config(directory, lambda d: d.update(tensors_sha256=hashlib.sha256(payload).hexdigest()))
+
+
+# --- the round trip -------------------------------------------------------------------------------------------------
+
+MODELS = {
+    "encoder": (Encoder, {}),
+    "modules_to_save": (Encoder, dict(modules_to_save=["classifier", "norm"])),
+    "fused": (FusedEncoder, dict(fused_blocks={"qkv": (3, (0, 2))}, delta_layout="out_in", bias=True)),
+    "rectangular": (GroupedQueryBlock, dict(target_modules=r".*_proj", exclude_modules=["k_proj"])),
+    "tied-and-shared": (TiedModel, dict(target_modules=["first", "second", "head"], transform="column")),
+    "shared-only-tiled": (Encoder, dict(specific_dim=0, outer_activation="gelu", weight_ratio="rms", dropout=0.1)),
+}
+
+
+@pytest.mark.parametrize("make, settings", MODELS.values(), ids=MODELS)
+def test_a_fresh_base_with_a_loaded_adapter_answers_alike(make, settings, tmp_path):
+    model = adapted(make, **settings)
+    save_adapter(model, tmp_path / "not" / "there yet")
+    loaded = base(make)
+    assert not torch.equal(loaded(tokens()), model(tokens()))
+    assert load_adapter(loaded, tmp_path / "not" / "there yet") is loaded
+    assert torch.equal(loaded(tokens()), model(tokens()))
+    assert snapshot(loaded)["bits"] == snapshot(model)["bits"]
+    assert snapshot(loaded)["requires_grad"] == snapshot(model)["requires_grad"]
+    load_adapter(loaded, str(tmp_path / "not" / "there yet"))  # into the adapted model now
+    assert torch.equal(loaded(tokens()), model(tokens()))
+
+
+def test_loading_into_an_adapted_model_replaces_its_adapter(folder):
+    model, expected = adapted(**SAVED), adapted(**SAVED)
+    load_adapter(expected, folder)
+    randomise(model, 1.0)
+    identities = snapshot(model)["identities"]
+    load_adapter(model, folder)
+    assert torch.equal(model(tokens()), expected(tokens())) and snapshot(model)["identities"] == identities
+
+
+def test_the_files_hold_the_adapter_and_nothing_else(tmp_path):
+    model = adapted(**SAVED)
+    save_adapter(model, tmp_path)
+    assert sorted(contents(tmp_path)) == [CONFIG_FILE, TENSORS_FILE]
+    tensors = safetensors.torch.load_file(tmp_path / TENSORS_FILE)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad and "classifier" not in name]
+    saved = [f"modules_to_save.classifier.{name}" for name in model.classifier.state_dict()]
+    assert sorted(tensors) == sorted(trained + saved)
+    assert "genft_generators.8x8.row_up" in trained and f"{QUERY}.specific_down" in trained
+    description = json.loads((tmp_path / CONFIG_FILE).read_text())
+    assert description["format_version"] == 1 and GenFTConfig.from_dict(description["config"]) == config(**SAVED)
+    fingerprint = description["fingerprints"][QUERY]
+    weight = dict(model.named_parameters())[f"{QUERY}.weight"]
+    assert fingerprint["shape"] == [8, 8] and fingerprint["samples"] == weight.double().flatten().tolist()
+    assert fingerprint["norm"] == pytest.approx(weight.norm().item())
+
+
+def test_no_pickle_is_written_or_read(folder, monkeypatch):
+    def refuse(*args, **options):
+        raise AssertionError("pickle")
+
+    for name in ("load", "loads", "dump", "dumps", "Unpickler", "Pickler"):
+        monkeypatch.setattr(f"pickle.{name}", refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    monkeypatch.setattr(torch, "save", refuse)
+    save_adapter(load_adapter(base(), folder), folder)
+
+
+def test_buffers_of_saved_modules_travel(tmp_path):
+    model = adapted(**SAVED).train()
+    for _ in range(3):
+        model(tokens())
+    assert model.classifier[0].num_batches_tracked == 3
+    save_adapter(model, tmp_path)
+    loaded = load_adapter(base(), tmp_path)
+    assert loaded.classifier[0].num_batches_tracked == 3
+    assert torch.equal(loaded.classifier[0].running_mean, model.classifier[0].running_mean)
+    remove_genft(loaded)
+    assert loaded.classifier[0].num_batches_tracked == 0
+
+
+def test_a_merged_model_saves_what_it_was_trained_to_be(folder):
+    model = adapted(**SAVED)
+    before = contents(folder)
+    merge(load_adapter(model, folder))
+    save_adapter(model, folder)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("trained, used", [("float32", "bfloat16"), ("bfloat16", "float32"), ("float32", "float64")])
+def test_parameters_keep_their_own_dtype(trained, used, tmp_path):
+    model = randomise(apply_genft(base().to(getattr(torch, trained)), config()))
+    save_adapter(model, tmp_path)
+    loaded = load_adapter(base().to(getattr(torch, trained)).to(getattr(torch, used)), tmp_path)
+    expected = torch.float64 if used == "float64" else torch.float32
+    for name, p in loaded.named_parameters():
+        if p.requires_grad:
+            assert p.dtype == expected and torch.equal(p, dict(model.named_parameters())[name].to(expected))
+
+
+# --- the fingerprint ------------------------------------------------------------------------------------------------
+
+
+def test_another_base_model_is_told_and_the_layer_named(folder):
+    other = base()
+    with torch.no_grad():
+        other.layers[1].attention.query.weight.mul_(1.001)
+    before = snapshot(other)
+    with pytest.raises(ValueError, match=f"another base model: the weight of '{QUERY}': its norm is"):
+        load_adapter(other, folder)
+    assert snapshot(other) == before
+    with torch.no_grad():
+        weight = other.layers[1].attention.query.weight.mul_(1 / 1.001)
+        weight.copy_(weight.flip(0))  # the same norm
+    with pytest.raises(ValueError, match=f"'{QUERY}': its values differ"):
+        load_adapter(other, folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_base_model_with_nan_or_infinity_is_another_one(folder, value):
+    broken = base()
+    with torch.no_grad():
+        broken.layers[1].attention.query.weight[3, 3] = value
+    with pytest.raises(ValueError, match=f"another base model.*'{QUERY}'"):
+        load_adapter(broken, folder)
+
+
+def test_what_is_not_adapted_may_differ(folder):
+    other = base()
+    with torch.no_grad():
+        other.layers[1].dense.weight.add_(1.0)
+    load_adapter(other, folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_the_same_base_in_another_dtype_is_accepted(folder, dtype, tmp_path):
+    load_adapter(base().to(dtype), folder)
+    save_adapter(apply_genft(base().to(dtype), config()), tmp_path / "cast")
+    load_adapter(base(), tmp_path / "cast")
+    other = Encoder().to(dtype)
+    with pytest.raises(ValueError, match="another base model"):
+        load_adapter(other, folder)
+
+
+def test_a_large_weight_is_told_by_64_samples_and_its_norm():
+    weight = torch.randn(300, 200)
+    fingerprint = Fingerprint.of(weight)
+    assert len(fingerprint.samples) == 64 and fingerprint.samples[-1] == weight[-1, -1].item()
+    assert fingerprint.difference(Fingerprint.of(weight.t().contiguous().t())) is None
+    assert "shape is [200, 300], not [300, 200]" in fingerprint.difference(Fingerprint.of(weight.t()))
+    assert fingerprint.difference(Fingerprint.of(weight.bfloat16())) is None
+    assert "norm is" in fingerprint.difference(Fingerprint.of(weight.bfloat16().float()))
+    assert "values differ" in fingerprint.difference(Fingerprint.of(weight.flip(0)))
+    for value in (float("nan"), float("inf")):  # where no sample lies
+        weight[7, 8] = value
+        assert f"norm is {value}" in fingerprint.difference(Fingerprint.of(weight))
+
+
+def test_a_deeper_base_model_is_another_one(folder):
+    with pytest.raises(ValueError, match="another base model: its layers differ, first at 'layers.2.attention.query'"):
+        load_adapter(base(lambda: Encoder(layers=3)), folder)
+
+
+# --- files that are not in order ------------------------------------------------------------------------------------
+
+
+def truncate(name: str, size: int):
+    def change(directory):
+        (directory / name).write_bytes((directory / name).read_bytes()[:size])
+
+    return change
+
+
+def rename_tensor(tensors):
+    tensors["layers.5.attention.query.specific_up"] = tensors.pop(f"{QUERY}.specific_up")
+
+
+def on_config(change):
+    return lambda directory: edit_config(directory, change)
+
+
+def on_tensors(change):
+    return lambda directory: edit_tensors(directory, change)
+
+
+DAMAGES = {
+    "truncated-tensors": (truncate(TENSORS_FILE, 300), f"{TENSORS_FILE} is truncated"),
+    "empty-tensors": (truncate(TENSORS_FILE, 0), f"{TENSORS_FILE} is truncated"),
+    "truncated-json": (truncate(CONFIG_FILE, 200), f"{CONFIG_FILE} is not valid JSON"),
+    "binary-json": (lambda d: (d / CONFIG_FILE).write_bytes(b"\xff\xfe{"), f"{CONFIG_FILE} is not valid JSON"),
+    "json-list": (lambda d: (d / CONFIG_FILE).write_text("[]"), f"{CONFIG_FILE} does not hold a JSON object"),
+    "newer-format": (on_config(lambda d: d.update(format_version=2)), "format_version=2; this package reads 1"),
+    "no-config": (on_config(lambda d: d.pop("config")), f"{CONFIG_FILE} is damaged: KeyError.*config"),
+    "unknown-field": (on_config(lambda d: d["config"].update(rank=3)), f"{CONFIG_FILE} is damaged.*rank"),
+    "bad-field": (on_config(lambda d: d["config"].update(dropout=2)), f"{CONFIG_FILE} is damaged.*dropout"),
+    "bad-fingerprint": (on_config(lambda d: d["fingerprints"].update(x=1)), f"{CONFIG_FILE} is damaged"),
+    "not-safetensors": (
+        lambda d: [
+            (d / TENSORS_FILE).write_bytes(b"x" * 99),
+            edit_config(d, lambda c: c.update(tensors_sha256=hashlib.sha256(b"x" * 99).hexdigest())),
+        ],
+        f"{TENSORS_FILE} is damaged or truncated",
+    ),
+    "missing-tensor": (
+        on_tensors(lambda t: t.pop("genft_generators.8x8.row_up")),
+        r"missing genft_generators.8x8.row_up \(1 missing, 0 unexpected\)",
+    ),
+    "extra-tensor": (on_tensors(lambda t: t.update(more=torch.ones(1))), r"unexpected more \(0 missing, 1 unexpected"),
+    "renamed-tensor": (on_tensors(rename_tensor), f"missing {QUERY}.specific_up; unexpected layers.5.attention"),
+    "mis-shaped-tensor": (
+        on_tensors(lambda t: t.update({f"{QUERY}.specific_up": torch.ones(8, 2)})),
+        rf"'{QUERY}.specific_up' has shape \[8, 2\], the model wants \[8, 1\]",
+    ),
+    "integer-tensor": (
+        on_tensors(lambda t: t.update({f"{QUERY}.specific_up": torch.ones(8, 1, dtype=torch.int32)})),
+        f"'{QUERY}.specific_up' has dtype torch.int32",
+    ),
+    "mis-shaped-head": (
+        on_tensors(lambda t: t.update({"modules_to_save.classifier.1.weight": torch.ones(5, 8)})),
+        r"'modules_to_save.classifier.1.weight' has shape \[5, 8\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("fresh", [True, False], ids=["fresh", "adapted"])
+@pytest.mark.parametrize("damage, message", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_adapter_is_refused_and_the_model_untouched(damage, message, fresh, folder):
+    model = base() if fresh else adapted(**SAVED)
+    before = snapshot(model)
+    damage(folder)
+    with pytest.raises(ValueError, match=message):
+        load_adapter(model, folder)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("missing", [TENSORS_FILE, CONFIG_FILE, None])
+def test_a_missing_file_is_named(missing, folder, tmp_path):
+    model = base()
+    before = snapshot(model)
+    if missing:
+        (folder / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=missing or "nowhere"):
+        load_adapter(model, folder if missing else tmp_path / "nowhere")
+    assert snapshot(model) == before
+
+
+def test_an_adapted_model_of_another_configuration_is_refused(folder):
+    model = adapted(scaling=2.0, **SAVED)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"another configuration \(scaling: 2.0 in the model, 1.0 in the file\)"):
+        load_adapter(model, folder)
+    assert snapshot(model) == before
+
+
+def test_a_merged_model_is_refused(folder):
+    model = merge(adapted(**SAVED))
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="'layers.0.attention.query' is merged: call unmerge"):
+        load_adapter(model, folder)
+    assert snapshot(model) == before
+    load_adapter(unmerge(model), folder)
+
+
+def test_an_adapter_for_layers_that_the_model_lacks(folder):
+    model = base(GroupedQueryBlock)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="modules_to_save|matched nothing|layers differ"):
+        load_adapter(model, folder)
+    assert snapshot(model) == before
+
+
+def test_a_disabled_model_is_neither_saved_nor_loaded_nor_undone(folder):
+    model, files = adapted(**SAVED), contents(folder)
+    before = snapshot(model)
+    for function in (remove_genft, lambda m: save_adapter(m, folder), lambda m: load_adapter(m, folder)):
+        with disabled(model), pytest.raises(RuntimeError, match="the adapter is disabled"):
+            function(model)
+    assert snapshot(model) == before and contents(folder) == files
+
+
+def test_a_model_without_an_adapter_cannot_be_saved(tmp_path):
+    with pytest.raises(RuntimeError, match="no GenFT adapter"):
+        save_adapter(base(), tmp_path / "new")
+    with pytest.raises(RuntimeError, match="no GenFT adapter"), disabled(nn.Linear(2, 2)):
+        pass
+    assert not (tmp_path / "new").exists()
+
+
+# --- a save that fails ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exists", [True, False], ids=["over-an-adapter", "into-an-empty-folder"])
+@pytest.mark.parametrize("operation", ["write", "replace"])
+@pytest.mark.parametrize("name", [TENSORS_FILE, CONFIG_FILE])
+def test_a_failing_save_leaves_the_previous_files_whole(name, operation, exists, tmp_path, monkeypatch):
+    model = adapted(**SAVED)
+    if exists:
+        save_adapter(model, tmp_path)
+    before, model = contents(tmp_path), randomise(model, 1.0)
+    write, replace = Path.write_bytes, os.replace
+
+    def failing_write(path, content):
+        if name in path.name:
+            write(path, content[:10])
+            raise OSError("no space left")
+        return write(path, content)
+
+    def failing_replace(source, destination):
+        if Path(destination).name == name and name in str(source):
+            raise OSError("no permission")
+        return replace(source, destination)
+
+    if operation == "write":
+        monkeypatch.setattr(Path, "write_bytes", failing_write)
+    else:
+        monkeypatch.setattr(os, "replace", failing_replace)
+    with pytest.raises(OSError, match="no space left|no permission"):
+        save_adapter(model, tmp_path)
+    monkeypatch.undo()
+    assert contents(tmp_path) == before
+    save_adapter(model, tmp_path)
+    assert torch.equal(load_adapter(base(), tmp_path)(tokens()), model(tokens()))
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match="file"):
+        save_adapter(adapted(), tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_an_adapter_of_the_vtab_preset_warns_as_its_configuration_does(tmp_path):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the specific units can never train")
+        settings = GenFTConfig.preset("vtab", shared_dim=2, specific_dim=1)
+    save_adapter(randomise(apply_genft(base(), settings)), tmp_path)
+    with pytest.warns(UserWarning, match="can never train"):
+        load_adapter(base(), tmp_path)

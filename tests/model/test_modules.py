@@ -1,0 +1,395 @@
+"""GenFTLinear: a drop-in for nn.Linear whose forward is the specification's, in every state and place."""
+
+import copy
+import inspect
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from genft_kernels import GenFTConfig, GenFTGenerator, GenFTLinear, reference
+from tests.helpers.models import randomise
+
+CONFIGS = {
+    "factored": (9, 9, dict(inner_activation="tanh")),
+    "tiled-bias": (9, 9, dict(outer_activation="leaky_relu", bias=True)),
+    "out_in": (9, 9, dict(delta_layout="out_in", inner_activation="gelu", bias=True)),
+    "untied": (9, 9, dict(tie_specific=False, outer_activation="silu")),
+    "wide": (12, 7, dict(inner_activation="silu")),
+    "tall-tiled": (7, 12, dict(outer_activation="tanh", weight_ratio="rms", ratio_scope="all")),
+    "column": (12, 7, dict(transform="column", bias=True)),
+    "column-square": (9, 9, dict(transform="column", outer_activation="gelu")),
+    "row": (7, 12, dict(transform="row", bias=True, weight_ratio="rms")),
+    "shared-only": (12, 7, dict(specific_dim=0)),
+    "specific-only": (9, 9, dict(shared_dim=0, specific_dim=3)),
+    "dropout": (9, 9, dict(dropout=0.2)),
+}
+every_config = pytest.mark.parametrize("inputs, outputs, settings", CONFIGS.values(), ids=CONFIGS)
+
+
+def config(**settings) -> GenFTConfig:
+    return GenFTConfig(**{"shared_dim": 3, "specific_dim": 2, "zero_delta": False, **settings})
+
+
+def make_layer(inputs=9, outputs=9, settings=None, dtype=torch.float64, **options) -> GenFTLinear:
+    return randomise(GenFTLinear(inputs, outputs, config=config(**(settings or {})), dtype=dtype, **options))
+
+
+def train_step(layer, x):
+    """The gradient of everything that can have one."""
+    x = x.clone().requires_grad_(True)
+    layer(x).square().sum().backward()
+    return {"x": x.grad, **{name: p.grad for name, p in layer.named_parameters() if p.requires_grad}}
+
+
+# --- a drop-in ------------------------------------------------------------------------------------------------------
+
+
+def test_it_is_a_drop_in_for_linear():
+    ours, theirs = (inspect.signature(cls).parameters for cls in (GenFTLinear, nn.Linear))
+    assert set(theirs) <= set(ours) and list(ours)[:3] == ["in_features", "out_features", "bias"]
+    assert all(ours[name].default == theirs[name].default for name in theirs)
+    layer, plain = GenFTLinear(40, 50, dtype=torch.float64), nn.Linear(40, 50, dtype=torch.float64)
+    assert isinstance(layer, nn.Linear) and set(plain.state_dict()) <= set(layer.state_dict())
+    assert (layer.in_features, layer.out_features, layer.weight.dtype) == (40, 50, torch.float64)
+    assert not layer.weight.requires_grad and not layer.bias.requires_grad
+    assert GenFTLinear(40, 50, bias=False).bias is None
+    layer.load_state_dict({**layer.state_dict(), **plain.state_dict()})
+    x = torch.randn(3, 40, dtype=torch.float64)
+    assert torch.allclose(layer(x), plain(x), rtol=0, atol=1e-14)  # zero_delta
+
+
+@every_config
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_forward_is_the_specification(inputs, outputs, settings, bias):
+    layer = make_layer(inputs, outputs, settings, bias=bias).eval()
+    x = torch.randn(2, 5, inputs, dtype=torch.float64)
+    delta = reference.delta_weight(layer.weight, layer.parameters_of_generator(), layer.config)
+    assert delta.norm() > 1e-3 * layer.weight.norm()
+    expected = F.linear(x, layer.weight + delta, layer.bias)
+    assert torch.allclose(layer(x), expected, rtol=1e-12, atol=1e-12 * expected.abs().max().item())
+    assert torch.equal(layer.delta_weight(), delta)
+
+
+@every_config
+def test_gradients_are_the_specifications(inputs, outputs, settings):
+    layer, x = make_layer(inputs, outputs, settings), torch.randn(5, inputs, dtype=torch.float64)
+    twin = copy.deepcopy(layer)
+    twin.backend = "reference"
+    torch.manual_seed(1)
+    ours = train_step(layer, x)
+    torch.manual_seed(1)
+    theirs = train_step(twin, x)
+    assert set(ours) == set(theirs) and "weight" not in ours
+    for name, gradient in theirs.items():
+        assert torch.allclose(ours[name], gradient, rtol=1e-10, atol=1e-12 * gradient.abs().max().item()), name
+
+
+@every_config
+def test_the_generators_parameters_are_shared_units_then_specific_ones(inputs, outputs, settings):
+    layer = make_layer(inputs, outputs, settings)
+    params, generator = layer.parameters_of_generator(), layer.generator
+    s, k = layer.config.shared_dim, layer.config.hidden_dim
+    tied = layer.config.ties_specific(inputs, outputs)
+    widths = {"column_down": inputs, "column_up": inputs, "row_down": outputs, "row_up": outputs}
+    for name, width in widths.items():
+        matrix = getattr(params, name)
+        if layer.config.transform not in ("both", name.partition("_")[0]):
+            assert matrix is None
+            continue
+        units = matrix if name.endswith("down") else matrix.t()
+        assert units.shape == (k, width)
+        if s:
+            shared = getattr(generator, name)
+            assert torch.equal(units[:s], shared if name.endswith("down") else shared.t())
+        if k > s:
+            end = name.rpartition("_")[2]
+            specific = getattr(layer, f"specific_{end}" if tied else name.replace("_", "_specific_"))
+            assert torch.equal(units[s:], specific if end == "down" else specific.t())
+    for name, size in {
+        "column_down_bias": k,
+        "column_up_bias": inputs,
+        "row_down_bias": k,
+        "row_up_bias": outputs,
+    }.items():
+        exists = layer.config.bias and layer.config.transform in ("both", name.partition("_")[0])
+        assert (getattr(params, name).shape == (size,)) if exists else (getattr(params, name) is None)
+        assert getattr(params, name) is getattr(generator, name)
+
+
+def test_extra_repr_says_what_the_layer_is():
+    layer = make_layer(12, 9)
+    for part in ("in_features=12, out_features=9, bias=True", "shared_dim=3, specific_dim=2", "backend='auto'"):
+        assert part in repr(layer)
+    assert "merged" not in repr(layer)
+    layer.merge()
+    assert "merged" in repr(layer)
+    fused = GenFTLinear.from_linear(nn.Linear(9, 27), GenFTGenerator(9, 9, config()), blocks=(3, (0, 2)))
+    assert "blocks=[0, 2] of 3" in repr(fused)
+
+
+def test_wrong_arguments_are_named():
+    generator = GenFTGenerator(9, 9, config())
+    with pytest.raises(ValueError, match="config and generator.config differ"):
+        GenFTLinear(9, 9, config=config(scaling=2.0), generator=generator)
+    with pytest.raises(ValueError, match="the generator is for in x out = 9x9, the layer is 9x12"):
+        GenFTLinear(9, 12, generator=generator)
+    with pytest.raises(ValueError, match="backend must be one of"):
+        GenFTLinear(9, 9, generator=generator, backend="cudnn")
+    with pytest.raises(ValueError, match="delta_layout='out_in' needs a square weight"):
+        GenFTLinear(9, 12, config=config(delta_layout="out_in"))
+    with pytest.warns(UserWarning, match="k = shared_dim . specific_dim = 5 exceeds min"):
+        GenFTLinear(4, 9, config=config())
+    with pytest.raises(ValueError, match="x must be .* in = 9"):
+        make_layer()(torch.zeros(2, 8, dtype=torch.float64))
+
+
+# --- adapting an existing layer -------------------------------------------------------------------------------------
+
+
+def test_from_linear_shares_storage_and_freezes():
+    linear = nn.Linear(9, 7).eval()
+    layer = GenFTLinear.from_linear(linear, GenFTGenerator(9, 7, config()))
+    assert layer.weight is linear.weight and layer.bias is linear.bias
+    assert not linear.weight.requires_grad and not linear.bias.requires_grad
+    assert not layer.training and (layer.in_features, layer.out_features) == (9, 7)
+    assert list(layer.state_dict())[:2] == ["weight", "bias"] and "generator.row_up" in layer.state_dict()
+
+
+def test_a_failing_from_linear_freezes_nothing():
+    linear = nn.Linear(9, 7)
+    for options in (dict(backend="cudnn"), dict(blocks=(3, (0,)))):
+        with pytest.raises(ValueError):
+            GenFTLinear.from_linear(linear, GenFTGenerator(9, 9, config()), **options)
+    assert linear.weight.requires_grad and linear.bias.requires_grad
+
+
+def test_hooks_of_the_original_go_on_working():
+    linear, seen = nn.Linear(9, 9), []
+    linear.register_forward_pre_hook(lambda module, args: seen.append("before"))
+    handle = linear.register_forward_hook(lambda module, args, y: y + 1)
+    layer = GenFTLinear.from_linear(linear, GenFTGenerator(9, 9, config(zero_delta=True))).eval()
+    x = torch.randn(2, 9)
+    assert torch.allclose(layer(x), linear(x)) and seen == ["before", "before"]
+    handle.remove()
+    assert torch.allclose(layer(x), F.linear(x, linear.weight, linear.bias))
+
+
+def test_only_the_adapted_blocks_of_a_fused_weight_change():
+    linear = nn.Linear(9, 27, dtype=torch.float64)
+    generator = GenFTGenerator(9, 9, config(inner_activation="tanh", delta_layout="out_in"), dtype=torch.float64)
+    layer = randomise(GenFTLinear.from_linear(linear, generator, blocks=(3, (0, 2))))
+    delta = layer.delta_weight()
+    assert delta.shape == (27, 9) and not delta[9:18].any()
+    for rows in (slice(0, 9), slice(18, 27)):
+        expected = reference.delta_weight(linear.weight[rows], layer.parameters_of_generator(), layer.config)
+        assert torch.equal(delta[rows], expected) and expected.any()
+    x = torch.randn(4, 9, dtype=torch.float64)
+    assert torch.allclose(layer(x), F.linear(x, linear.weight + delta, linear.bias), rtol=1e-12)
+    gradients = train_step(layer, x)
+    assert all(gradient.any() for gradient in gradients.values())
+
+
+def test_delta_weight_knows_no_dropout_and_is_differentiable():
+    layer = make_layer(settings=dict(dropout=0.5))
+    assert torch.equal(layer.train().delta_weight(), layer.eval().delta_weight())
+    layer.delta_weight().square().sum().backward()
+    assert all(p.grad.any() for p in layer.parameters() if p.requires_grad)
+    assert make_layer(dtype=torch.bfloat16).delta_weight().dtype == torch.float32
+
+
+# --- copies, files, devices and dtypes ------------------------------------------------------------------------------
+
+
+def saved_and_loaded(layer):
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda layer: pickle.loads(pickle.dumps(layer)),
+    "torch.save": saved_and_loaded,
+}
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+@pytest.mark.parametrize("merged", [False, True], ids=["unmerged", "merged"])
+@pytest.mark.parametrize("origin", ["constructed", "from_linear"])
+def test_a_copy_is_equal_and_independent(copied, merged, origin):
+    layer = make_layer()
+    if origin == "from_linear":
+        layer = GenFTLinear.from_linear(nn.Linear(9, 9, dtype=torch.float64), layer.generator)
+    x, frozen = torch.randn(2, 9, dtype=torch.float64), layer.weight.clone()
+    if merged:
+        layer.eval().merge()
+    twin = copied(layer)
+    assert torch.equal(twin(x), layer(x)) and twin.merged == merged and twin.config == layer.config
+    before = layer(x)
+    randomise(twin, scale=1.0)
+    assert torch.equal(layer(x), before)
+    if merged:
+        twin.unmerge()
+    assert torch.equal(twin.weight, frozen) and not twin.weight.requires_grad
+    assert not torch.equal(twin(x), before)
+
+
+def test_a_state_dict_round_trip():
+    layer, other = make_layer(12, 7), make_layer(12, 7)
+    x = torch.randn(2, 12, dtype=torch.float64)
+    assert not torch.equal(layer(x), other(x))
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(layer(x), other(x))
+
+
+def test_resetting_draws_everything_anew():
+    layer = GenFTLinear(9, 9, config=config(zero_delta=True), device="meta").to_empty(device="cpu")
+    for module in layer.modules():  # as FSDP does with modules made on the meta device
+        module.reset_parameters()
+    assert all(parameter.isfinite().all() for parameter in layer.parameters())
+    assert layer.weight.any() and layer.specific_down.any() and not layer.specific_up.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_to_casts_everything(dtype):
+    layer = make_layer(dtype=torch.float32).to(dtype)
+    assert {parameter.dtype for parameter in layer.parameters()} == {dtype}
+    layer(torch.randn(2, 9, dtype=dtype)).sum().backward()
+    assert layer.specific_down.grad.dtype == layer.generator.row_up.grad.dtype == dtype
+    assert make_layer(dtype=torch.float32).double()(torch.randn(2, 9, dtype=torch.float64)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_adapter_parameters_are_float32_over_16_bits(dtype):
+    layer = make_layer(dtype=dtype, settings=dict(bias=True))
+    trained = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+    assert len(trained) == 10 and {p.dtype for p in trained.values()} == {torch.float32}
+    x = torch.randn(3, 9, dtype=dtype, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert y.dtype == x.grad.dtype == dtype and {p.grad.dtype for p in trained.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@every_config
+def test_autocast_equals_casting_by_hand(inputs, outputs, settings, dtype):
+    if settings.get("weight_ratio") == "rms":
+        settings = settings | {"weight_ratio": 2.0}  # the mean square of the rounded weight is another one
+    layer = make_layer(inputs, outputs, settings, dtype=torch.float32)
+    by_hand = copy.deepcopy(layer)
+    by_hand.weight, by_hand.bias = (nn.Parameter(t.to(dtype), False) for t in (layer.weight, layer.bias))
+    x = torch.randn(6, inputs)
+    grad = torch.randn(6, outputs).to(dtype)
+    cast = x.to(dtype).requires_grad_(True)
+    x.requires_grad_(True)
+    torch.manual_seed(3)
+    with torch.autocast("cpu", dtype):
+        y = layer(x)
+    y.backward(grad)
+    torch.manual_seed(3)
+    expected = by_hand(cast)
+    expected.backward(grad)
+    assert y.dtype == dtype and torch.equal(y, expected)
+    assert x.grad.dtype == torch.float32 and torch.equal(x.grad.to(dtype), cast.grad)
+    for (name, ours), theirs in zip(layer.named_parameters(), by_hand.parameters(), strict=True):
+        assert ours.requires_grad == theirs.requires_grad
+        assert not ours.requires_grad or torch.equal(ours.grad, theirs.grad), name
+
+
+def test_grad_scaler_in_fp16():
+    def gradients(scale: float, dtype: torch.dtype):
+        torch.manual_seed(5)
+        layer = randomise(GenFTLinear(16, 16, config=config(inner_activation="tanh")))
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            y = layer(torch.randn(64, 16))
+        scaler.scale(y.float().mul(1e-6).square().mean()).backward()  # below fp16's range without the scale
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        return scaler.get_scale(), {name: p.grad for name, p in layer.named_parameters() if p.requires_grad}
+
+    scale, scaled = gradients(2.0**36, torch.float16)
+    _, unscaled = gradients(1.0, torch.float16)
+    _, exact = gradients(1.0, torch.float32)
+    assert scale == 2.0**36  # nothing overflowed
+    for name, gradient in exact.items():
+        assert (scaled[name] - gradient).norm() < 0.01 * gradient.norm(), name
+        assert (unscaled[name] - gradient).norm() > 0.5 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_checkpointing_repeats_dropout_and_rounding(reentrant, dtype):
+    layer = make_layer(settings=dict(dropout=0.3, outer_activation="gelu"), dtype=dtype)
+    plain, recomputed = copy.deepcopy(layer), copy.deepcopy(layer)
+    recomputed.forward = lambda x: checkpoint(layer.__class__.forward, recomputed, x, use_reentrant=reentrant)
+    x = torch.randn(8, 9, dtype=dtype)
+    torch.manual_seed(2)
+    expected = train_step(plain, x)
+    torch.manual_seed(2)
+    actual = train_step(recomputed, x)
+    assert all(torch.equal(actual[name], gradient) for name, gradient in expected.items())
+    other = train_step(copy.deepcopy(layer), x)
+    assert not torch.equal(other["x"], expected["x"])  # another mask is another result
+
+
+# --- training and presets -------------------------------------------------------------------------------------------
+
+
+@every_config
+def test_zero_delta_starts_at_the_frozen_layer_and_trains(inputs, outputs, settings):
+    if not settings.get("shared_dim", 1):
+        settings = settings | {"tie_specific": False}  # tied and without shared units it never could
+    layer = GenFTLinear(inputs, outputs, config=config(**settings, zero_delta=True))
+    x, target = torch.randn(32, inputs), torch.randn(32, outputs)
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias)) and not layer.delta_weight().any()
+    trained = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+    start = {name: p.detach().clone() for name, p in trained.items()}
+    optimizer = torch.optim.Adam(trained.values(), lr=0.01)
+    losses = []
+    for _ in range(40):
+        loss = F.mse_loss(layer(x), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.99 * losses[0]
+    assert all((p != start[name]).all() for name, p in trained.items())
+
+
+@pytest.mark.parametrize("preset", ["glue", "llama", "fast"])
+def test_presets_construct_and_train(preset):
+    layer = GenFTLinear(32, 32, config=GenFTConfig.preset(preset))
+    assert bool(layer.delta_weight().any()) == (preset != "fast")
+    layer(torch.randn(4, 32)).square().sum().backward()
+    assert layer.generator.row_up.grad.any()
+
+
+def test_the_vtab_preset_warns_that_its_specific_units_never_train():
+    with pytest.warns(UserWarning, match="specific units can never train"):
+        settings = GenFTConfig.preset("vtab")
+    layer = GenFTLinear(48, 48, config=settings)
+    layer(torch.randn(4, 48)).square().sum().backward()
+    assert not layer.specific_down.grad.any() and not layer.specific_up.grad.any()
+    assert layer.generator.column_down.grad.any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        GenFTConfig.preset("vtab", init_specific_down="kaiming_uniform")
+
+
+@pytest.mark.parametrize("init", ["zeros", "kaiming_uniform", "xavier_uniform", "normal"])
+def test_specific_units_start_as_asked(init):
+    layer = GenFTLinear(64, 96, config=config(init_specific_down=init, init_specific_up="normal", specific_dim=20))
+    bound = {"zeros": 0, "kaiming_uniform": 64**-0.5, "xavier_uniform": (6 / 84) ** 0.5, "normal": 0.06}[init]
+    largest = layer.column_specific_down.abs().max()
+    assert 0.5 * bound <= largest <= bound
+    assert 0.008 < layer.row_specific_up.std() < 0.012

@@ -1,0 +1,118 @@
+"""Delta gain (design section 5): in 16 bits the loss must see a small update, and stochastic rounding be unbiased."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from genft_kernels import reference
+from genft_kernels.backends.eager import rounding as stochastic_rounding
+from genft_kernels.backends.eager.rounding import round_stochastically
+from genft_kernels.functional import genft_linear
+from tests.helpers.cases import Case, Runner, make_data, runnable
+
+PATHS = {
+    "factored": dict(inner_activation="tanh"),
+    "tiled": dict(outer_activation="leaky_relu"),
+    "dropout": dict(dropout=0.1),
+    "tiled-dropout-bias": dict(outer_activation="gelu", dropout=0.1, bias=True),
+    "column": dict(transform="column"),
+    "row-tiled": dict(transform="row", outer_activation="tanh"),
+}
+
+
+def gain(actual: torch.Tensor, without: torch.Tensor, update: torch.Tensor) -> float:
+    """<y - y0, d> / <d, d>; 1 means that the loss sees the update."""
+    return ((actual.double() - without) * update).sum().item() / update.square().sum().item()
+
+
+def gains(settings: dict, dtype: torch.dtype, ratio: float, tokens: int, on: Runner, seed: int) -> torch.Tensor:
+    """Delta gain of y and of dx at |dW| = ratio * |W|, [2]."""
+    case = Case("gain", 200, 150, settings, leading=(tokens,), seed=seed)
+    data = make_data(case).to(dtype)
+    exact = data.to(torch.float64)
+    delta = reference.delta_weight(exact.weight, exact.params, case.config, training=True, seed=seed).detach()
+    scaling = ratio * (exact.weight.norm() / delta.norm()).item()
+    config = dataclasses.replace(case, settings={**settings, "scaling": scaling}).config
+    data, delta = data.to(on.device), delta * scaling
+    y = genft_linear(data.x, data.weight, None, data.params, config, training=True, seed=seed, backend=on.backend)
+    y, dx = y.detach().cpu(), torch.autograd.grad(y, data.x, data.grad)[0].cpu()
+    return torch.tensor(
+        [
+            gain(y, exact.x.detach() @ exact.weight.T, exact.x.detach() @ delta.T),
+            gain(dx, exact.grad @ exact.weight, exact.grad @ delta),
+        ]
+    )
+
+
+@pytest.mark.parametrize("on", runnable())
+@pytest.mark.parametrize("tokens", [100, 140])  # few and many: a backend may take different paths
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("settings", PATHS.values(), ids=PATHS)
+def test_delta_gain_at_a_thousandth(settings, dtype, tokens, on):
+    seeds = 4 if dtype == torch.bfloat16 else 1  # one bfloat16 gain of this size has a standard deviation of 0.026
+    values = sum(gains(settings, dtype, 1e-3, tokens, on, seed) for seed in range(seeds)) / seeds
+    assert ((values >= 0.95) & (values <= 1.05)).all(), values
+
+
+def test_the_measure_sees_a_swallowed_update():
+    x, w, d = torch.randn(128, 256), torch.randn(192, 256) / 16, torch.randn(192, 256) / 16e3
+    x, w = x.bfloat16(), w.bfloat16()
+    nearest = x @ (w.float() + d).bfloat16().T
+    assert gain(nearest, x.double() @ w.double().T, x.double() @ d.double().T) < 0.85
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_stochastic_rounding_is_unbiased_and_goes_to_a_neighbour(dtype):
+    exact = torch.randn(64, 64) * 0.05
+    exact = exact.sign() * exact.abs().clamp(min=2**-14)  # below, float16 has a fixed spacing
+    total = torch.zeros(64, 64, dtype=torch.float64)
+    down, up = _neighbours(exact, dtype)
+    for seed in range(400):
+        out = torch.empty(64, 64, dtype=dtype)
+        round_stochastically(exact.clone(), torch.tensor([seed * 7919]), out)
+        assert ((out.double() == down) | (out.double() == up)).all()
+        total += out.double()
+    spacing = up - down
+    bias = (total / 400 - exact.double()) / spacing.clamp(min=1e-30)
+    assert bias.abs().max() < 5 * 0.5 / 400**0.5 and abs(bias.mean()) < 0.005
+
+
+def test_rounding_is_repeatable_and_keeps_special_values():
+    exact = torch.tensor([0.0, -0.0, 1.0, float("inf"), -float("inf"), float("nan"), 3.38e38])
+    for dtype in (torch.bfloat16, torch.float16):
+        for seed in (None, torch.tensor([5]), torch.tensor([2**62 + 1])):
+            out, again = torch.empty(7, dtype=dtype), torch.empty(7, dtype=dtype)
+            round_stochastically(exact.clone(), seed, out)
+            round_stochastically(exact.clone(), seed, again)
+            assert torch.equal(out[:5], again[:5])
+            assert out[:5].tolist() == exact[:5].tolist() and out[5].isnan()
+            assert not out[6].isnan() and out[6] > 3e4
+
+
+def test_rounding_wraps_round_its_table(monkeypatch):
+    size = stochastic_rounding._TABLE_SIZE
+    exact = torch.full((3, size // 2), 1.003)
+    out = torch.empty(3, size // 2, dtype=torch.bfloat16)
+    round_stochastically(exact.clone(), torch.tensor([size - 5]), out)
+    share_up = (out.float() > 1.003).double().mean().item()
+    assert abs(share_up - 0.003 / 2**-7) < 0.002
+
+
+@pytest.mark.parametrize("seed", [None, 5, -3, 2**63 - 1])
+def test_a_device_gathers_the_dither_that_a_cpu_reads(seed, monkeypatch):
+    monkeypatch.setattr(stochastic_rounding, "_TABLE_SIZE", 8)
+    table, integers = torch.randint(100, (8,), dtype=torch.int32), torch.zeros(5, 6, dtype=torch.int32)
+    for piece, dither in stochastic_rounding._against_table(integers, table, (seed or 0) % 8):
+        piece += dither
+    seed = None if seed is None else torch.tensor([seed])
+    assert torch.equal(stochastic_rounding._gathered(table, seed, 30).view(5, 6), integers)
+
+
+def _neighbours(exact, dtype):
+    """The values of `dtype` next below and next above."""
+    nearest = exact.to(dtype)
+    infinity = torch.tensor(float("inf"), dtype=dtype)
+    below = torch.where(nearest.double() > exact.double(), torch.nextafter(nearest, -infinity), nearest)
+    above = torch.where(nearest.double() < exact.double(), torch.nextafter(nearest, infinity), nearest)
+    return below.double(), above.double()

@@ -1,0 +1,232 @@
+"""`accumulate`: one generation for all micro-batches, and the gradients of separate ones."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from genft_kernels import GenFTConfig, GenFTLinear, accumulate, disabled
+from tests.helpers.grouped import adapted, assert_close, generations, gradients, groups
+from tests.helpers.models import Encoder, FusedEncoder, GroupedQueryBlock, TiedModel, Wrapper
+from tests.sharing.test_group_contexts import DROPOUT, Checkpointed
+
+MODELS = {
+    "encoder": (Encoder, {}),
+    "fused": (FusedEncoder, dict(fused_blocks={"qkv": (3, (0, 2))}, bias=True)),
+    "grouped-query": (GroupedQueryBlock, dict(target_modules=["q_proj", "v_proj", "up_proj"], outer_activation="silu")),
+    "tied-and-shared": (TiedModel, dict(target_modules=["first", "second", "head"])),
+    "column": (Encoder, dict(transform="column", outer_activation="gelu")),
+    "out_in": (Encoder, dict(delta_layout="out_in", bias=True)),
+}
+every_model = pytest.mark.parametrize("make, settings", MODELS.values(), ids=MODELS)
+BATCHES = [torch.randint(20, (4, 5), generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+
+
+def run(model, batches=BATCHES, seed=5):
+    torch.manual_seed(seed)
+    for batch in batches:
+        model(batch).square().sum().backward()
+
+
+def accumulated(model, batches=BATCHES, seed=5) -> dict:
+    with accumulate(model):
+        run(model, batches, seed)
+    return gradients(model)
+
+
+def separate(model, batches=BATCHES, seed=5) -> dict:
+    run(model, batches, seed)
+    return gradients(model)
+
+
+@every_model
+def test_the_gradients_are_those_of_separate_micro_batches(make, settings):
+    model = adapted(make, settings)
+    expected = separate(model)
+    before = generations(model)
+    assert_close(accumulated(model), expected)
+    assert generations(model) - before == len(groups(model))
+    assert all(group.accumulation is None for group in groups(model))
+
+
+def test_they_add_to_those_that_are_there():
+    model = adapted()
+    expected = separate(model)
+    run(model)
+    with accumulate(model):
+        run(model)
+    assert_close(gradients(model), {name: 2 * grad for name, grad in expected.items()})
+
+
+def test_row_masks_are_drawn_anew_and_the_column_mask_stands():
+    model = adapted(settings=dict(transform="row", **DROPOUT)).train()
+    assert_close(accumulated(model), separate(model))  # no column mask: the same draws
+    model = adapted(settings=DROPOUT).train()
+    outputs = []
+    with accumulate(model):
+        outputs += [model(BATCHES[0]) for _ in range(2)]
+        held = list(model.layers[0].attention.query.generator.group.accumulation._held.values())
+        assert len(held) == 4 and generations(model) == 1
+    assert not torch.allclose(*outputs)
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+@pytest.mark.parametrize("settings", [{}, dict(transform="row", **DROPOUT)], ids=["", "dropout"])
+def test_with_checkpointing(reentrant, settings):
+    model = adapted(partial(Encoder, layers=4), settings).train()
+    expected = separate(model)
+    before = generations(model)
+    assert_close(accumulated(Checkpointed(model, reentrant)) | {}, {f"model.{k}": v for k, v in expected.items()})
+    assert generations(model) - before == 1
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_with_checkpointing_and_column_dropout_the_repetition_finds_the_same_mask(reentrant):
+    model = adapted(partial(Encoder, layers=4), DROPOUT).train()
+    assert_close(
+        accumulated(model),
+        {k.removeprefix("model."): v for k, v in accumulated(Checkpointed(model, reentrant)).items()},
+    )
+
+
+def test_partial_forwards_leave_the_rest_without_gradients():
+    model = adapted()
+    with accumulate(model):
+        for batch in BATCHES:
+            model.layers[0](model.embedding(batch)).square().sum().backward()
+    used, unused = (model.layers[i].attention.query.specific_up for i in (0, 1))
+    assert used.grad.any() and unused.grad is None
+
+
+def test_evaluation_inside():
+    model = adapted(settings=DROPOUT).eval()
+    with torch.no_grad():
+        evaluated = model(BATCHES[0])
+    model.train()
+    for layer in (model.classifier[0],):
+        layer.eval()
+    expected = accumulated(model)
+    with accumulate(model):
+        torch.manual_seed(5)
+        for batch in BATCHES:
+            model(batch).square().sum().backward()
+            model.eval()
+            with torch.no_grad():
+                assert torch.allclose(model(BATCHES[0]), evaluated)
+            with torch.inference_mode():
+                assert torch.allclose(model(BATCHES[0]), evaluated)
+            with disabled(model), torch.no_grad():
+                assert not torch.allclose(model(BATCHES[0]), evaluated)
+            model.train()
+            model.classifier[0].eval()
+    assert_close(gradients(model), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sums_are_kept_in_float32(dtype):
+    model = adapted(dtype=torch.float32).eval()
+    weights = torch.tensor([1.0] + [2.0**-9] * 64)  # lost one by one in 16 bits, together an eighth
+
+    def micro_batches():
+        for weight in weights:
+            with torch.autocast("cpu", dtype):
+                y = model(BATCHES[0])
+            (y.float().sum() * weight).backward()
+
+    with accumulate(model):
+        micro_batches()
+    ours = gradients(model)
+    micro_batches()
+    apart = gradients(model)  # float32 parameters sum in float32 as well
+    for name, grad in apart.items():
+        assert (ours[name] - grad).norm() < 0.01 * grad.norm(), name
+
+
+def test_grad_scaler():
+    model = adapted(dtype=torch.float32).eval()
+    expected = separate(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.0)
+    with accumulate(model):
+        for batch in BATCHES:
+            scaler.scale(model(batch).square().sum()).backward()
+    scaler.unscale_(optimizer)
+    assert_close(gradients(model), expected, tolerance=1e-4)
+
+
+# --- misuse ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_exception_leaves_nothing_behind():
+    model = adapted()
+    expected = separate(model)
+    with pytest.raises(KeyError), accumulate(model):
+        run(model)
+        raise KeyError
+    assert all(p.grad is None for p in model.parameters() if p.requires_grad)
+    assert all(group.accumulation is None for group in groups(model))
+    assert_close(accumulated(model), expected)
+    assert_close(separate(model), expected)
+
+
+def test_nesting_raises_and_does_not_disturb_the_outer_one():
+    model = adapted()
+    expected = separate(model)
+    with accumulate(model):
+        run(model, BATCHES[:2])
+        with pytest.raises(RuntimeError, match="does not nest"), accumulate(model.layers[0]):
+            pass
+        run(model, BATCHES[2:])
+    assert_close(gradients(model), expected)
+
+
+@pytest.mark.parametrize("options", [{}, dict(fused=True)], ids=["", "fused"])
+def test_a_step_inside_raises(options):
+    for at_once in (True, False):
+        model = adapted()
+        optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1, **options)
+        with pytest.raises(RuntimeError, match="step the optimizer after the context"), accumulate(model):
+            run(model)
+            for parameter in model.parameters():
+                parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+            optimizer.step()
+            if at_once:
+                run(model)
+        assert all(group.accumulation is None for group in groups(model))
+        gradients(model)
+        separate(model)
+
+
+def test_a_backward_after_the_end_raises():
+    model = adapted()
+    with accumulate(model):
+        loss = model(BATCHES[0]).sum()
+    with pytest.raises(RuntimeError, match="a backward came after the end"):
+        loss.backward()
+
+
+def test_a_model_without_layers_raises_and_a_wrapped_one_does_not():
+    with pytest.raises(ValueError, match="apply_genft"), accumulate(nn.Linear(2, 2)):
+        pass
+    model = adapted()
+    expected = separate(model)
+    with accumulate(Wrapper(model)):
+        run(model)
+    assert_close(gradients(model), expected)
+    layer = GenFTLinear(6, 6, config=GenFTConfig(shared_dim=2))
+    with accumulate(layer):
+        layer(torch.randn(2, 6)).sum().backward()
+    assert layer.generator.row_up.grad.any()
+
+
+def test_layers_that_join_late_keep_the_sums_of_the_others():
+    model = adapted(settings=DROPOUT).train()
+    late = model.layers[1].attention.value.eval()
+    with accumulate(model):
+        run(model)
+        late.train()
+        run(model)
+        sums = [leaf.grad for each in late.generator.group.accumulation._held.values() for _, leaf in each.pairs()]
+        assert len(sums) == 2 * 5 and all(grad is not None and grad.any() for grad in sums)
+    assert generations(model) == 3
