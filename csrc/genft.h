@@ -4,7 +4,7 @@
 // Pointers are device pointers, but for the lists of matrices. Everything is of dtype `dtype`, row-major and
 // contiguous, unless said otherwise; [layers, ...] are stacks. `stride` is the distance, in elements, from one row of
 // a matrix to the next; of a `transposed` one, from column to column: it lies in memory as its transpose.
-// k, k1 are numbers of hidden units. The formulas are those of design section 2.
+// k, k1 are numbers of hidden units. The formulas are those of docs/method.md#two-products.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,5 @@
-// The elements of an update: activations and their slopes, dropout, stochastic rounding (design sections 2 and 5).
+// The elements of an update: activations and their slopes, dropout, stochastic rounding (docs/method.md#two-products,
+// docs/method.md#random-numbers).
 #pragma once
 
 #include "genft.h"

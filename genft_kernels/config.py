@@ -24,7 +24,7 @@ QUERY_AND_VALUE_NAMES = ("query", "value", "q_proj", "v_proj", "q_lin", "v_lin")
 
 @dataclasses.dataclass(frozen=True)
 class GenFTConfig:
-    """The settings of GenFT (arXiv 2506.11042), in the notation of design section 1.
+    """The settings of GenFT (arXiv 2506.11042), in the notation of docs/method.md#the-method.
 
     Args:
         shared_dim: s, hidden units shared by all layers of one weight shape.
@@ -160,7 +160,7 @@ class GenFTConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> GenFTConfig:
-        """The official settings "glue", "vtab" and "llama" (design section 1), or "fast", the package's own.
+        """The official settings "glue", "vtab" and "llama" (docs/method.md#settings), or "fast", the package's own.
 
         The official three are true to the published runs and so start from a non-zero update. For GQA models
         override `delta_layout="in_out"`, because their v_proj is not square.
@@ -187,7 +187,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def is_factored(outer_activation: str, dropout: float) -> bool:
-    """Whether an update stays the low-rank product itself: the factored form of design section 2, else the tiled."""
+    """Whether an update stays the low-rank product itself: docs/method.md#factored-form, else #tiled-form."""
     return outer_activation == "identity" and dropout == 0
 
 

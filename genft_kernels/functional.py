@@ -1,7 +1,7 @@
 """The functional interface: one layer's update generated and applied, on a chosen backend.
 
-`generate_factors` is the weight side of design section 2 and does not depend on x; `factored_linear` is the token
-side. `genft_linear` is both.
+`generate_factors` is the weight side of docs/method.md#two-products and does not depend on x; `factored_linear` is the
+token side. `genft_linear` is both.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def genft_linear(
     seed: int | torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """A frozen linear layer with its generated update: y = x (W + dW)^T + bias (design section 1).
+    """A frozen linear layer with its generated update: y = x (W + dW)^T + bias (docs/method.md#the-method).
 
     Args:
         x: [..., in], any leading shape, zero tokens included, any strides.
@@ -88,7 +88,7 @@ def factored_linear(
 ) -> torch.Tensor:
     """A frozen linear layer with a factored update: y = x (W + scale * drop(psi(b h^T)))^T + bias.
 
-    With `activation="identity"` and no dropout it is LoRA with h = A^T, b = B (design section 2).
+    With `activation="identity"` and no dropout it is LoRA with h = A^T, b = B (docs/method.md#two-products).
 
     Args:
         h: [in, k]; b: [out, k]; cast to x's dtype, gradients come back in their own.

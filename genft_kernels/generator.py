@@ -14,7 +14,7 @@ from .sharing.cache import LayerGroup, is_tensor_subclass
 
 
 class GenFTGenerator(nn.Module):
-    """The shared units and biases of both stages (design section 1).
+    """The shared units and biases of both stages (docs/method.md#the-method).
 
     Parameters, by the names of `GeneratorParameters`: `column_down [s, in]`, `column_up [in, s]`,
     `row_down [s, out]`, `row_up [out, s]` and, with bias, `column_down_bias [k]`, `column_up_bias [in]`,

@@ -337,7 +337,7 @@ class GenFTLinear(nn.Linear):
 
 
 def adapter_dtype(weight_dtype: torch.dtype) -> torch.dtype:
-    """Trained parameters are float32 over a 16-bit weight, else of its dtype (design section 5)."""
+    """Trained parameters are float32 over a 16-bit weight, else of its dtype (docs/method.md#precision)."""
     return torch.promote_types(weight_dtype, torch.float32)
 
 

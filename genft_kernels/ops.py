@@ -4,8 +4,8 @@
     row:     h = phi(drop(psi(left right^T))^T A^T + a)       left [out, k1], right [in, k1], A [k, out] -> h [in, k]
     linear:  y = x (W + scale * drop(psi(b h^T)))^T + bias    x [..., in], h [in, k], b [out, k]  -> y [..., out]
 
-(design sections 2 and 4). `column` and `row` do L layers of one shape at once: W is a list, every other matrix has a
-leading dimension L, the bias is shared. `linear` is one layer's. A gradient that nobody asked for is not computed: a
+(docs/method.md#two-products). `column` and `row` do L layers of one shape at once: W is a list, every other matrix has
+a leading dimension L, the bias is shared. `linear` is one layer's. A gradient that nobody asked for is not computed: a
 backend returns None for it, an op an empty tensor, because an op must return tensors.
 """
 

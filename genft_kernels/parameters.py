@@ -11,7 +11,7 @@ from .config import GenFTConfig
 
 
 class GeneratorParameters(NamedTuple):
-    """The trained tensors of one layer's update, shared and specific units concatenated (design section 1).
+    """The trained tensors of one layer's update, shared and specific units concatenated (docs/method.md#the-method).
 
     `k = shared_dim + specific_dim`; along `k` the shared units come first. A tensor that the configuration does
     not have is None: the row stage's under `transform="column"`, the column stage's under `"row"`, and every

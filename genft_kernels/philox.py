@@ -1,4 +1,4 @@
-"""Counter-based random numbers: Philox4x32-10 in plain PyTorch (Salmon et al., SC 2011; design section 5).
+"""Counter-based random numbers: Philox4x32-10 in plain PyTorch (Salmon et al., SC 2011; docs/method.md#random-numbers).
 
 Element (i of in, j of out) of an update reads word `j % 4` of the block whose counter is
 `(q low, q high, stream, 0)`, `q = i * ceil(out / 4) + j // 4`, and whose key is the 64-bit seed. A mask is thus a

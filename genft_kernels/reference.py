@@ -1,4 +1,4 @@
-"""The specification: GenFT exactly as design section 1 writes it, materialising every matrix.
+"""The specification: GenFT exactly as docs/method.md#the-method writes it, materialising every matrix.
 
 Everything else in the package is checked against this module. It takes any floating dtype and computes in the
 weight's; gradients come from autograd. It is slow and large on purpose.
@@ -24,7 +24,7 @@ def delta_weight(
     training: bool = False,
     seed: int | torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The update dW [out, in] that the generator makes from the frozen `weight` [out, in] (design section 1).
+    """The update dW [out, in] that the generator makes from the frozen `weight` [out, in] (docs/method.md#the-method).
 
     Args:
         params: the layer's concatenated tensors; they are cast to the weight's dtype and device.
@@ -90,7 +90,10 @@ def factored_linear(
     training: bool = False,
     seed: int | torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y [..., out] = x (W + scale * drop(psi(h b^T))^T)^T + bias, h [in, k], b [out, k] (design section 2)."""
+    """y [..., out] = x (W + scale * drop(psi(h b^T))^T)^T + bias (docs/method.md#two-products).
+
+    h is [in, k], b [out, k].
+    """
     check_linear(x, weight, bias)
     check_factors(h, b, weight)
     update = activate(activation, b.to(weight) @ h.to(weight).T)  # [out, in]

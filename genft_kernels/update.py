@@ -39,7 +39,7 @@ def generate_factors(
     seed: torch.Tensor | None,
     backend: str,
 ) -> Factors:
-    """The thin factors in `dtype` of L layers' updates, from their frozen weights (design section 2, "generate").
+    """The thin factors in `dtype` of L layers' updates, from frozen weights (docs/method.md#two-products, "generate").
 
     rho goes into thin matrices: rho * W A^T = W (rho * A)^T.
 

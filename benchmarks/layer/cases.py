@@ -1,4 +1,4 @@
-"""What is measured: layers of known models x tokens x dtype x k x form (design sections 2 and 3)."""
+"""What is measured: layers of known models x tokens x dtype x k x form (docs/method.md#what-it-costs)."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def cpu_cases() -> list[Case]:
 
 
 def gpu_grid() -> Iterator[Case]:
-    """The full grid of design section 4's table, in bfloat16."""
+    """The full grid of layers and tokens, in bfloat16."""
     names = ("roberta-base-qv", "roberta-large-qv", "llama-7b-qv", "llama3-8b-v", "llama-7b-mlp")
     tokens = (8192, 1, 16, 1024, 32768, 128)  # most telling first, should time run out
     for count, form, name, k in itertools.product(tokens, FORMS, names, SPLITS):

@@ -31,7 +31,7 @@ def frozen(problem: Problem) -> Workload:
 
 
 def floor(problem: Problem, products: int) -> Workload:
-    """The big products that a form needs (design section 3) and nothing else, without autograd.
+    """The big products that a form needs (docs/method.md#what-it-costs) and nothing else, without autograd.
 
     Two: x W^T forward and dy W backward. Three: backward also dy^T x, as the tiled form has it.
     """

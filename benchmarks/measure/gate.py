@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.layer.problem import Problem
 from benchmarks.measure.workload import Workload, named
 
-# ||dW|| / ||W|| where delta gain is measured (design section 5).
+# ||dW|| / ||W|| where delta gain is measured (docs/method.md#precision).
 SMALL_RATIO = 1e-3
 
 

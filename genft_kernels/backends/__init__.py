@@ -1,6 +1,6 @@
 """Which backend computes: the choice, its reasons, and the loaded module.
 
-Each backend is one module that offers the operations of design section 4 under the same names: `column`, `row`,
+Each backend is one module that offers the operations of docs/method.md#kernels under the same names: `column`, `row`,
 `linear` and their `_backward`s. "reference" is the specification; it is chosen only by name.
 """
 

@@ -1,4 +1,4 @@
-"""The operations of design section 4 by hand-written kernels: what the Triton and the CUDA backend have in common.
+"""The operations of docs/method.md#kernels by hand-written kernels: what Triton and CUDA have in common.
 
 A module of kernels offers `thin_product`, `thin_transposed`, `row_forward`, `row_backward`, `extended_k`, `main_loop`,
 `fold` and `contract`, as `cuda_kernels` describes them.

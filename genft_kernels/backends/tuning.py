@@ -1,4 +1,4 @@
-"""How `linear` runs by kernels: chosen by shape, from what was measured on each kind of card (design section 4)."""
+"""How `linear` runs by kernels: by shape, from what was measured on each kind of card (docs/method.md#kernels)."""
 
 from __future__ import annotations
 

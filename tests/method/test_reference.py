@@ -1,4 +1,4 @@
-"""The specification against an independent, element-wise statement of design section 1."""
+"""The specification against an independent, element-wise statement of docs/method.md#the-method."""
 
 import math
 

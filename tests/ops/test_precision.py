@@ -1,4 +1,4 @@
-"""Delta gain (design section 5): in 16 bits the loss must see a small update, and stochastic rounding be unbiased."""
+"""Delta gain (docs/method.md#precision): the loss sees a small update in 16 bits, stochastic rounding is unbiased."""
 
 import dataclasses
 

@@ -142,7 +142,7 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def _dropout(dropout: float) -> tuple[int, float]:
-    """(threshold, 1 / (1 - p)) of design section 5."""
+    """(threshold, 1 / (1 - p)) of docs/method.md#random-numbers."""
     return int(dropout * 2**32), 1 / (1 - dropout)
 
 

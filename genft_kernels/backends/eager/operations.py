@@ -1,4 +1,4 @@
-"""The operations in plain PyTorch: the planned algebra of design sections 2 to 5, on any device.
+"""The operations in plain PyTorch: the planned algebra of docs/method.md#two-products, on any device.
 
 An update, or a gradient of its size, exists only as transient tiles of rows [tile, in] in the weight's
 orientation; nothing of that size is returned or kept. The one transient of a whole weight's size is the folded
@@ -228,7 +228,7 @@ def _factored_forward(tokens, weight, bias, h, b, scale):
     if not _is_16_bit(weight):
         return F.linear(tokens, weight, bias).addmm_(xh, b.t(), alpha=scale), xh
     # Extended K: both products share one float32 accumulator. Added to a y rounded to 16 bits, the update would be
-    # lost (design section 5).
+    # lost (docs/method.md#precision).
     return F.linear(torch.cat([tokens, xh], 1), torch.cat([weight, b * scale], 1), bias), xh
 
 

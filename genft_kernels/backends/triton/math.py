@@ -100,7 +100,7 @@ def rank_k_tile(left, right, rows, columns, n_rows, n_columns, k, SLICES: tl.con
 
 @triton.jit
 def word_tile(seed, stream, rows, columns, n_rows, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The Philox word of each element of an update, uint32 [rows (out), columns (in)] (design section 5).
+    """The Philox word of each element of an update, uint32 [rows (out), columns (in)] (docs/method.md#random-numbers).
 
     Four neighbours along out share a counter, so a quarter of the counters is drawn and the words are laid out.
     `rows` must start at a multiple of 4.
