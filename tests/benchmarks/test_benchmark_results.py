@@ -16,7 +16,7 @@ from benchmarks.measure import environment
 from benchmarks.measure.rows import ResultStore, folder_name, read_rows
 from benchmarks.report import __main__ as report
 from benchmarks.report import agreement
-from tests.helpers.benchmarking import CPU, case, measure, wrong
+from tests.helpers.small_benchmarks import CPU, case, measure, wrong
 
 ROOT = Path(__file__).parents[2]
 

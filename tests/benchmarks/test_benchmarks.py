@@ -18,7 +18,7 @@ from benchmarks.measure.gate import Expected, WrongResult
 from benchmarks.measure.rows import ResultStore
 from benchmarks.report import tables
 from genft_kernels import GenFTConfig, GenFTGenerator, GenFTLinear
-from tests.helpers.benchmarking import CPU, case, measure, of, wrong
+from tests.helpers.small_benchmarks import CPU, case, measure, of, wrong
 
 # --- providers and the gate -----------------------------------------------------------------------------------------
 

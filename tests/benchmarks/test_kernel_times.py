@@ -10,7 +10,7 @@ from benchmarks.kernel import calls as kernel_calls
 from benchmarks.kernel.__main__ import KEY, Rates, measure, ways
 from genft_kernels import backends
 from tests import cuda_host
-from tests.helpers.benchmarking import CPU, SMALL
+from tests.helpers.small_benchmarks import CPU, SMALL
 
 NAME = "cuda"  # whose kernels the CPU can run
 on_the_cpu = pytest.mark.skipif(cuda_host.unavailable_reason() is not None, reason=str(cuda_host.unavailable_reason()))

@@ -13,7 +13,7 @@ from torch import nn
 
 from genft_kernels import GenFTConfig, apply_genft, disabled, load_adapter, merge, remove_genft, save_adapter, unmerge
 from genft_kernels.files.format import CONFIG_FILE, TENSORS_FILE, Fingerprint
-from tests.helpers.models import Encoder, FusedEncoder, GroupedQueryBlock, TiedModel, randomise, snapshot, tokens
+from tests.helpers.tiny_models import Encoder, FusedEncoder, GroupedQueryBlock, TiedModel, randomise, snapshot, tokens
 
 QUERY = "layers.1.attention.query"
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from genft_kernels import GenFTConfig, apply_genft
-from tests.helpers.grouped import generations, groups
-from tests.helpers.models import randomise
+from tests.helpers.adapted_models import generations, groups
+from tests.helpers.tiny_models import randomise
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("accelerate", reason="accelerate is not installed")

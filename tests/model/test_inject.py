@@ -19,7 +19,7 @@ from genft_kernels import (
     trainable_summary,
     unmerge,
 )
-from tests.helpers.models import (
+from tests.helpers.tiny_models import (
     Encoder,
     FusedEncoder,
     GroupedQueryBlock,

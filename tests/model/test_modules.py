@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from genft_kernels import GenFTConfig, GenFTGenerator, GenFTLinear, reference
-from tests.helpers.models import randomise
+from tests.helpers.tiny_models import randomise
 
 CONFIGS = {
     "factored": (9, 9, dict(inner_activation="tanh")),

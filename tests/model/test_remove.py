@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from genft_kernels import GenFTConfig, GenFTLinear, apply_genft, disabled, merge, remove_genft
-from tests.helpers.models import Encoder, FusedEncoder, GroupedQueryBlock, TiedModel, randomise, snapshot, tokens
+from tests.helpers.tiny_models import Encoder, FusedEncoder, GroupedQueryBlock, TiedModel, randomise, snapshot, tokens
 
 MODELS = {
     "encoder": (Encoder, dict(modules_to_save=["classifier"])),

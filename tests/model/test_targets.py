@@ -10,7 +10,7 @@ from transformers import WavLMConfig, WavLMForSequenceClassification
 
 from genft_kernels import GenFTConfig, apply_genft, remove_genft
 from genft_kernels.targets import READ_UNCALLED, find_modules_to_save, find_targets
-from tests.helpers.models import Encoder, FusedEncoder, GroupedQueryBlock, TiedModel, randomise, snapshot
+from tests.helpers.tiny_models import Encoder, FusedEncoder, GroupedQueryBlock, TiedModel, randomise, snapshot
 
 ALL_LINEARS = r"layers\.\d+\.(attention\.\w+|dense)"
 

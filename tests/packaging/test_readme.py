@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from genft_kernels import GenFTConfig, apply_genft, trainable_summary
-from tests.helpers.models import Encoder, GroupedQueryBlock
+from tests.helpers.tiny_models import Encoder, GroupedQueryBlock
 
 README = Path(__file__).parents[2] / "README.md"
 

@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from genft_kernels import accumulate, explain
-from tests.helpers.grouped import adapted, assert_close, generations
-from tests.helpers.models import Encoder
+from tests.helpers.adapted_models import adapted, assert_close, generations
+from tests.helpers.tiny_models import Encoder
 
 WORLD, MICRO_BATCHES, STEPS = 2, 3, 2
 BATCHES = torch.randint(20, (STEPS, MICRO_BATCHES, WORLD, 4, 5), generator=torch.Generator().manual_seed(1))

@@ -12,8 +12,17 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from genft_kernels import GenFTLinear, backends, explain, remove_genft, save_adapter
-from tests.helpers.grouped import adapted, assert_close, generations, gradients, groups, loss_of, one_by_one, train
-from tests.helpers.models import Encoder, tokens
+from tests.helpers.adapted_models import (
+    adapted,
+    assert_close,
+    generations,
+    gradients,
+    groups,
+    loss_of,
+    one_by_one,
+    train,
+)
+from tests.helpers.tiny_models import Encoder, tokens
 
 DROPOUT = dict(dropout=0.3)
 

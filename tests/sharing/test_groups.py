@@ -10,8 +10,17 @@ import torch
 from torch import nn
 
 from genft_kernels import GenFTConfig, GenFTLinear, apply_genft, explain, merge, remove_genft, unmerge
-from tests.helpers.grouped import adapted, assert_close, generations, gradients, groups, loss_of, one_by_one, train
-from tests.helpers.models import Encoder, FusedEncoder, GroupedQueryBlock, TiedModel, randomise, tokens
+from tests.helpers.adapted_models import (
+    adapted,
+    assert_close,
+    generations,
+    gradients,
+    groups,
+    loss_of,
+    one_by_one,
+    train,
+)
+from tests.helpers.tiny_models import Encoder, FusedEncoder, GroupedQueryBlock, TiedModel, randomise, tokens
 
 MODELS = {
     "encoder": (Encoder, {}),

@@ -11,8 +11,8 @@ from torch import nn
 
 from genft_kernels import GenFTConfig, GenFTLinear, apply_genft, backends
 from genft_kernels.sharing import shared_input
-from tests.helpers.grouped import adapted, assert_close, gradients
-from tests.helpers.models import Encoder, FusedEncoder, GroupedQueryBlock
+from tests.helpers.adapted_models import adapted, assert_close, gradients
+from tests.helpers.tiny_models import Encoder, FusedEncoder, GroupedQueryBlock
 from tests.sharing.test_group_contexts import Checkpointed
 
 

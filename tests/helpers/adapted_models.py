@@ -8,7 +8,7 @@ import torch
 
 from genft_kernels import GenFTConfig, apply_genft
 from genft_kernels.sharing.cache import LayerGroup
-from tests.helpers.models import Encoder, randomise, tokens
+from tests.helpers.tiny_models import Encoder, randomise, tokens
 
 
 def adapted(make=Encoder, settings=None, dtype=torch.float64, **more):
