@@ -64,9 +64,9 @@ def _product(slot: str, left: Tensor, right: Tensor) -> Tensor:
     return torch.mm(left, right, out=scratch(slot, (left.shape[0], right.shape[1]), left.dtype, left.device))
 
 
-def _thin_product(matrix: Tensor, thin: Tensor, out: Tensor | None = None) -> Tensor:
-    """matrix [m, n] @ thin [n, k]. With `thin` column-major, BLAS takes up to half the time where k is odd."""
-    return torch.mm(matrix, thin.t().contiguous().t(), out=out)
+def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """scale * left @ right, rounded once."""
+    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
 
 
 def _is_16_bit(tensor: Tensor) -> bool:
@@ -181,11 +181,11 @@ def _tiled_row_backward(dz, left, right, down, seed, outer, dropout, need_left, 
         if need_left or need_right:
             q = tile.backward_(_product("grad", down[:, rows].t(), dz.t()))  # d(left right^T)  [tile, in]
         if need_left:
-            _thin_product(q, right, out=dleft[rows])
+            torch.mm(q, right, out=dleft[rows])
         if need_right:
             dright = _sum(dright, left[rows].t() @ q)
         if need_down:
-            ddown[:, rows] = _thin_product(tile.value_(), dz).t()
+            ddown[:, rows] = (tile.value_() @ dz).t()
     return dleft, dright.t().to(right.dtype).contiguous() if need_right else None, ddown
 
 
@@ -223,27 +223,28 @@ def linear_backward(grad, x, weight, h, b, xh, seed, scale, activation, dropout,
     return dx, _sum_of_rows(dy) if need_bias else None, dh, db
 
 
+# The small product goes first, and the big one is added onto it in float32: added to a y that was already rounded to
+# 16 bits, a small update would be lost (docs/method.md#precision).
+
+
 def _factored_forward(tokens, weight, bias, h, b, scale):
-    xh = _thin_product(tokens, h)  # [T, k]
-    if not _is_16_bit(weight):
-        return F.linear(tokens, weight, bias).addmm_(xh, b.t(), alpha=scale), xh
-    # Extended K: both products share one float32 accumulator. Added to a y rounded to 16 bits, the update would be
-    # lost (docs/method.md#precision).
-    return F.linear(torch.cat([tokens, xh], 1), torch.cat([weight, b * scale], 1), bias), xh
+    xh = tokens @ h  # [T, k]
+    if bias is None or _is_16_bit(weight):
+        y = _scaled_product(xh, b.t(), scale)
+    else:
+        y = torch.addmm(bias, xh, b.t(), alpha=scale)
+    y.addmm_(tokens, weight.t())
+    # In 16 bits a bias would swallow the small product; what is rounded a second time has the update in it.
+    return (y.add_(bias) if bias is not None and _is_16_bit(weight) else y), xh
 
 
 def _factored_backward(dy, tokens, weight, h, b, xh, scale, need_x, need_h, need_b, dx):
-    dh = db = None
-    if need_b:
-        db = (xh.t() @ dy).t().mul(scale).contiguous()  # [out, k]
-    if need_x or need_h:
-        dyb = _thin_product(dy, b)  # [T, k]
-    if need_h:
-        dh = (dyb.t() @ tokens).t().mul(scale).contiguous()  # [in, k]
-    if need_x and _is_16_bit(weight):
-        dx = _add_product(dx, torch.cat([dy, dyb], 1), torch.cat([weight, h.t() * scale], 0))
-    elif need_x:
-        dx = _add_product(dx, dy, weight).addmm_(dyb, h.t(), alpha=scale)
+    dyb = dy @ b if need_x or need_h else None  # [T, k]
+    dh = _scaled_product(tokens.t(), dyb, scale) if need_h else None
+    db = _scaled_product(dy.t(), xh, scale) if need_b else None
+    if need_x:
+        own = _scaled_product(dyb, h.t(), scale).addmm_(dy, weight)
+        dx = own if dx is None else dx.add_(own)
     return dx, dh, db
 
 
@@ -257,7 +258,7 @@ def _tiled_backward(dy, tokens, weight, h, b, seed, scale, activation, dropout, 
         if need_h or need_b:
             p = tile.backward_(_product("grad", dy[:, rows].t(), tokens))  # d(b h^T) / scale  [tile, in]
         if need_b:
-            _thin_product(p, h, out=db[rows])
+            torch.mm(p, h, out=db[rows])
         if need_h:
             dh = _sum(dh, b[rows].t() @ p)
         if need_x:
