@@ -10,7 +10,8 @@ from genft_kernels import GeneratorParameters, backends, philox, reference
 from genft_kernels.backends import tuning as choices
 from genft_kernels.functional import factored_linear, genft_linear
 from genft_kernels.update import generate_factors
-from tests.helpers.cases import CASES, CPU, make_data, relative_error, run, runnable
+from tests.helpers.accuracy import assert_as_accurate_as_pytorch
+from tests.helpers.cases import CASES, CPU, case_of, make_data, relative_error, run, runnable, with_seed
 
 LOW_PRECISION = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -38,10 +39,7 @@ def test_float64_equals_the_reference(case, on):
     ids=lambda case: case.name,
 )
 def test_error_is_at_most_twice_plain_pytorchs(case, dtype, on):
-    plain = errors_of_plain_pytorch(case, dtype, on.device)
-    for name, error in errors(genft_linear, case, dtype, on.device, backend=on.backend).items():
-        allowed = allowed_error(plain[name], case, dtype)
-        assert error <= allowed, f"{name}: {error:.3g} > {allowed:.3g}"
+    assert_as_accurate_as_pytorch(case, dtype, on)
 
 
 def generated(weights, layers, shared, case, backend):
@@ -136,11 +134,7 @@ def test_without_a_seed_one_is_drawn_from_torchs_generator(on):
 def test_every_way_of_running_linear_is_right(name, dtype, on, monkeypatch):
     """Where the shared cases' few tokens take one way, force the other: the factored and the tiled form folded."""
     monkeypatch.setattr(choices, "choices_for", lambda device: choices.Choices(0, 0, 0))
-    case = case_of(name)
-    plain = errors_of_plain_pytorch(case, dtype, on.device)
-    for key, error in errors(genft_linear, case, dtype, on.device, backend=on.backend).items():
-        allowed = allowed_error(plain[key], case, dtype)
-        assert error <= allowed, f"{key}: {error:.3g} > {allowed:.3g}"
+    assert_as_accurate_as_pytorch(case_of(name), dtype, on)
 
 
 def test_the_choice_follows_the_shape_and_knows_every_card(monkeypatch):
@@ -169,8 +163,7 @@ def test_the_same_inputs_give_the_same_bits(name, on):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["tiled-tall-bias", "dropout-tall", "column-tiled-bias"])
 def test_eager_tiles_have_no_seams(name, dtype, monkeypatch):
-    case = case_of(name)
-    case = dataclasses.replace(case, out_features=270)
+    case = dataclasses.replace(case_of(name), out_features=270)
     data = make_data(case).to(dtype)
     whole = run(genft_linear, data, case.config, backend="eager", training=True, seed=1)
     monkeypatch.setattr(backends.load("eager"), "_TILE_ELEMENTS", 1)  # tiles of 64 rows

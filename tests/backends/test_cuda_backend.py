@@ -13,7 +13,7 @@ from genft_kernels import philox
 from genft_kernels.backends.cuda import kernels as cuda_kernels
 from genft_kernels.functional import genft_linear
 from tests import cuda_host
-from tests.helpers.cases import CASES, check_every_op, make_data, relative_error, run
+from tests.helpers.cases import case_of, check_every_op, make_data, relative_error, run
 
 on_the_cpu = pytest.mark.skipif(cuda_host.unavailable_reason() is not None, reason=str(cuda_host.unavailable_reason()))
 
@@ -21,13 +21,13 @@ on_the_cpu = pytest.mark.skipif(cuda_host.unavailable_reason() is not None, reas
 @on_the_cpu
 @pytest.mark.parametrize("name", ["factored-square", "dropout-tiled-bias-out_in", "tiled-many-tokens"])
 def test_every_op_passes_opcheck(name, monkeypatch):
-    check_every_op(next(case for case in CASES if case.name == name), "cuda", monkeypatch)
+    check_every_op(case_of(name), "cuda", monkeypatch)
 
 
 @on_the_cpu
 @pytest.mark.parametrize("name", ["factored-square", "dropout-tiled-bias-out_in"])
 def test_compiles_without_a_graph_break(name):
-    case = next(case for case in CASES if case.name == name)
+    case = case_of(name)
     data, options = make_data(case, torch.float32), dict(training=True, seed=torch.tensor([3]), backend="cuda")
     expected = run(genft_linear, data, case.config, **options)
     compiled = run(torch.compile(genft_linear, fullgraph=True, backend="aot_eager"), data, case.config, **options)

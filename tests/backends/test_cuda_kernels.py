@@ -14,7 +14,8 @@ from genft_kernels.backends.cuda import operations as cuda
 from genft_kernels.backends.eager import operations as eager
 from genft_kernels.functional import genft_linear
 from tests import cuda_host
-from tests.helpers.cases import CASES, CPU, make_data, relative_error, run
+from tests.helpers.accuracy import allowed_error
+from tests.helpers.cases import CPU, case_of, make_data, relative_error, run
 
 DEVICES = [
     pytest.param(
@@ -66,14 +67,16 @@ def laid_out(matrix, layout):
 
 
 def judge(function, *tensors):
-    """Each result of function(module, *tensors) is as near the one in float64 as twice plain PyTorch's is."""
+    """Each result of function(module, *tensors) has an error that plain PyTorch's allows; for smooth activations."""
     exact = function(eager, *[_cast(tensor, torch.float64) for tensor in tensors])
     plain = function(eager, *tensors)
-    for index, (found, bound, true) in enumerate(zip(function(cuda, *tensors), plain, exact, strict=True)):
+    flat = [item for tensor in tensors for item in (tensor if isinstance(tensor, list) else [tensor])]
+    longest_sum = max(size for tensor in flat if tensor is not None for size in tensor.shape)
+    for index, (found, pytorchs, true) in enumerate(zip(function(cuda, *tensors), plain, exact, strict=True)):
         if true is not None:
-            assert found.shape == true.shape and found.dtype == bound.dtype
-            allowed = 2 * relative_error(bound, true) + torch.finfo(found.dtype).eps
-            assert relative_error(found, true) <= allowed, index
+            assert found.shape == true.shape and found.dtype == pytorchs.dtype
+            error = relative_error(found, true)
+            assert error <= allowed_error(relative_error(pytorchs, true), found.dtype, longest_sum), index
 
 
 def _cast(tensor, dtype):
@@ -110,7 +113,7 @@ def test_more_layers_than_travel_with_a_launch(device):
 
 @DTYPES
 @UNITS
-@pytest.mark.parametrize("outer, dropout, ones", [("leaky_relu", 0.0, 0), ("tanh", 0.3, 1)])
+@pytest.mark.parametrize("outer, dropout, ones", [("silu", 0.0, 0), ("tanh", 0.3, 1)])
 def test_row_of_three_layers(outer, dropout, ones, k, dtype, device):
     n_out, n_in, k1 = 140, 75, k + ones  # one more unit where there is a bias
     left, right = random(dtype, device, 3, n_out, k1), random(dtype, device, 3, n_in, k1)
@@ -318,7 +321,9 @@ def test_values_and_slopes_of_every_activation(activation, device):
 
 
 def test_any_number_of_hidden_units(device):
-    case = dataclasses.replace(CASES[1], settings={**CASES[1].settings, "shared_dim": 300}, leading=(5,))
+    case = dataclasses.replace(
+        case_of("tiled-square"), settings={**case_of("tiled-square").settings, "shared_dim": 300}
+    )
     data = make_data(case, torch.float32)
     found = run(genft_linear, data.to(device), case.config, backend="cuda")
     for name, expected in run(genft_linear, data, case.config, backend="eager").items():
@@ -326,7 +331,7 @@ def test_any_number_of_hidden_units(device):
 
 
 def test_the_same_inputs_give_the_same_bits(device):
-    case = dataclasses.replace(next(case for case in CASES if case.name == "tiled-many-tokens"), in_features=270)
+    case = dataclasses.replace(case_of("tiled-many-tokens"), in_features=270)
     data = make_data(case, torch.bfloat16)
     first, second = (
         run(genft_linear, data.to(device), case.config, backend="cuda", training=True, seed=7) for _ in range(2)

@@ -16,7 +16,7 @@ import torch
 from genft_kernels import philox
 from genft_kernels.activations import ACTIVATIONS, activate, activation_backward
 from genft_kernels.functional import genft_linear
-from tests.helpers.cases import CASES, check_every_op, make_data, run
+from tests.helpers.cases import case_of, check_every_op, make_data, run
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 tl = triton.language
@@ -148,12 +148,12 @@ def test_the_fold_rounds_by_the_words_of_stream_2(dtype, bits):
 @interpreted
 @pytest.mark.parametrize("name", ["factored-square", "dropout-tiled-bias-out_in", "tiled-many-tokens"])
 def test_every_op_passes_opcheck(name, monkeypatch):
-    check_every_op(next(case for case in CASES if case.name == name), "triton", monkeypatch)
+    check_every_op(case_of(name), "triton", monkeypatch)
 
 
 @interpreted
 def test_strides_of_every_operand_are_respected():
-    case = next(case for case in CASES if case.name == "tiled-square")
+    case = case_of("tiled-square")
     data = make_data(case, torch.float32)
     wide = torch.randn(63, 2 * 63)
     for x in (torch.randn(63, 9).t(), torch.randn(9, 126)[:, ::2], torch.randn(63).expand(9, 63)):
@@ -195,7 +195,7 @@ def test_addresses_beyond_two_to_the_31(activation, tokens, tmp_path):
 @interpreted
 @pytest.mark.parametrize("name", ["factored-square", "dropout-tiled-bias-out_in"])
 def test_compiles_without_a_graph_break(name):
-    case = next(case for case in CASES if case.name == name)
+    case = case_of(name)
     data, options = make_data(case, torch.float32), dict(training=True, seed=torch.tensor([3]), backend="triton")
     expected = run(genft_linear, data, case.config, **options)
     compiled = run(torch.compile(genft_linear, fullgraph=True, backend="aot_eager"), data, case.config, **options)
@@ -288,7 +288,7 @@ def test_ones_compile():
 
 @compiled
 def test_without_a_gpu_the_backend_says_so_by_name_only():
-    case = next(case for case in CASES if case.name == "tiled-square")
+    case = case_of("tiled-square")
     data = make_data(case, torch.float32)
     if torch.cuda.is_available():
         pytest.skip("a CUDA device is at hand")

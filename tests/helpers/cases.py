@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 
 import pytest
@@ -31,6 +32,11 @@ class Case:
         with warnings.catch_warnings():  # some settings start where nothing trains; the data here is random anyway
             warnings.simplefilter("ignore")
             return GenFTConfig(**{"shared_dim": 5, "specific_dim": 2, "zero_delta": False, **self.settings})
+
+    @property
+    def longest_sum(self) -> int:
+        """Terms of the longest sum in forward and backward: over features or tokens."""
+        return max(self.in_features, self.out_features, math.prod(self.leading))
 
 
 @dataclasses.dataclass
@@ -97,6 +103,16 @@ CASES = [
         for name in ("relu", "leaky_relu", "silu", "tanh")
     ),
 ]
+
+
+def case_of(name: str) -> Case:
+    """The shared case of that name."""
+    return next(case for case in CASES if case.name == name)
+
+
+def with_seed(case: Case, seed: int) -> Case:
+    """The case with other random data."""
+    return dataclasses.replace(case, seed=seed)
 
 
 @dataclasses.dataclass(frozen=True)
