@@ -187,7 +187,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def is_factored(outer_activation: str, dropout: float) -> bool:
-    """Whether an update stays the low-rank product itself: docs/method.md#factored-form, else #tiled-form."""
+    """Whether an update is a product of thin factors: docs/method.md#factored-form, else docs/method.md#tiled-form."""
     return outer_activation == "identity" and dropout == 0
 
 

@@ -45,7 +45,7 @@ def test_every_source_compiles_without_warnings_spills_or_too_much_shared_memory
 
 def test_every_source_is_in_the_recipe():
     recipe = _build.Recipe.read(cuda_report.SOURCES)
-    of_the_cpu = "dropout.cpp"  # backends/cpu_dropout.py compiles it
+    of_the_cpu = "dropout.cpp"  # genft_kernels/backends/eager/dropout.py compiles it
     listed = {*recipe.kernels, recipe.binding, of_the_cpu}
     assert listed == {name for name in recipe.files if name.endswith((".cu", ".cpp"))}
     assert {"sm_80", "sm_90a", "compute_80"} == set(recipe.archs)
