@@ -18,7 +18,7 @@ def philox_words(tmp_path_factory):
     if COMPILER is None:
         pytest.skip("no C++ compiler on this machine")
     program = tmp_path_factory.mktemp("csrc") / "philox_words"
-    source = ROOT / "tests" / "philox_words.cpp"
+    source = ROOT / "tests" / "backends" / "philox_words.cpp"
     flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}"]
     subprocess.run([COMPILER, *flags, source, "-o", program], check=True)
     return program
