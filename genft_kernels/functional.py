@@ -69,7 +69,7 @@ def genft_linear(
     group = GeneratorParameters(*(t if t is None or t.dim() == 1 else t[None] for t in params))
     generated = generate_factors([weight], group, config, dtype=dtype, dropout=dropout, seed=seed, backend=chosen)
     (factors,) = generated.unbind()
-    return apply_factors(x, weight, bias, factors, config.scaling, config.outer_activation, dropout, seed, chosen)[0]
+    return apply_factors(x, weight, bias, factors, config.scaling, config.outer_activation, dropout, seed, chosen)
 
 
 def factored_linear(
@@ -114,4 +114,4 @@ def factored_linear(
     dropout = dropout if training else 0.0
     seed = forward_seed(seed, x.device, training, dropout, activation, dtype, chosen)
     factors = Factors(h.to(x.device, dtype), b.to(x.device, dtype), ROW_STREAM)
-    return apply_factors(x, weight, bias, factors, scale, activation, dropout, seed, chosen)[0]
+    return apply_factors(x, weight, bias, factors, scale, activation, dropout, seed, chosen)

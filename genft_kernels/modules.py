@@ -15,7 +15,6 @@ from .config import GenFTConfig
 from .functional import genft_linear
 from .generator import GenFTGenerator, last_stage_names
 from .parameters import GeneratorParameters
-from .sharing import shared_input
 from .sharing.cache import is_tensor_subclass
 from .update import apply_factors, compute_dtype, forward_seed
 
@@ -284,19 +283,9 @@ class GenFTLinear(nn.Linear):
         check_transforms(backend)
         seeds = [forward_seed(None, x.device, training, dropout, psi, dtype, backend) for _ in self._blocks[1]]
         factors = self.generator.group.factors_for(self, dtype, backend, seeds)
-        read = shared_input.receive(self, x, dtype)
-
-        def updated(weight: Tensor, bias: Tensor | None, place: int) -> Tensor:
-            nonlocal read
-            y, handed = apply_factors(
-                read, weight, bias, factors[place], config.scaling, psi, dropout, seeds[place], backend
-            )
-            read = read if handed is None else handed
-            if place == len(factors) - 1:
-                shared_input.hand_on(self, x, handed)
-            return y
-
-        return updated
+        return lambda weight, bias, place: apply_factors(
+            x, weight, bias, factors[place], config.scaling, psi, dropout, seeds[place], backend
+        )
 
     def _generated_alone(self, x: Tensor) -> Callable[[Tensor, Tensor | None, int], Tensor]:
         """The same, generating within the forward."""

@@ -229,20 +229,17 @@ def _linear_grad(ctx, grad, _):
 linear.register_autograd(_linear_grad, setup_context=_linear_setup)
 
 
-def linear_handing_on(*inputs) -> tuple[Tensor, Tensor | None]:
-    """(`linear`'s y, x as the next reader of it should read it, or None where that gains nothing).
+def linear_as_node(*inputs) -> Tensor:
+    """`linear`'s y alone, by a plain node of the autograd graph, which takes a fraction of a custom op's time to make.
 
-    Takes what `linear` takes. Where another linear layer reads the second result in place of x, this one's backward
-    gets the other's dx and adds its own product onto it, and no separate addition of the two is needed.
-
-    It is a plain node of the autograd graph, which takes a fraction of a custom op's time to make. Where something
-    listens to the dispatcher (compilation, tracing, a dispatch mode), it is the custom op.
+    Takes what `linear` takes. Where something listens to the dispatcher (compilation, tracing, a dispatch mode), it is
+    the custom op.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return linear(*inputs)[0], None
+        return linear(*inputs)[0]
     if not torch.is_grad_enabled():
-        return _compute(inputs[-1], "linear", *inputs[:-1])[0], None
-    return _HandingOn.apply(*inputs)
+        return _compute(inputs[-1], "linear", *inputs[:-1])[0]
+    return _Linear.apply(*inputs)
 
 
 def first_order(backward: Callable) -> Callable:
@@ -261,26 +258,19 @@ def first_order(backward: Callable) -> Callable:
     return checked
 
 
-class _HandingOn(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         results = _compute(inputs[-1], "linear", *inputs[:-1])
         _linear_setup(ctx, inputs, results)
-        ctx.kept, ctx.spent = None, False
         # `data`, because a view that is made within a node may not be changed in place, as ReLU(inplace=True) does.
-        return results[0].data, inputs[0].detach() if ctx.needs_input_grad[0] else None
+        return results[0].data
 
     @staticmethod
     @first_order
-    def backward(ctx, grad, dx):
+    def backward(ctx, grad):
         if grad is None:
-            if ctx.kept is None and not ctx.spent:  # autograd frees now what this layer's own loss will need later
-                ctx.kept = ctx.saved_tensors
-            return dx, *(None,) * 10
-        saved = ctx.saved_tensors if ctx.kept is None else ctx.kept
-        ctx.spent = True
+            return (None,) * 11
         settings = ctx.scale, ctx.activation, ctx.dropout, ctx.stream, ctx.needs
-        onto = dx is not None and ctx.backend in backends.ADDING_BACKENDS
-        options = dict(dx=dx) if onto else {}
-        own, dbias, dh, db = _compute(ctx.backend, "linear_backward", grad, *saved, *settings, **options)
-        return own if dx is None or onto else dx.add_(own), None, dbias, dh, db, *(None,) * 6
+        dx, dbias, dh, db = _compute(ctx.backend, "linear_backward", grad, *ctx.saved_tensors, *settings)
+        return dx, None, dbias, dh, db, *(None,) * 6

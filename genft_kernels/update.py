@@ -107,17 +107,12 @@ def apply_factors(
     dropout: float,
     seed: torch.Tensor | None,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The token side alone: `factored_linear` of arguments that were checked, the factors in `compute_dtype(x)`.
-
-    Returns y and what the next reader of x should read in its place (`ops.linear_handing_on`).
-    """
+) -> torch.Tensor:
+    """The token side alone: `factored_linear` of arguments that were checked, the factors in `compute_dtype(x)`."""
     dtype = compute_dtype(x)
     bias = None if bias is None else bias.to(dtype)
     h, b, stream = factors
-    return ops.linear_handing_on(
-        x.to(dtype), weight, bias, h, b, seed, float(scale), activation, dropout, stream, backend
-    )
+    return ops.linear_as_node(x.to(dtype), weight, bias, h, b, seed, float(scale), activation, dropout, stream, backend)
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:

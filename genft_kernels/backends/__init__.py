@@ -18,8 +18,6 @@ import torch
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # In the order in which "auto" asks them.
 OPERATION_BACKENDS = ("eager", "triton", "cuda")
-# Their `linear_backward` takes a `dx` to add to, in place.
-ADDING_BACKENDS = ("eager",)
 BACKENDS = ("auto", *OPERATION_BACKENDS, "reference")
 
 

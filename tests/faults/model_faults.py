@@ -1,10 +1,9 @@
-"""Faults in what works on whole models: grouped generation, `accumulate`, the Trainer's callback, shared inputs."""
+"""Faults in what works on whole models: grouped generation, `accumulate` and the Trainer's callback."""
 
 from tests.faults.mutations import Fault
 
 GROUPS = ["tests/sharing/test_groups.py", "tests/sharing/test_group_contexts.py"]
 ACCUMULATION = ["tests/sharing/test_accumulation.py"]
-SHARED_INPUT = ["tests/sharing/test_shared_input.py"]
 TRAINER = ["tests/integrations/test_integrations.py"]
 
 FAULTS = [
@@ -154,47 +153,5 @@ FAULTS = [
         " and GradientState().sync_gradients",
         "",
         TRAINER,
-    ),
-    Fault(
-        "shared input: another tensor handed on",
-        "genft_kernels/sharing/shared_input.py",
-        "last.source() is x and ",
-        "",
-        SHARED_INPUT,
-    ),
-    Fault(
-        "shared input: a change in place unnoticed",
-        "genft_kernels/sharing/shared_input.py",
-        " and last.version == x._version",
-        "",
-        SHARED_INPUT,
-    ),
-    Fault(
-        "shared input: forwards of one input chained",
-        "genft_kernels/sharing/shared_input.py",
-        " and weakref.ref(layer) not in last.readers",
-        "",
-        SHARED_INPUT,
-    ),
-    Fault(
-        "shared input: the next reader's gradient lost",
-        "genft_kernels/ops.py",
-        "return own if dx is None or onto else dx.add_(own)",
-        "return own",
-        SHARED_INPUT,
-    ),
-    Fault(
-        "shared input: the next reader's gradient lost in the product",
-        "genft_kernels/backends/eager/operations.py",
-        "return left @ right if total is None else total.addmm_(left, right)",
-        "return left @ right",
-        SHARED_INPUT,
-    ),
-    Fault(
-        "shared input: freed before its own loss",
-        "genft_kernels/ops.py",
-        "                ctx.kept = ctx.saved_tensors",
-        "                pass",
-        SHARED_INPUT,
     ),
 ]

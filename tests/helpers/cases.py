@@ -187,7 +187,7 @@ def check_every_op(case: Case, backend: str, monkeypatch) -> None:
     for operation in ("column", "row", "linear", "column_backward", "row_backward", "linear_backward"):
         monkeypatch.setattr(ops, operation, checking(getattr(ops, operation)))
     # Outside compilation a plain node stands for the op `linear`.
-    monkeypatch.setattr(ops, "linear_handing_on", lambda *inputs: (ops.linear(*inputs)[0], None))
+    monkeypatch.setattr(ops, "linear_as_node", lambda *inputs: ops.linear(*inputs)[0])
     run(genft_linear, make_data(case, torch.float32), case.config, backend=backend, training=True, seed=1)
     assert len(checked) == 6
 

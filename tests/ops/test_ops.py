@@ -122,3 +122,12 @@ def test_a_compiled_layer_takes_any_number_of_tokens():
     for tokens in (7, 9, 11):
         compiled(torch.randn(tokens, 16))
     assert counter.frame_count == 1
+
+
+def test_linears_output_may_be_changed_in_place():
+    x, h, b = tensors((3, 9), (9, 4), (7, 4), dtype=torch.float64)
+    weight = torch.randn(7, 9, dtype=torch.float64)
+    expected = torch.autograd.grad(factored_linear(x, weight, None, h, b).relu().square().sum(), [x, h, b])
+    y = factored_linear(x, weight, None, h, b)
+    actual = torch.autograd.grad(torch.relu_(y).square().sum(), [x, h, b])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(actual, expected, strict=True))

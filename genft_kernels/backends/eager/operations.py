@@ -206,19 +206,18 @@ def linear(x, weight, bias, h, b, seed, scale: float, activation: str, dropout: 
     return y.reshape(*x.shape[:-1], weight.shape[0]), xh
 
 
-def linear_backward(grad, x, weight, h, b, xh, seed, scale, activation, dropout, stream, needs, dx=None):
-    """(dx [..., in], dbias [out], dh [in, k], db [out, k]); dx is added to the one that is given, in place."""
+def linear_backward(grad, x, weight, h, b, xh, seed, scale, activation, dropout, stream, needs):
+    """(dx [..., in], dbias [out], dh [in, k], db [out, k])."""
     need_x, need_bias, need_h, need_b = needs
     dy = grad.reshape(-1, grad.shape[-1])  # [T, out]
     tokens = None if x is None else x.reshape(-1, x.shape[-1])  # [T, in]
     weight = weight.to(grad.dtype) if need_x else None
-    dx = None if dx is None else dx.reshape(-1, dx.shape[-1])  # [T, in]
-    dh = db = None
+    dx = dh = db = None
     if is_factored(activation, dropout):
-        dx, dh, db = _factored_backward(dy, tokens, weight, h, b, xh, scale, need_x, need_h, need_b, dx)
+        dx, dh, db = _factored_backward(dy, tokens, weight, h, b, xh, scale, need_x, need_h, need_b)
     elif need_x or need_h or need_b:
         settings = seed, scale, activation, dropout, stream
-        dx, dh, db = _tiled_backward(dy, tokens, weight, h, b, *settings, need_x, need_h, need_b, dx)
+        dx, dh, db = _tiled_backward(dy, tokens, weight, h, b, *settings, need_x, need_h, need_b)
     dx = dx.reshape(*grad.shape[:-1], dx.shape[-1]) if need_x else None
     return dx, _sum_of_rows(dy) if need_bias else None, dh, db
 
@@ -238,17 +237,15 @@ def _factored_forward(tokens, weight, bias, h, b, scale):
     return (y.add_(bias) if bias is not None and _is_16_bit(weight) else y), xh
 
 
-def _factored_backward(dy, tokens, weight, h, b, xh, scale, need_x, need_h, need_b, dx):
+def _factored_backward(dy, tokens, weight, h, b, xh, scale, need_x, need_h, need_b):
     dyb = dy @ b if need_x or need_h else None  # [T, k]
     dh = _scaled_product(tokens.t(), dyb, scale) if need_h else None
     db = _scaled_product(dy.t(), xh, scale) if need_b else None
-    if need_x:
-        own = _scaled_product(dyb, h.t(), scale).addmm_(dy, weight)
-        dx = own if dx is None else dx.add_(own)
+    dx = _scaled_product(dyb, h.t(), scale).addmm_(dy, weight) if need_x else None
     return dx, dh, db
 
 
-def _tiled_backward(dy, tokens, weight, h, b, seed, scale, activation, dropout, stream, need_x, need_h, need_b, dx):
+def _tiled_backward(dy, tokens, weight, h, b, seed, scale, activation, dropout, stream, need_x, need_h, need_b):
     """A tile of G = dy^T x is formed, contracted with the factors, and dropped; W is folded again for dx."""
     folded = scratch("folded", weight.shape, weight.dtype, weight.device) if need_x else None
     dh = None  # [k, in]
@@ -264,15 +261,10 @@ def _tiled_backward(dy, tokens, weight, h, b, seed, scale, activation, dropout, 
         if need_x:
             _fold(weight[rows], tile.value_(), scale, seed, out=folded[rows])
     return (
-        _add_product(dx, dy, folded) if need_x else None,
+        dy @ folded if need_x else None,
         dh.t().mul(scale).to(h.dtype).contiguous() if need_h else None,
         db.mul_(scale) if need_b else None,
     )
-
-
-def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """total + left @ right, in the place of total."""
-    return left @ right if total is None else total.addmm_(left, right)
 
 
 def _fold(weight: Tensor, update: Tensor, scale: float, seed: Tensor | None, out: Tensor) -> None:
