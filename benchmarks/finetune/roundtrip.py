@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import genft_kernels
+
 from .encoder import Encoded
 from .training import logits_of
 
@@ -22,17 +24,15 @@ class Check:
 
 
 def check_adapter(trained: nn.Module, fresh: nn.Module, data: Encoded, folder: Path) -> list[Check]:
-    """Save the adapter of ``trained``, load it into ``fresh`` (unadapted, with another head) and compare."""
-    from genft_kernels import load_adapter, merge, save_adapter, unmerge
-
+    """Save the adapter of `trained`, load it into `fresh` (unadapted, with another head) and compare."""
     expected = logits_of(trained, data)
     untrained = logits_of(fresh, data)
-    save_adapter(trained, folder)
-    load_adapter(fresh, folder)
+    genft_kernels.save_adapter(trained, folder)
+    genft_kernels.load_adapter(fresh, folder)
     loaded = logits_of(fresh, data)
-    merge(fresh)
+    genft_kernels.merge(fresh)
     merged = logits_of(fresh, data)
-    unmerge(fresh)
+    genft_kernels.unmerge(fresh)
     unmerged = logits_of(fresh, data)
 
     def apart(logits: Tensor) -> float:

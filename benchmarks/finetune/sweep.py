@@ -1,97 +1,83 @@
 """Choose a learning rate for every method on a validation part of the training data, never on the test part.
 
-Run ``python -m benchmarks.finetune.sweep``; every method gets the same rates, batches, schedule and seeds.
+Run `python -m benchmarks.finetune.sweep`; every method gets the same rates, batches, schedule and seeds.
 """
 
 import argparse
 import itertools
+import statistics
 import sys
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import DemoError, require_libraries
-from .rates import SWEEP_FILE, choose
+from benchmarks.measure.rows import RUN_FIELDS, Row, read_rows, write_rows
+
+from .data import DemoError
+from .methods import METHODS
+from .runs import add_options, prepare, rows_of
+from .training import Job
 
 GRID = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
+SWEEP_FILE = Path(__file__).with_name("sweep.jsonl")
+_KEPT = ("method", "rate", "seed", "status", "reason", "accuracy", "loss", *RUN_FIELDS)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the sweep; the exit status is 0, 2 for something the user can put right, or 130."""
+    """Train on the whole grid, write its rows, print the best rates; 2 for something to put right, 130 interrupted."""
+    options = parse(argv)
+    grid = itertools.product(options.seeds, options.methods, options.rates)
+    jobs = (Job(method, rate, seed, options.epochs, options.batch_size) for seed, method, rate in grid)
     try:
-        require_libraries()
-        return run_sweep(parse(argv), sys.argv[1:] if argv is None else argv)
-    except DemoError as error:
+        inputs = prepare(options, hold_out=True)
+        rows = [{name: row[name] for name in _KEPT if name in row} for row in rows_of(jobs, inputs)]
+    except (DemoError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
+    write_rows(options.output, rows)
+    for method, rate in choose(rows).items():
+        print(f"{method}: rate {rate:g}")
+        if rate in (min(options.rates), max(options.rates)):
+            print(f"  {method}'s best rate lies at the edge of the grid; widen it")
+    return 0
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    from .methods import METHODS
-    from .options import add_shared_options
-
     parser = argparse.ArgumentParser(prog="python -m benchmarks.finetune.sweep", description=__doc__.splitlines()[0])
-    add_shared_options(parser, tuple(METHODS))
+    add_options(parser, tuple(METHODS))
     parser.add_argument("--rates", nargs="+", type=float, default=GRID, metavar="RATE", help="default %(default)s")
     parser.add_argument("--output", type=Path, default=SWEEP_FILE, metavar="FILE", help="default: %(default)s")
     return parser.parse_args(argv)
 
 
-def run_sweep(args: argparse.Namespace, argv: list[str]) -> int:
-    """Train on the whole grid, print the best rates and write everything to ``args.output``."""
-    from rich.console import Console
+def choose(rows: Sequence[Row]) -> dict[str, float]:
+    """The best rate of every method by mean final accuracy over the seeds, then by loss; never one that diverged."""
+    results: dict[tuple[str, float], list[Row]] = {}
+    for row in rows:
+        results.setdefault((row["method"], row["rate"]), []).append(row)
+    best: dict[str, tuple[float, float, float]] = {}
+    for (method, rate), same in results.items():
+        if all(row["status"] == "measured" for row in same):
+            accuracy, loss = (statistics.mean(row[name][-1] for row in same) for name in ("accuracy", "loss"))
+            best[method] = max(best.get(method, (-1.0, 0.0, 0.0)), (round(accuracy, 6), -round(loss, 6), -rate))
+    return {method: -rate for method, (_, _, rate) in best.items()}
 
-    from .data import hold_out
-    from .options import load_inputs, make_repeatable, read_split
-    from .progress import progress_bars
-    from .report import environment, write_json
-    from .training import Budget, Diverged, batch_order, prepare, train
 
-    make_repeatable(args.threads)
-    split = hold_out(read_split(args))
-    inputs = load_inputs(args, split)
-    budget = Budget(args.epochs, args.batch_size)
-    console = Console()
-    results = []
-    with progress_bars(console) as start:
-        for seed, method, rate in itertools.product(args.seeds, args.methods, args.rates):
-            steps = len(batch_order(len(inputs.train), budget, seed))
-            on_step = start(f"{method}, rate {rate:g}, seed {seed}", steps)
-            model = prepare(inputs.encoder, len(inputs.labels), method, seed)
-            try:
-                run = train(
-                    model,
-                    inputs.train,
-                    inputs.test,
-                    method=method,
-                    rate=rate,
-                    seed=seed,
-                    budget=budget,
-                    on_step=on_step,
-                )
-                outcome = {key: run.evaluations[-1][key] for key in ("accuracy", "loss")}
-            except Diverged:
-                outcome = {"accuracy": 0.0, "loss": 1e9}
-            results.append({"method": method, "rate": rate, "seed": seed, **outcome})
-    chosen = choose(results)
-    for method, best in chosen.items():
-        console.print(f"{method}: rate {best['rate']:g}, validation accuracy {best['accuracy']:.4f}")
-        if best["rate"] in (min(args.rates), max(args.rates)):
-            console.print(f"  {method}'s best rate lies at the edge of the grid; widen it", style="yellow")
-    content = {
-        "format": 1,
-        "command": " ".join(["python -m benchmarks.finetune.sweep", *argv]),
-        "data": {"source": inputs.source, "train": len(inputs.train), "validation": len(inputs.test)},
-        "budget": asdict(budget),
-        "environment": environment(),
-        "chosen": chosen,
-        "results": results,
-    }
-    write_json(args.output, content)
-    return 0
+def read_rates(path: Path, methods: Sequence[str]) -> dict[str, float]:
+    """The chosen rate of every method in a sweep's file; DemoError names what is missing."""
+    try:
+        rates = choose(read_rows(path))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DemoError(f"{path} is not the file of a sweep: {error!r}") from error
+    if missing := [method for method in methods if method not in rates]:
+        raise DemoError(
+            f"{path} has no rate for {', '.join(missing)}; "
+            f"make one with: python -m benchmarks.finetune.sweep --methods {' '.join(missing)} --output FILE"
+        )
+    return rates
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from benchmarks.layer.cases import FORMS, Layer
 from genft_kernels.philox import ROW_STREAM
+
+TILED = ("tiled", "dropout")  # the factored form's products are a vendor's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,49 +50,37 @@ def weight_side(kernels: ModuleType, layer: Layer, k: int, dtype: torch.dtype, d
     count, work = min(layer.count, 24), layer.in_features * layer.out_features * k
     weights = list(random(count, n_out, n_in))
     down, grad, pre = random(count, k, n_in), random(count, n_out, k), random(count, n_out, k)
-    yield Call(
-        "thin_product", lambda: kernels.thin_product(weights, down, None, "tanh"), (*weights, down), count * work
-    )
-    yield Call(
-        "thin_transposed",
-        lambda: kernels.thin_transposed(grad, weights, pre, "tanh"),
-        (*weights, grad, pre),
-        count * work,
-    )
+    thin = functools.partial(kernels.thin_product, weights, down, None, "tanh")
+    yield Call("thin_product", thin, (*weights, down), count * work)
+    transposed = functools.partial(kernels.thin_transposed, grad, weights, pre, "tanh")
+    yield Call("thin_transposed", transposed, (*weights, grad, pre), count * work)
     left, right, row_down, dz = (random(count, *shape) for shape in ((n_out, k), (n_in, k), (k, n_out), (n_in, k)))
+    row = left, right, row_down
     seeds = torch.arange(count, device=device)
     h, b = random(n_in, k), random(n_out, k)
-    for form in FORMS:
+    for form in TILED:
         activation, dropout = _update(form)
-        stages = seeds, activation, dropout, "identity"
-        if form != "factored":
-            yield Call(
-                "row_forward",
-                functools.partial(kernels.row_forward, left, right, row_down, None, *stages),
-                (left, right, row_down),
-                2 * count * work,
-                form=form,
-            )
-            yield Call(
-                "row_backward",
-                functools.partial(
-                    kernels.row_backward, dz, left, right, row_down, None, *stages, [True, True, True, False]
-                ),
-                (dz, left, right, row_down),
-                5 * count * work,
-                form=form,
-            )
-        update = seeds[:1], 0.5, activation, dropout, ROW_STREAM
-        yield Call(
-            "fold", functools.partial(kernels.fold, weights[0], h, b, *update), (weights[0], h, b), work, form=form
-        )
+        fold = functools.partial(kernels.fold, weights[0], h, b, seeds[:1], 0.5, activation, dropout, ROW_STREAM)
+        yield Call("fold", fold, (weights[0], h, b), work, form=form)
+        settings = None, seeds, activation, dropout, "identity"
+        forward = functools.partial(kernels.row_forward, *row, *settings)
+        yield Call("row_forward", forward, row, 2 * count * work, form=form)
+        backward = functools.partial(kernels.row_backward, dz, *row, *settings, [True, True, True, False])
+        yield Call("row_backward", backward, (dz, *row), 5 * count * work, form=form)
 
 
-def product(layer: Layer, tokens: int, dtype: torch.dtype, device: torch.device) -> Call:
-    """PyTorch's product of x [tokens, in] and W [out, in]."""
-    random = _random(device, dtype)
-    x, weight = random(tokens, layer.in_features), random(layer.out_features, layer.in_features)
-    return Call("product", lambda: F.linear(x, weight), (x, weight), tokens * weight.numel(), tokens=tokens)
+def vendor(
+    layer: Layer, tokens: int, ks: Iterable[int], dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[int | None, Call]]:
+    """PyTorch's products of x [tokens, in] and W [out, in], and of x and thin matrices: (k, call)."""
+    random, n_in = _random(device, dtype), layer.in_features
+    x, weight = random(tokens, n_in), random(layer.out_features, n_in)
+    yield None, Call("product", lambda: F.linear(x, weight), (x, weight), tokens * weight.numel(), tokens)
+    for k in ks:
+        h, small = random(n_in, k), random(tokens, k)
+        yield k, Call("thin_product", functools.partial(torch.mm, x, h), (x, h), tokens * h.numel(), tokens)
+        transposed = functools.partial(torch.mm, x.t(), small)
+        yield k, Call("thin_transposed", transposed, (x, small), tokens * h.numel(), tokens)
 
 
 def token_side(
@@ -99,55 +89,16 @@ def token_side(
     """The kernels that see x."""
     random, n_in, n_out = _random(device, dtype), layer.in_features, layer.out_features
     big, thin_work = tokens * n_in * n_out, n_in * n_out * k
-    x, dy, weight, h, b = (
-        random(*shape) for shape in ((tokens, n_in), (tokens, n_out), (n_out, n_in), (n_in, k), (n_out, k))
-    )
-    xh, transposed, seed = random(tokens, k), h.t()[None].contiguous(), torch.tensor([3], device=device)
-    at = dict(tokens=tokens)
-    yield Call(
-        "thin_product",
-        lambda: kernels.thin_product([x], transposed, None, "identity"),
-        (x, h),
-        tokens * n_in * k,
-        **at,
-    )
-    yield Call(
-        "thin_transposed",
-        lambda: kernels.thin_transposed(xh[None], [dy], None, "identity"),
-        (xh, dy),
-        tokens * n_out * k,
-        **at,
-    )
-    yield Call(
-        "extended_k",
-        lambda: kernels.extended_k(x, weight, None, xh, b, 0.5),
-        (x, weight, xh, b),
-        big + tokens * n_out * k,
-        **at,
-        form="factored",
-    )
-    for form in FORMS:
-        activation, dropout = _update(form)
-        update = seed, 0.5, activation, dropout, ROW_STREAM
-        if form == "factored":
-            continue
-        if tokens <= 1024:  # beyond, its second product for each tile of tokens is many big ones
-            yield Call(
-                "main_loop",
-                functools.partial(kernels.main_loop, x, weight, None, h, b, *update, over_out=False),
-                (x, weight, h, b),
-                big + thin_work,
-                **at,
-                form=form,
-            )
-        yield Call(
-            "contract",
-            functools.partial(kernels.contract, dy, x, h, b, *update, True, True),
-            (dy, x, h, b),
-            big + 3 * thin_work,
-            **at,
-            form=form,
-        )
+    x, dy, h, b = (random(*shape) for shape in ((tokens, n_in), (tokens, n_out), (n_in, k), (n_out, k)))
+    xh, down, seed = random(tokens, k), h.t()[None].contiguous(), torch.tensor([3], device=device)
+    thin = functools.partial(kernels.thin_product, [x], down, None, "identity")
+    yield Call("thin_product", thin, (x, h), tokens * n_in * k, tokens)
+    transposed = functools.partial(kernels.thin_transposed, xh[None], [dy], None, "identity")
+    yield Call("thin_transposed", transposed, (xh, dy), tokens * n_out * k, tokens)
+    for form in TILED:
+        update = seed, 0.5, *_update(form), ROW_STREAM
+        contract = functools.partial(kernels.contract, dy, x, h, b, *update, True, True)
+        yield Call("contract", contract, (dy, x, h, b), big + 3 * thin_work, tokens, form)
 
 
 def _update(form: str) -> tuple[str, float]:

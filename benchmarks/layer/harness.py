@@ -9,15 +9,17 @@ import torch
 
 from benchmarks.layer.cases import DIRECTIONS, Case
 from benchmarks.layer.problem import Problem
-from benchmarks.layer.providers import BASELINES, Provider
+from benchmarks.layer.providers import BASELINE, FLOORS, Provider
 from benchmarks.measure import memory, timing
 from benchmarks.measure.environment import environment
-from benchmarks.measure.gate import SMALL_RATIO, Expected, WrongResult, delta_gain
+from benchmarks.measure.gate import SMALL_RATIO, Expected, delta_gain, refusal
 from benchmarks.measure.rows import ResultStore, Row
 from benchmarks.measure.workload import Workload
 
 # What a row of the suite "layer" is told apart by.
-KEY = ("layer", "in", "out", "tokens", "dtype", "k", "form", "provider", "direction")
+KEY = ("layer", "in", "out", "tokens", "dtype", "k", "form", "provider")
+# (p20, p50, p80) by direction.
+Times = dict[str, tuple[float, float, float]]
 
 
 @dataclasses.dataclass
@@ -31,12 +33,7 @@ class _Passed:
 
 
 def run(
-    providers: Sequence[Provider],
-    cases: Sequence[Case],
-    device: torch.device,
-    *,
-    directions: Sequence[str] = DIRECTIONS,
-    seconds: float = 12.0,
+    providers: Sequence[Provider], cases: Sequence[Case], device: torch.device, seconds: float = 12.0
 ) -> Iterator[Row]:
     """Measure every provider on every case.
 
@@ -44,34 +41,19 @@ def run(
         seconds: about how long the clocks of a case run on a CPU; a GPU's repetitions are `do_bench`'s.
 
     Yields:
-        Rows keyed by `KEY`, with a `status`: "measured", one for each case, provider and direction; or, one for all
-        directions (`direction` is None) and with a `reason`, "unavailable" (it cannot run here), "wrong" (the gate is
-        red: it is not timed) or "failed" (it raised).
+        Rows keyed by `KEY`, with a `status`: "measured"; or, with a `reason`, "unavailable" (it cannot run here),
+        "wrong" (the gate is red: it is not timed) or "failed" (it raised).
     """
     fields = environment(device)
     for case in cases:
-        for row in _run_case(providers, case, device, directions, seconds):
+        for row in _run_case(providers, case, device, seconds):
             yield row | fields
 
 
-def record(store: ResultStore, row: Row) -> None:
-    """Put a row of `run` into a store; what the same provider had there and no longer holds goes."""
-    outdated = DIRECTIONS if row["direction"] is None else (None,)
-    store.discard(row | {"direction": direction} for direction in outdated)
-    store.upsert([row])
-
-
 def is_done(store: ResultStore, providers: Sequence[Provider], case: Case, sources: str) -> bool:
-    """Whether a store has every provider's rows of a case, of these sources: what a resumed run leaves out."""
-
-    def up_to_date(provider: Provider, direction: str | None) -> bool:
-        row = store.get(case.key | {"provider": provider.name, "direction": direction})
-        return row is not None and row.get("sources") == sources
-
-    return all(
-        up_to_date(provider, None) or all(up_to_date(provider, direction) for direction in DIRECTIONS)
-        for provider in providers
-    )
+    """Whether a store has every provider's row of a case, of these sources: what a resumed run leaves out."""
+    rows = [store.get(case.key | {"provider": provider.name}) for provider in providers]
+    return all(row is not None and row.get("sources") == sources for row in rows)
 
 
 def gated_workload(provider: Provider, case: Case, device: torch.device) -> Workload:
@@ -81,17 +63,11 @@ def gated_workload(provider: Provider, case: Case, device: torch.device) -> Work
 
 def unavailable(providers: Sequence[Provider], cases: Sequence[Case], device: torch.device) -> dict[str, str]:
     """By name, the providers that can run none of the cases here, with the reason of the first."""
-    found = {}
-    for provider in providers:
-        reasons = [provider.obstacle(case, device) for case in cases]
-        if reasons and all(reasons):
-            found[provider.name] = reasons[0]
-    return found
+    found = {provider.name: [provider.obstacle(case, device) for case in cases] for provider in providers}
+    return {name: reasons[0] for name, reasons in found.items() if reasons and all(reasons)}
 
 
-def _run_case(
-    providers: Sequence[Provider], case: Case, device: torch.device, directions: Sequence[str], seconds: float
-) -> Iterator[Row]:
+def _run_case(providers: Sequence[Provider], case: Case, device: torch.device, seconds: float) -> Iterator[Row]:
     torch.compiler.reset()  # what was compiled for other cases would only be searched through
     problem = Problem(case, device)
     expected: dict[tuple, Expected] = {}
@@ -99,25 +75,26 @@ def _run_case(
     for provider in providers:
         reason = provider.obstacle(case, device)
         if reason is not None:
-            yield _refusal(case, provider, "unavailable", reason)
+            yield _start(case, provider) | {"status": "unavailable", "reason": reason}
             continue
         try:
             passed[provider.name] = _gated(provider, problem, expected)
-        except WrongResult as error:
-            yield _refusal(case, provider, "wrong", str(error))
         except Exception as error:
-            yield _failure(case, provider, error)
+            yield _start(case, provider) | refusal(error)
     samples = None
     if device.type == "cpu" and passed:
-        clocks = {name: timing.cpu_clock(each.workload) for name, each in passed.items()}
-        samples = timing.take_turns(clocks, seconds)
-    medians: dict[tuple[str, str], float] = {}
-    for name in sorted(passed, key=lambda name: name not in BASELINES):  # baselines first: ratios need them
+        samples = timing.take_turns({name: timing.cpu_clock(each.workload) for name, each in passed.items()}, seconds)
+    medians: dict[str, float] = {}
+    bases = (BASELINE, *FLOORS)
+    for name in sorted(passed, key=lambda name: name not in bases):  # those first that the others' ratios need
         try:
-            for direction in directions:
-                yield _measured(case, passed[name], direction, device, samples, medians)
+            if samples is not None:
+                times, relative = _of_samples(samples, name)
+            else:
+                times, relative = _of_gpu(passed[name].workload, case, medians, name)
+            yield _start(case, passed[name].provider) | _measured(passed[name], case, device, times, relative)
         except Exception as error:
-            yield _failure(case, passed[name].provider, error)
+            yield _start(case, passed[name].provider) | refusal(error)
 
 
 def _gated(provider: Provider, problem: Problem, expected: dict[tuple, Expected]) -> _Passed:
@@ -133,35 +110,34 @@ def _gated(provider: Provider, problem: Problem, expected: dict[tuple, Expected]
     return _Passed(provider, workload, gain, memory.workload_kept_bytes(workload))
 
 
-def _measured(
-    case: Case, passed: _Passed, direction: str, device: torch.device,
-    samples: dict[str, list[timing.Sample]] | None, medians: dict[tuple[str, str], float],
-) -> Row:  # fmt: skip
-    """One row. `medians` collects a GPU's times by provider and direction, for the ratios of those after it."""
-    provider, workload = passed.provider, passed.workload
-    if device.type == "cpu":
-        mine = samples[provider.name]
-        times = timing.quantiles([sample[direction] for sample in mine])
-        bases = {base: timing.ratios(mine, samples[base], direction) for base in BASELINES if base in samples}
-        ratios = {base: timing.quantiles(each) for base, each in bases.items()}
-    else:
-        times = timing.gpu_quantiles(workload, direction, replay=case.tokens <= timing.REPLAYED_TOKENS)
-        medians[provider.name, direction] = times[1]
-        bases = {base: medians[base, direction] for base in BASELINES if (base, direction) in medians}
-        ratios = {base: tuple(time / median for time in times) for base, median in bases.items()}
-    floor, launches = ratios.get(provider.floor(case)), memory.launches(work(workload, direction), device)
-    peak = memory.peak_bytes(work(workload, direction), device)
-    return case.key | {
-        "provider": provider.name, "direction": direction, "status": "measured", "part": provider.part,
-        "rank": provider.rank(case) if provider.rank else None, "config": case.config,
-        "projections": workload.projections, "samples": samples and len(samples[provider.name]),
-        "time_ms": [round(1e3 * time, 5) for time in times],
-        "ratios": {base: [round(each, 4) for each in three] for base, three in ratios.items()},
+def _of_samples(samples: dict[str, list[timing.Sample]], name: str) -> tuple[Times, Times]:
+    """Times by direction, and forward and backward relative to each provider, turn by turn."""
+    mine = samples[name]
+    times = {direction: timing.quantiles([sample[direction] for sample in mine]) for direction in DIRECTIONS}
+    return times, {base: timing.quantiles(timing.ratios(mine, other, "both")) for base, other in samples.items()}
+
+
+def _of_gpu(workload: Workload, case: Case, medians: dict[str, float], name: str) -> tuple[Times, Times]:
+    """The same by a GPU's clock, relative to the `medians` of those before, to which this one's is added."""
+    replay = case.tokens <= timing.REPLAYED_TOKENS
+    times = {direction: timing.gpu_quantiles(workload, direction, replay) for direction in DIRECTIONS}
+    medians[name] = times["both"][1]
+    return times, {base: tuple(time / median for time in times["both"]) for base, median in medians.items()}
+
+
+def _measured(passed: _Passed, case: Case, device: torch.device, times: Times, relative: Times) -> Row:
+    workload, floor, both = passed.workload, relative.get(passed.provider.floor(case)), "both"
+    launches = memory.launches(work(workload, both), device)
+    return {
+        "status": "measured",
+        "time_ms": {direction: [round(1e3 * time, 5) for time in each] for direction, each in times.items()},
+        "ratios": {base: [round(each, 4) for each in relative[base]] for base in (BASELINE,) if base in relative},
         "floor_fraction": floor and round(1 / floor[1], 4),
-        "kept_bytes": passed.kept_bytes, "peak_bytes": peak // workload.projections,
+        "kept_bytes": passed.kept_bytes,
+        "peak_bytes": memory.peak_bytes(work(workload, both), device) // workload.projections,
         "launches": launches and round(launches / workload.projections, 1),
-        "gain_y": passed.gain and round(passed.gain[0], 4), "gain_dx": passed.gain and round(passed.gain[1], 4),
-    }  # fmt: skip
+        "gain": passed.gain and [round(each, 4) for each in passed.gain],
+    }
 
 
 def work(workload: Workload, direction: str) -> Callable[[], object]:
@@ -174,15 +150,6 @@ def work(workload: Workload, direction: str) -> Callable[[], object]:
     return lambda: workload.backward(outputs)
 
 
-def _failure(case: Case, provider: Provider, error: Exception) -> Row:
-    """The row of a provider that raised: that must not end the others' run, unless the device itself is lost."""
-    if isinstance(error, torch.AcceleratorError):
-        torch.cuda.synchronize()  # raises again where the device is lost; a capture that failed has not harmed it
-    return _refusal(case, provider, "failed", f"{type(error).__name__}: {error}"[:300])
-
-
-def _refusal(case: Case, provider: Provider, status: str, reason: str) -> Row:
-    return case.key | {
-        "provider": provider.name, "direction": None, "status": status, "part": provider.part,
-        "rank": provider.rank(case) if provider.rank else None, "reason": reason,
-    }  # fmt: skip
+def _start(case: Case, provider: Provider) -> Row:
+    rank = provider.rank(case) if provider.rank else None
+    return case.key | {"provider": provider.name, "part": provider.part, "rank": rank}

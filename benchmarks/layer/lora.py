@@ -22,8 +22,8 @@ def fused(problem: Problem, rank: int, backend: str) -> Workload:
     return _workload(problem, a, b, scale, lambda: factored_linear(problem.x, problem.weight, None, a.T, b, **settings))
 
 
-def peft(problem: Problem, rank: int, dtype: torch.dtype) -> Workload:
-    """PEFT's layer, its adapters in `dtype`."""
+def peft(problem: Problem, rank: int, dtype: torch.dtype | None = None) -> Workload:
+    """PEFT's layer, its adapters in `dtype`, by default that of the case."""
     from peft import LoraConfig, inject_adapter_in_model
 
     scale = problem.scale(rank)

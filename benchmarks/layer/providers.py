@@ -8,24 +8,16 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from benchmarks.layer import genft as genft_providers
-from benchmarks.layer import lora as lora_providers
-from benchmarks.layer import third_party
+from benchmarks.layer import genft, lora, third_party
 from benchmarks.layer.cases import Case
 from benchmarks.layer.problem import Problem
+from benchmarks.measure.environment import version
 from benchmarks.measure.workload import Workload
 from genft_kernels import backends
 
-# What the others' time is divided by, pair by pair, where it ran.
-BASELINES = ("two-product-floor", "three-product-floor", "frozen", "peft-lora", "official")
-
-
-def _always(name: str | None, case: Case) -> str | None:
-    return name
-
-
-def _floor_of_form(case: Case) -> str | None:
-    return "two-product-floor" if case.form == "factored" else "three-product-floor"
+# Whose time the others' is divided by, and the big products alone: without dyᵀ·x, and with it.
+BASELINE, FLOORS = "peft-lora", ("two-product-floor", "three-product-floor")
+Obstacle = Callable[[Case, torch.device], str | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +38,10 @@ class Provider:
     name: str
     title: str
     build: Callable[[Problem], Workload]
-    obstacle: Callable[[Case, torch.device], str | None] = lambda case, device: None
+    obstacle: Obstacle = lambda case, device: None
     part: str = "layer"
     rank: Callable[[Case], int] | None = None
-    floor: Callable[[Case], str | None] = functools.partial(_always, "two-product-floor")
+    floor: Callable[[Case], str | None] = lambda case: FLOORS[0]
     updates: bool = True
 
 
@@ -58,103 +50,30 @@ def select(names: Iterable[str]) -> list[Provider]:
     return [PROVIDERS[name] for name in names]
 
 
-def _backend_obstacle(case: Case, device: torch.device, backend: str) -> str | None:
-    return backends.unavailable(backend, device, case.dtype)
+def _floor_of_form(case: Case) -> str:
+    return FLOORS[0] if case.form == "factored" else FLOORS[1]
 
 
-def _genft(part: str) -> Iterable[Provider]:
-    """One part of GenFT in every backend."""
-    build = {
-        "layer": genft_providers.layer, "generation": genft_providers.generation,
-        "token side": genft_providers.token_side,
-    }[part]  # fmt: skip
-    for backend in backends.OPERATION_BACKENDS:
-        whole, generates = part == "layer", part == "generation"
-        yield Provider(
-            f"genft-{backend}" + ("" if whole else f"-{part.replace(' ', '-')}"),
-            f"GenFT {backend}" + ("" if whole else f", {part} alone"),
-            functools.partial(build, backend=backend), functools.partial(_backend_obstacle, backend=backend), part,
-            floor=functools.partial(_always, None) if generates else _floor_of_form, updates=not generates,
-        )  # fmt: skip
-
-
-def _lora() -> Iterable[Provider]:
-    """Each LoRA at two ranks: GenFT's k, and that of equal trainable parameters."""
-    ours = [
-        (
-            f"fused-lora-{backend}", f"LoRA by factored_linear, {backend}",
-            functools.partial(lora_providers.fused, backend=backend),
-            functools.partial(_backend_obstacle, backend=backend),
-        )
-        for backend in backends.OPERATION_BACKENDS
-    ]  # fmt: skip
-    ways = [
-        ("peft-lora", "PEFT LoRA", _peft, _needs_peft),
-        ("peft-lora-float32", "PEFT LoRA, float32 adapters", _peft_float32, _needs_peft_and_16_bits),
-        *ours,
-        ("hand-lora", "LoRA, gradients by hand", lora_providers.hand_derived, _nothing),
-        ("unsloth-lora", "unsloth LoRA_W", lora_providers.unsloth, _needs_unsloth),
-        ("unsloth-qkv", "unsloth LoRA_QKV, a third of it", lora_providers.unsloth_qkv, _needs_unsloth),
-        ("nemo-lora", "NeMo Automodel LoRA, PyTorch", _nemo, _needs_nemo),
-        ("nemo-lora-triton", "NeMo Automodel LoRA, Triton", _nemo_triton, _needs_nemo_triton),
-    ]
-    for suffix, remark, rank in (
-        ("", "", lambda case: case.k),
-        ("-equal-parameters", ", equal parameters", lambda case: case.rank_of_equal_parameters),
-    ):
-        for name, title, build, obstacle in ways:
-            yield Provider(
-                name + suffix, title + remark, functools.partial(_with_rank, build=build, rank=rank), obstacle,
-                rank=rank,
-            )  # fmt: skip
-
-
-def _with_rank(problem: Problem, build: Callable[..., Workload], rank: Callable[[Case], int]) -> Workload:
-    return build(problem, rank=rank(problem.case))
-
-
-def _peft(problem: Problem, rank: int) -> Workload:
-    return lora_providers.peft(problem, rank, problem.case.dtype)
-
-
-def _peft_float32(problem: Problem, rank: int) -> Workload:
-    return lora_providers.peft(problem, rank, torch.float32)
-
-
-def _nemo(problem: Problem, rank: int) -> Workload:
-    return lora_providers.nemo(problem, rank, triton=False)
-
-
-def _nemo_triton(problem: Problem, rank: int) -> Workload:
-    return lora_providers.nemo(problem, rank, triton=True)
+# --- obstacles ------------------------------------------------------------------------------------------------------
 
 
 def _nothing(case: Case, device: torch.device) -> None:
     return None
 
 
-def _needs_peft(case: Case, device: torch.device) -> str | None:
-    return None if third_party.version("peft") else "PEFT is not installed (pip install peft)"
+def _of_backend(case: Case, device: torch.device, backend: str) -> str | None:
+    return backends.unavailable(backend, device, case.dtype)
 
 
-def _needs_peft_and_16_bits(case: Case, device: torch.device) -> str | None:
-    same = case.dtype == torch.float32
-    return "x is float32, so it is peft-lora itself" if same else _needs_peft(case, device)
+def _of_peft(case: Case, device: torch.device, only_16_bits: bool = False) -> str | None:
+    if only_16_bits and case.dtype == torch.float32:
+        return "x is float32, so it is peft-lora itself"
+    return None if version("peft") else "PEFT is not installed (pip install peft)"
 
 
-def _needs_unsloth(case: Case, device: torch.device) -> str | None:
-    return _missing(third_party.unsloth)
-
-
-def _needs_nemo(case: Case, device: torch.device) -> str | None:
-    return _missing(third_party.nemo)
-
-
-def _needs_nemo_triton(case: Case, device: torch.device) -> str | None:
-    return "its kernels need a CUDA device" if device.type != "cuda" else _missing(third_party.nemo)
-
-
-def _missing(load: Callable[[], object]) -> str | None:
+def _of_package(case: Case, device: torch.device, load: Callable[[], object], needs_cuda: bool = False) -> str | None:
+    if needs_cuda and device.type != "cuda":
+        return "its kernels need a CUDA device"
     try:
         load()
     except third_party.Missing as reason:
@@ -162,26 +81,80 @@ def _missing(load: Callable[[], object]) -> str | None:
     return None
 
 
+# --- the registry ---------------------------------------------------------------------------------------------------
+
+
+def _genft(part: str) -> Iterable[Provider]:
+    """One part of GenFT in every backend."""
+    build = {"layer": genft.layer, "generation": genft.generation, "token side": genft.token_side}[part]
+    for backend in backends.OPERATION_BACKENDS:
+        name, title = f"genft-{backend}", f"GenFT {backend}"
+        if part != "layer":
+            name, title = f"{name}-{part.replace(' ', '-')}", f"{title}, {part} alone"
+        yield Provider(
+            name, title, functools.partial(build, backend=backend), functools.partial(_of_backend, backend=backend),
+            part, floor=(lambda case: None) if part == "generation" else _floor_of_form, updates=part != "generation",
+        )  # fmt: skip
+
+
+def _loras() -> Iterable[Provider]:
+    """Each LoRA at two ranks: GenFT's k, and that of equal trainable parameters."""
+    partial = functools.partial
+    unsloth, nemo = partial(_of_package, load=third_party.unsloth), partial(_of_package, load=third_party.nemo)
+    ways = [
+        ("peft-lora", "PEFT LoRA", lora.peft, _of_peft),
+        (
+            "peft-lora-float32", "PEFT LoRA, float32 adapters", partial(lora.peft, dtype=torch.float32),
+            partial(_of_peft, only_16_bits=True),
+        ),
+        *(
+            (
+                f"fused-lora-{backend}", f"LoRA by factored_linear, {backend}", partial(lora.fused, backend=backend),
+                partial(_of_backend, backend=backend),
+            )
+            for backend in backends.OPERATION_BACKENDS
+        ),
+        ("hand-lora", "LoRA, gradients by hand", lora.hand_derived, _nothing),
+        ("unsloth-lora", "unsloth LoRA_W", lora.unsloth, unsloth),
+        ("unsloth-qkv", "unsloth LoRA_QKV, a third of it", lora.unsloth_qkv, unsloth),
+        ("nemo-lora", "NeMo Automodel LoRA, PyTorch", partial(lora.nemo, triton=False), nemo),
+        (
+            "nemo-lora-triton", "NeMo Automodel LoRA, Triton", partial(lora.nemo, triton=True),
+            partial(nemo, needs_cuda=True),
+        ),
+    ]  # fmt: skip
+    ranks: dict[str, Callable[[Case], int]] = {
+        "": lambda case: case.k, "equal parameters": lambda case: case.rank_of_equal_parameters,
+    }  # fmt: skip
+    for remark, rank in ranks.items():
+        for name, title, build, obstacle in ways:
+            if remark:
+                name, title = f"{name}-{remark.replace(' ', '-')}", f"{title}, {remark}"
+            yield Provider(name, title, partial(_with_rank, build=build, rank=rank), obstacle, rank=rank)
+
+
+def _with_rank(problem: Problem, build: Callable[..., Workload], rank: Callable[[Case], int]) -> Workload:
+    return build(problem, rank(problem.case))
+
+
 def _registry() -> Iterable[Provider]:
     """Those that the gate holds to one formula stand together: it is evaluated once for all of them."""
-    for name, products, title in (
-        ("two-product-floor", 2, "floor: x·Wᵀ and dy·W alone"),
-        ("three-product-floor", 3, "floor: x·Wᵀ, dy·W and dyᵀ·x alone"),
-    ):
-        build, itself = functools.partial(genft_providers.floor, products=products), functools.partial(_always, name)
-        yield Provider(name, title, build, floor=itself, updates=False)
-    yield Provider("frozen", "frozen nn.Linear", genft_providers.frozen, updates=False)
+    partial = functools.partial
+    two, three = FLOORS
+    yield Provider(two, "floor: x·Wᵀ and dy·W alone", partial(genft.floor, products=2), updates=False)
+    yield Provider(
+        three, "floor: x·Wᵀ, dy·W and dyᵀ·x alone", partial(genft.floor, products=3), floor=lambda case: three,
+        updates=False,
+    )  # fmt: skip
+    yield Provider("frozen", "frozen nn.Linear", genft.frozen, updates=False)
     yield from _genft("layer")
     yield from _genft("generation")
-    for name, title, compiled in (
-        ("official", "GenFT, official way", False),
-        ("official-compiled", "GenFT, official way, torch.compile", True),
-    ):
-        yield Provider(
-            name, title, functools.partial(genft_providers.official, compiled=compiled), floor=_floor_of_form
-        )
+    official = partial(genft.official, compiled=False)
+    yield Provider("official", "GenFT, official way", official, floor=_floor_of_form)
+    compiled = partial(genft.official, compiled=True)
+    yield Provider("official-compiled", "GenFT, official way, torch.compile", compiled, floor=_floor_of_form)
     yield from _genft("token side")
-    yield from _lora()
+    yield from _loras()
 
 
 PROVIDERS = {provider.name: provider for provider in _registry()}

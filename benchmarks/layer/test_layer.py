@@ -43,7 +43,7 @@ def test_layer(benchmark, workloads, case, provider, direction):
     workload = workloads(provider, case)
     if isinstance(workload, WrongResult):
         pytest.fail(f"not timed, because wrong: {workload}")
-    benchmark.extra_info.update(case.key, projections=workload.projections, config=case.config)
+    benchmark.extra_info.update(case.key, projections=workload.projections)
     benchmark.group = f"{case} {direction}"
 
     def prepare():

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
-import importlib.metadata
 import importlib.util
 import types
 from pathlib import Path
@@ -69,14 +68,6 @@ def nemo() -> types.SimpleNamespace:
     except ImportError as error:
         raise Missing(f"nemo_automodel's kernels cannot be imported: {error}") from error
     return _definitions("nemo_automodel", _NEMO, {"torch": torch, "F": F, **vars(kernels)})
-
-
-def version(distribution: str) -> str | None:
-    """The installed version, or None."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _definitions(package: str, wanted: dict[str, tuple[str, ...]], namespace: dict[str, Any]) -> types.SimpleNamespace:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.metadata
 import platform
 import subprocess
 from pathlib import Path
@@ -11,10 +12,9 @@ from pathlib import Path
 import torch
 
 import genft_kernels
-from benchmarks.layer import third_party
 
 REPOSITORY = Path(__file__).parents[2]
-_PACKAGES = ("triton", "peft", "unsloth", "nemo-automodel")
+_PACKAGES = ("triton", "peft", "unsloth", "nemo-automodel", "transformers")
 
 
 def device_name(device: torch.device) -> str:
@@ -26,17 +26,24 @@ def device_name(device: torch.device) -> str:
 
 def environment(device: torch.device) -> dict[str, str | int | None]:
     """Device, versions, commit and a digest of what was measured."""
-    versions = {package.replace("-", "_"): third_party.version(package) for package in _PACKAGES}
     fields = {
         "device": device_name(device), "commit": _commit(), "sources": sources(),
-        "genft_kernels": genft_kernels.__version__,
-        "python": platform.python_version(), "torch": torch.__version__, **versions,
+        "genft_kernels": genft_kernels.__version__, "python": platform.python_version(), "torch": torch.__version__,
+        **{package.replace("-", "_"): version(package) for package in _PACKAGES},
     }  # fmt: skip
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return fields | {"cuda": torch.version.cuda, "capability": f"sm_{major}{minor}"}
     amx = torch.cpu._is_amx_tile_supported()
     return fields | {"cpu_capability": torch.backends.cpu.get_cpu_capability() + (" with AMX" if amx else "")}
+
+
+def version(distribution: str) -> str | None:
+    """The installed version, or None."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 @functools.cache
@@ -51,20 +58,16 @@ def sources() -> str:
 
 def _commit() -> str | None:
     """HEAD, with a plus where files other than results differ from it; None outside a repository."""
+    generated = (":!benchmarks/results", ":!README.md", ":!docs/results.md")
     try:
         head = _git("rev-parse", "--short=10", "HEAD")
-        changed = _git(
-            "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!README.md"
-        )
+        return head + ("+" if _git("status", "--porcelain", "--untracked-files=no", "--", ".", *generated) else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return head + ("+" if changed else "")
 
 
 def _git(*arguments: str) -> str:
-    return subprocess.run(
-        ["git", *arguments], cwd=REPOSITORY, check=True, capture_output=True, text=True
-    ).stdout.strip()  # fmt: skip
+    return subprocess.check_output(["git", *arguments], cwd=REPOSITORY, stderr=subprocess.DEVNULL, text=True).strip()
 
 
 def _cpu_model() -> str:

@@ -21,6 +21,18 @@ class WrongResult(Exception):
     """A provider whose output or gradient is off; the message names the tensor."""
 
 
+def refusal(error: Exception) -> dict[str, str]:
+    """Status and reason of what was not timed because it is wrong or raised.
+
+    That must not end the others' run, unless the device itself is lost.
+    """
+    if isinstance(error, torch.AcceleratorError):
+        torch.cuda.synchronize()  # raises again where the device is lost; a capture that failed has not harmed it
+    if isinstance(error, WrongResult):
+        return {"status": "wrong", "reason": str(error)}
+    return {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:300]}
+
+
 @dataclasses.dataclass
 class Expected:
     """What a formula gives in float64, and how far plain PyTorch is off at the case's dtype."""

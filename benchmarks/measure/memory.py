@@ -1,15 +1,19 @@
-"""What a provider keeps for its backward, the most it holds at once, and how many kernels it launches."""
+"""What a call keeps for its backward, the most it holds at once, and how many kernels it launches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.finetune.memory import peak_tensor_bytes
 from benchmarks.measure.workload import Workload
 from genft_kernels.backends.eager import scratch
 from genft_kernels.sharing import node as generation
@@ -57,7 +61,37 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     scratch._slots.buffers.clear()
-    return peak_tensor_bytes(work)
+    # Accumulating, though there is one cycle only: torch 2.11 warns otherwise.
+    profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
+    with _quiet_stderr():
+        profiler.start()
+    try:
+        work()
+    finally:
+        with _quiet_stderr():
+            profiler.stop()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    alive = peak = 0
+    for _, change in sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"):
+        alive += change
+        peak = max(peak, alive)
+    return peak
+
+
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """The profiler's C++ side announces its start and stop there."""
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
 
 
 def launches(work: Callable[[], object], device: torch.device) -> int | None:

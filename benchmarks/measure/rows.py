@@ -1,4 +1,8 @@
-"""Result rows as JSON lines, one file a suite and device; a row measured again takes the old one's place."""
+"""Result rows as JSON lines, one file a suite and device; a row measured again takes the old one's place.
+
+What a whole run has in common, `RUN_FIELDS`, is written once, as a line {"run": {"id": 0, ...}}; a row names it by
+"run": 0. In memory every row has all its fields.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,11 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parents[1] / "results"
+RUN_FIELDS = (
+    "device", "commit", "sources", "genft_kernels", "python", "torch", "triton", "peft", "unsloth", "nemo_automodel",
+    "transformers", "cuda", "capability", "cpu_capability", "nvcc", "copy_terabytes", "product_teraflops",
+    "data", "epochs", "batch_size",
+)  # fmt: skip
 
 Row = dict[str, Any]
 
@@ -19,22 +28,16 @@ Row = dict[str, Any]
 class ResultStore:
     """The rows of `<root>/<device>/<suite>.jsonl`, told apart by the fields named in `key`.
 
-    Every change is on disk when the call returns, by an atomic rename: an interrupted run keeps its finished rows.
+    Every change is on disk when the call returns: an interrupted run keeps its finished rows.
 
     Raises:
-        ValueError: a line of the file is not a JSON object; the message has its number.
+        ValueError: a line of the file is no row; the message has its number.
     """
 
     def __init__(self, device_name: str, suite: str, key: tuple[str, ...], root: Path = RESULTS) -> None:
         self.path = root / folder_name(device_name) / f"{suite}.jsonl"
         self.key = key
         self._rows = {self._identity(row): row for row in read_rows(self.path)}
-
-    def check_writable(self) -> None:
-        """Raise OSError now, not after minutes of measuring, if rows cannot be written."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=self.path.parent):
-            pass
 
     @classmethod
     def of_command(
@@ -43,8 +46,10 @@ class ResultStore:
         """The store of a command; where it cannot be read, or written, that ends the command with status 2."""
         try:
             store = cls(device_name, suite, key, root)
-            if writes:
-                store.check_writable()
+            if writes:  # to find out now, not after minutes of measuring
+                store.path.parent.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=store.path.parent):
+                    pass
         except (OSError, ValueError) as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
@@ -64,38 +69,52 @@ class ResultStore:
         """Add rows, or put them in the place of those with the same key."""
         for row in rows:
             self._rows[self._identity(row)] = row
-        self._write()
-
-    def discard(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Remove the rows with these keys, where they exist."""
-        for row in rows:
-            self._rows.pop(self._identity(row), None)
-        self._write()
+        write_rows(self.path, self._rows.values())
 
     def _identity(self, row: Mapping[str, Any]) -> tuple:
         return tuple(row.get(field) for field in self.key)
 
-    def _write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(f".{os.getpid()}.tmp")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in self._rows.values()))
-        partial.replace(self.path)
-
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a file, none where it does not exist."""
-    if not path.exists():
-        return []
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    """The rows of a file, none where it does not exist.
+
+    Raises:
+        ValueError: a line is no row, or names a run that the lines before it do not have; the message has its number.
+    """
+    rows, runs = [], {}
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else (), start=1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: not a JSON object")
-        rows.append(row)
+            if not isinstance(row, dict):
+                raise ValueError("not a JSON object")
+            run = row.pop("run", None)
+            if isinstance(run, dict):
+                runs[run.pop("id")] = run
+            else:
+                rows.append(row if run is None else row | runs[run])
+        except KeyError as error:
+            raise ValueError(f"{path}, line {number}: no run {error}") from error
+        except ValueError as error:
+            kind = "not JSON: " if isinstance(error, json.JSONDecodeError) else ""
+            raise ValueError(f"{path}, line {number}: {kind}{error}") from error
     return rows
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Write a file that `read_rows` reads, whole or not at all."""
+    runs: list[Row] = []
+    lines = []
+    for row in rows:
+        run = {field: row[field] for field in RUN_FIELDS if field in row}
+        rest = {field: value for field, value in row.items() if field not in run}
+        if run and run not in runs:
+            runs.append(run)
+        lines.append(rest | ({"run": runs.index(run)} if run else {}))
+    heads = [{"run": {"id": number} | run} for number, run in enumerate(runs)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.tmp")
+    partial.write_text("".join(json.dumps(line) + "\n" for line in [*heads, *lines]))
+    partial.replace(path)
 
 
 def folder_name(device_name: str) -> str:

@@ -1,175 +1,134 @@
-"""`make bench-report`: plots, RESULTS.md and README's section of figures, from the result files and nothing else."""
+"""`make bench-report`: docs/results.md, its plot and README's figures, from the result files and nothing else."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.measure.rows import RESULTS, Row, read_rows
-from benchmarks.report import plots, step_tables, tables
+from benchmarks.finetune import table as finetune_table
+from benchmarks.measure.environment import REPOSITORY
+from benchmarks.measure.rows import RESULTS, Row, read_rows, write_rows
+from benchmarks.report import layer_tables, six_bars, step_tables, tables
 
-README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- measured: begin (make bench-report writes this) -->", "<!-- measured: end -->"
-
+TOLERANCE = 0.10  # of a ratio between two runs
 _INTRODUCTION = """\
 # Results
 
-`make bench` measures, `make bench-report` writes this file from the rows beside it; do not edit it. One table a case.
-Times are medians of milliseconds, of one layer; "both" is a forward and its backward, gradients for x and all that
-trains. A CPU's providers take turns, two calls each of which the faster counts, and a ratio is the median over the
-turns of two times of one turn; freed memory stays with the process. A GPU's are timed one after another, each call with
-a cold L2, by replay of a CUDA graph up to 1,024 tokens.
+`make bench-report` writes this file from the rows under `benchmarks/results/`; do not edit it. How each suite measures
+is said in its section.
 
-- **of floor**: the time of the big products alone, which this one cannot do without, over its time: x·Wᵀ and dy·W, and
-  for GenFT's tiled form also dyᵀ·x.
-- **kept**: what autograd saves for the backward, beside x, W and what trains. **peak**: the most memory at once beyond
-  what was there, results included.
-- **gain**: how much of an update of a thousandth of W arrives in y and in dx; 1 is all of it.
-- **equal parameters**: a LoRA that trains as many parameters over the model as GenFT does with k units.
-
-Nothing is timed before its output and all its gradients agree with float64 within twice plain PyTorch's error.
+![cost relative to PEFT's LoRA](six_bars.png)
 """
+_FINETUNE = """\
+`make demo`: MiniLM's q and v, the same data, batches, schedule and seeds for every method, the learning rates of a
+sweep on a validation part (`benchmarks/finetune/sweep.jsonl`). Accuracy is that of the last epoch: mean and standard
+deviation over the seeds. Peak memory is that of one forward and backward over the longest texts, beyond weights and
+optimizer state.
+"""
+# By suite, in this order: the heading and the tables; of any other, its fields.
+_SECTIONS = {
+    layer_tables.SUITE: ("One layer", layer_tables.section),
+    step_tables.SUITE: ("A training step of a whole model", step_tables.section),
+    finetune_table.SUITE: ("Fine-tuning", lambda rows: f"{_FINETUNE}\n{finetune_table.table(rows)}"),
+    "kernels": ("Each kernel alone", tables.generic),
+    "agreement": ("Two runs of one layer, ratios to PEFT's LoRA", tables.generic),
+}
 
 
 class ReportError(Exception):
     """Something that the user can put right; the message says what."""
 
 
-def write_report(results: Path = RESULTS, readme: Path = README) -> list[Path]:
-    """Write the plots, RESULTS.md and the section between the markers of `readme`; what was written.
+def write_report(results: Path = RESULTS, root: Path = REPOSITORY) -> list[Path]:
+    """Write docs/results.md, docs/six_bars.png and the section between README's markers, below `root`.
+
+    Returns:
+        What was written.
 
     Raises:
         ReportError: no results, or no markers.
     """
-    devices = {folder: read_rows(folder / "layer.jsonl") for folder in _folders(results)}
+    devices = {folder.name: _suites(folder) for folder in sorted(results.glob("*/"))}
+    devices = {name: rows for name, rows in devices.items() if rows}
     if not devices:
         raise ReportError(f"no results under {results}; run make bench first")
+    readme, plot, document = root / "README.md", root / "docs" / "six_bars.png", root / "docs" / "results.md"
     text = readme.read_text()
     if BEGIN not in text or END not in text or text.index(BEGIN) > text.index(END):
         raise ReportError(f"{readme} needs the lines {BEGIN} and {END}, in this order")
-    written, sections = [], [_INTRODUCTION]
-    for folder, rows in devices.items():
-        for draw, name in ((plots.draw_cases, "layer.png"), (plots.draw_tokens, "tokens.png")):
-            if draw(rows, folder / name):
-                written.append(folder / name)
-        sections += _device_sections(folder, rows)
-    (results / "RESULTS.md").write_text("\n".join(sections))
+    bars = {_device(rows): costs for rows in devices.values() if (costs := six_bars.measured(rows))}
+    six_bars.draw(list(bars.items()), plot)
+    document.write_text("\n".join([_INTRODUCTION, *(_section(rows) for rows in devices.values())]))
     before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
-    readme.write_text(f"{before}\n{_summary(devices, readme.parent)}\n{after}")
-    return [*written, results / "RESULTS.md", readme]
+    readme.write_text(f"{before}\n{_summary(devices, bars)}\n{after}")
+    return [document, plot, readme]
 
 
-def _folders(results: Path) -> list[Path]:
-    """Devices with layer results, GPUs first."""
-    folders = sorted(path.parent for path in results.glob("*/layer.jsonl"))
-    return sorted(folders, key=lambda folder: not any("cuda" in row for row in read_rows(folder / "layer.jsonl")))
+def _suites(folder: Path) -> dict[str, list[Row]]:
+    """A device's rows by suite, suites in the order of their sections."""
+    found = {path.stem: read_rows(path) for path in sorted(folder.glob("*.jsonl"))}
+    order = [*(suite for suite in _SECTIONS if suite in found), *(suite for suite in found if suite not in _SECTIONS)]
+    return {suite: found[suite] for suite in order if found[suite]}
 
 
-def _device_sections(folder: Path, rows: list[Row]) -> Iterator[str]:
-    yield f"## {_device(rows)}\n"
-    yield _provenance(rows)
-    if (folder / "layer.png").exists():
-        yield f"![forward and backward relative to PEFT LoRA]({folder.name}/layer.png)\n"
-    if (folder / "tokens.png").exists():
-        yield f"![time over the number of tokens]({folder.name}/tokens.png)\n"
-    agreement = folder / "agreement.json"
-    if agreement.exists():
-        yield _agreement(json.loads(agreement.read_text()))
-    red = tables.refusals(rows, ("wrong", "failed"))
-    yield f"### Not timed, because wrong or failed\n\n{red or 'None.'}\n"
-    yield f"### Unavailable\n\n{tables.refusals(rows, ('unavailable',)) or 'None.'}\n"
-    for case, each in tables.by_case(rows).items():
-        yield f"### {tables.case_title(case)}\n\n{tables.case_table(each)}"
-    for path in sorted(folder.glob("*.jsonl")):
-        if path.stem != "layer" and (others := read_rows(path)):
-            name = path.stem.replace("_", " ").capitalize()
-            table = step_tables.section if path.stem == step_tables.SUITE else tables.generic_table
-            yield f"### {name}\n\n{_provenance(others)}\n{table(others)}"
+def _device(rows: dict[str, list[Row]]) -> str:
+    return next((row["device"] for suite in rows.values() for row in suite if "device" in row), "unknown device")
 
 
-def _provenance(rows: list[Row]) -> str:
-    """What the rows were measured with; several values where runs were mixed."""
-    found = {field: dict.fromkeys(str(row[field]) for row in rows if row.get(field)) for field in _VERSIONS}
-    return ", ".join(f"{field} {' and '.join(values)}" for field, values in found.items() if values) + ".\n"
-
-
-_VERSIONS = tuple(field for field in tables.ENVIRONMENT_FIELDS if field not in ("device", "sources"))
-
-
-def _device(rows: list[Row]) -> str:
-    return next((row["device"] for row in rows), "no rows")
-
-
-def _agreement(found: dict) -> str:
-    return (
-        f"The same command twice: {found['ratios']} ratios to PEFT LoRA, forward and backward together; they differ by "
-        f"{found['median']:.1%} in the median and {found['worst']:.1%} at most; {found['within_10_percent']:.0%} agree "
-        "within 10 %.\n"
-    )
-
-
-def _summary(devices: dict[Path, list[Row]], root: Path) -> str:
-    """README's section: for each device a line a case, and the first device's plot."""
-    parts = []
-    for folder, rows in devices.items():
-        parts.append(f"{_device(rows)}; {_provenance(rows)}")
-        parts.append(_summary_table(rows))
-        steps = read_rows(folder / f"{step_tables.SUITE}.jsonl")
-        if steps:
-            parts.append(step_tables.summary(steps))
-    plot = next((folder / "layer.png" for folder in devices if (folder / "layer.png").exists()), None)
-    if plot is not None:
-        parts.append(f"![forward and backward relative to PEFT LoRA]({_relative(plot, root)})\n")
+def _section(rows: dict[str, list[Row]]) -> str:
+    parts = [f"## {_device(rows)}\n"]
+    for suite, each in rows.items():
+        heading, table = _SECTIONS.get(suite, (suite.replace("_", " ").capitalize(), tables.generic))
+        parts.append(f"### {heading}\n\n{tables.provenance(each)}\n{table(each)}")
     return "\n".join(parts)
 
 
-def _summary_table(rows: list[Row]) -> str:
-    """Forward and backward of one layer: GenFT's fastest backend beside LoRA and the official way."""
-    header = (
-        "layer, tokens, dtype, k, form", "PEFT LoRA ms", "GenFT × LoRA", "of floor", "GenFT, H given × LoRA",
-        "official × LoRA", "kept MiB: GenFT", "LoRA", "official",
-    )  # fmt: skip
-    lines, cases = [], tables.by_case(rows)
-    for case in tables.telling(cases):
-        found = tables.measured(cases[case])
-        both = {name: directions["both"] for name, directions in found.items() if "both" in directions}
-        lora, official = both.get("peft-lora"), both.get("official")
-        genft, token_side = (_fastest(both, part) for part in ("layer", "token side"))
-        if lora is None or genft is None:
-            continue
-        layer, _, _, tokens, dtype, k, form = case
-        lines.append(
-            (
-                f"{layer}, {tokens}, {dtype}, {k}, {form}", tables.number(lora["time_ms"][1]),
-                tables.ratio(genft, "peft-lora"), tables.fraction(genft) or "–",
-                tables.ratio(token_side, "peft-lora") if token_side else "–",
-                tables.ratio(official, "peft-lora") if official else "–",
-                *(tables.mebibytes(row["kept_bytes"]) if row else "–" for row in (genft, lora, official)),
-            )
-        )  # fmt: skip
-    return tables.markdown(header, lines)
+def _summary(devices: dict[str, dict[str, list[Row]]], bars: dict[str, six_bars.Costs]) -> str:
+    """README's section: the plot, its figures, and the fine-tuning comparison."""
+    parts = ["![cost relative to PEFT's LoRA](docs/six_bars.png)\n", six_bars.table(bars.items())]
+    for rows in devices.values():
+        if finetune := rows.get(finetune_table.SUITE):
+            parts.append(f"{finetune[0]['data']}, {_device(rows)}:\n\n{finetune_table.table(finetune)}")
+    return "\n".join(parts)
 
 
-def _fastest(both: dict[str, Row], part: str) -> Row | None:
-    candidates = [row for name, row in both.items() if name.startswith("genft-") and row["part"] == part]
-    return min(candidates, key=lambda row: row["time_ms"][1], default=None)
+def compare(first: Path, second: Path) -> int:
+    """How well two runs of `make bench` agree; written as agreement.jsonl beside the first, where the report finds it.
 
+    Returns:
+        1 where a ratio of forward and backward to PEFT's LoRA is off by more than a tenth.
 
-def _relative(path: Path, root: Path) -> str:
-    return path.resolve().relative_to(root.resolve()).as_posix()
+    Raises:
+        ReportError: a file is missing, or they have no ratio in common.
+    """
+    for path in (first, second):
+        if not path.exists():
+            raise ReportError(f"{path} does not exist")
+    found = layer_tables.differences(read_rows(first), read_rows(second))
+    if not found:
+        raise ReportError("the files have no ratio in common")
+    for key, difference in sorted(found.items(), key=lambda item: -item[1]):
+        if difference > TOLERANCE:
+            print(f"{difference:6.1%}  {' '.join(str(field) for field in key)}")
+    row = layer_tables.agreement(found, TOLERANCE)
+    print(row)
+    write_rows(first.with_name("agreement.jsonl"), [row])
+    return int(row["worst"] > TOLERANCE)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write everything and say what was written."""
+    """Write everything and say what was written, or compare two runs."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default benchmarks/results")
-    parser.add_argument("--readme", type=Path, default=README, metavar="FILE", help="default README.md")
+    parser.add_argument("--root", type=Path, default=REPOSITORY, metavar="DIR", help="of README.md and docs/")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar="FILE", help="two layer.jsonl of one machine")
     options = parser.parse_args(argv)
     try:
-        written = write_report(options.results, options.readme)
+        if options.compare:
+            return compare(*options.compare)
+        written = write_report(options.results, options.root)
     except (ReportError, OSError, ValueError) as error:
         parser.error(str(error))
     print("wrote " + ", ".join(str(path) for path in written))

@@ -8,36 +8,29 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the profiler warns of memory that is older than itself
 
 import torch
 
-from benchmarks.layer import third_party
 from benchmarks.layer.cases import DTYPES
-from benchmarks.measure import arguments, memory, timing
-from benchmarks.measure.environment import device_name, environment
-from benchmarks.measure.gate import WrongResult
-from benchmarks.measure.rows import RESULTS, ResultStore, Row
-from benchmarks.report.step_tables import SUITE
+from benchmarks.measure import command, memory, timing
+from benchmarks.measure.environment import device_name, environment, version
+from benchmarks.measure.gate import refusal
+from benchmarks.measure.rows import ResultStore, Row
 from benchmarks.step.methods import METHODS, Method, lora_of
 from benchmarks.step.models import MODELS, StepCase, default_cases
 from benchmarks.step.training import Step, check, clock
 
+SUITE = "model_step"
 # What a row of the suite is told apart by.
 KEY = ("model", "batch", "sequence", "accumulation", "dtype", "method")
 # What the others' time is divided by, turn by turn, where it ran.
 BASELINES = tuple(name for name in METHODS if name.startswith(("lora-", "official-")))
 EPILOG = """\
 --model, --dtype and --accumulation choose among the default cases, --batch and --sequence change the size of those.
-
-exit status: 0; 1 if a method's gradients are wrong or it failed; 2 for bad arguments; 130 if interrupted (the rows of
-finished cases are kept)."""
+"""
 
 
 def run(methods: Sequence[Method], cases: Sequence[StepCase], device: torch.device, seconds: float) -> Iterator[Row]:
@@ -50,7 +43,7 @@ def run(methods: Sequence[Method], cases: Sequence[StepCase], device: torch.devi
         Rows keyed by `KEY`, with a `status`: "measured", or with a `reason` "unavailable" (it cannot run here), "wrong"
         (the gate is red: it is not timed) or "failed" (it raised).
     """
-    fields = environment(device) | {"transformers": third_party.version("transformers")}
+    fields = environment(device)
     for case in cases:
         meant = [method for method in methods if method.micro_batches <= case.accumulation]
         for row in _run_case(meant, case, device, seconds):
@@ -63,58 +56,54 @@ def _run_case(methods: Sequence[Method], case: StepCase, device: torch.device, s
     steps: dict[str, Step] = {}
     counted: dict[str, Row] = {}
     for method in methods:
+        start = case.key | {"method": method.name, "k": method.k}
         reason = method.obstacle()
         if reason is not None:
-            yield _refusal(case, method, "unavailable", reason)
+            yield start | {"status": "unavailable", "reason": reason}
             continue
         try:
             check(method, case, device)
             step = Step(method, method.build(base), case)
-            counted[method.name], steps[method.name] = _counted(step, device), step
-        except WrongResult as error:
-            yield _refusal(case, method, "wrong", str(error))
-        except torch.AcceleratorError:  # the device is lost, and with it the others' run
-            raise
+            counted[method.name], steps[method.name] = start | _counted(step, device), step
         except Exception as error:
-            yield _refusal(case, method, "failed", f"{type(error).__name__}: {error}"[:300])
+            yield start | refusal(error)
     if not steps:
         return
     samples = timing.take_turns({name: clock(step, device) for name, step in steps.items()}, seconds, least=3)
     for name, step in steps.items():
-        yield _measured(step, samples) | counted[name]
+        yield counted[name] | _measured(step, samples)
 
 
 def _counted(step: Step, device: torch.device) -> Row:
     """What is counted rather than timed: of one micro-batch, but for the peak, which is the whole step's."""
-    kept = memory.kept_bytes(lambda: step.run(1), (*step.model.parameters(), *step.model.buffers()))
+    config, trained = step.model.config, sum(parameter.numel() for parameter in step.trained.values())
     launches = memory.launches(lambda: step.run(1), device)
-    peak = memory.peak_bytes(step.run, device) if device.type == "cuda" else None
-    per_layer = launches and step.layers and round(launches / step.layers, 1)
-    return {"kept_bytes": kept, "peak_bytes": peak, "launches_per_layer": per_layer or None}
-
-
-def _measured(step: Step, samples: dict[str, list[timing.Sample]]) -> Row:
-    case, method, mine = step.case, step.method, samples[step.method.name]
-    config = step.model.config
-    times = timing.quantiles([sample["step"] for sample in mine])
-    bases = {base: timing.ratios(mine, samples[base], "step") for base in BASELINES if base in samples}
-    generator = [sample["generator"] for sample in mine]
-    generates = step.generations > 0
-    shares = timing.ratios([{"step": each} for each in generator], mine, "step")
-    return case.key | {
-        "method": method.name, "status": "measured", "layers": config.num_hidden_layers, "width": config.hidden_size,
-        "adapted_layers": step.layers, "k": method.k, "trained": sum(p.numel() for p in step.trained.values()),
-        "time_ms": [round(1e3 * time, 3) for time in times], "samples": len(mine),
-        "tokens_per_second": round(case.tokens * case.accumulation / times[1], 1),
-        "ratios": {base: [round(each, 4) for each in timing.quantiles(ratios)] for base, ratios in bases.items()},
-        "generations": mine[-1]["generations"] if generates else None,
-        "generator_ms": round(1e3 * statistics.median(generator) / case.accumulation, 4) if generates else None,
-        "generator_share": round(statistics.median(shares), 5) if generates else None,
+    return {
+        "layers": config.num_hidden_layers, "width": config.hidden_size, "trained": trained,
+        "kept_bytes": memory.kept_bytes(lambda: step.run(1), (*step.model.parameters(), *step.model.buffers())),
+        "peak_bytes": memory.peak_bytes(step.run, device) if device.type == "cuda" else None,
+        "launches_per_layer": round(launches / step.layers, 1) if launches and step.layers else None,
     }  # fmt: skip
 
 
-def _refusal(case: StepCase, method: Method, status: str, reason: str) -> Row:
-    return case.key | {"method": method.name, "status": status, "k": method.k, "reason": reason}
+def _measured(step: Step, samples: dict[str, list[timing.Sample]]) -> Row:
+    case, mine = step.case, samples[step.method.name]
+    times = timing.quantiles([sample["step"] for sample in mine])
+    bases = {base: timing.ratios(mine, samples[base], "step") for base in BASELINES if base in samples}
+    row = {
+        "status": "measured", "time_ms": [round(1e3 * time, 3) for time in times], "samples": len(mine),
+        "tokens_per_second": round(case.tokens * case.accumulation / times[1], 1),
+        "ratios": {base: [round(each, 4) for each in timing.quantiles(ratios)] for base, ratios in bases.items()},
+        "generations": None, "generator_ms": None, "generator_share": None,
+    }  # fmt: skip
+    if step.generations == 0:
+        return row
+    generator = statistics.median(sample["generator"] for sample in mine)
+    return row | {
+        "generations": mine[-1]["generations"],
+        "generator_ms": round(1e3 * generator / case.accumulation, 4),
+        "generator_share": round(statistics.median(sample["generator"] / sample["step"] for sample in mine), 5),
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -126,28 +115,17 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(str(case) for case in options.cases))
         return 0
     store = ResultStore.of_command(device_name(device), SUITE, KEY, options.output)
-    red, title = 0, None
-    try:
-        for row in run(options.methods, options.cases, device, options.seconds):
-            store.upsert([row])
-            red += row["status"] in ("wrong", "failed")
-            if title != (title := " ".join(str(row[field]) for field in KEY[:-1])):
-                print(f"\n{title}")
-            print(line(row), flush=True)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; {store.path} has the finished rows", file=sys.stderr)
-        return 130
-    print(f"\nwrote {store.path}; `make bench-report` shows it")
-    return 1 if red else 0
+    rows = run(options.methods, options.cases, device, options.seconds)
+    return command.record(rows, store, line, lambda row: " ".join(str(row[field]) for field in KEY[:-1]))
 
 
 def line(row: Row) -> str:
     """A row for the terminal."""
-    start = f"  {row['method']:24}"
+    text = f"  {row['method']:24}"
     if row["status"] != "measured":
-        return f"{start} {row['status']}: {row['reason']}"
+        return text
     low, middle, high = row["time_ms"]
-    text = f"{start} {middle:9.1f} ms [{low:.1f}, {high:.1f}]  {row['tokens_per_second']:8.0f} tokens/s"
+    text += f" {middle:9.1f} ms [{low:.1f}, {high:.1f}]  {row['tokens_per_second']:8.0f} tokens/s"
     lora = row["ratios"].get(lora_of(row["k"]))
     if lora is not None:
         text += f"  {lora[1]:5.2f} x LoRA"
@@ -157,27 +135,21 @@ def line(row: Row) -> str:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.step",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.parser_of("benchmarks.step", __doc__, EPILOG)
+    command.add_device_option(parser)
     parser.add_argument("--method", nargs="+", choices=METHODS, metavar="NAME", help=f"default: {', '.join(METHODS)}")
     parser.add_argument("--model", nargs="+", choices=MODELS)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES)
-    parser.add_argument("--accumulation", nargs="+", type=arguments.positive(int), metavar="N", help="micro-batches")
-    parser.add_argument("--batch", type=arguments.positive(int), metavar="N", help="sequences of a micro-batch")
-    parser.add_argument("--sequence", type=arguments.positive(int), metavar="N", help="tokens of a sequence")
+    parser.add_argument("--accumulation", nargs="+", type=command.positive(int), metavar="N", help="micro-batches")
+    parser.add_argument("--batch", type=command.positive(int), metavar="N", help="sequences of a micro-batch")
+    parser.add_argument("--sequence", type=command.positive(int), metavar="N", help="tokens of a sequence")
     parser.add_argument(
-        "--seconds", type=arguments.positive(float), default=8.0,
+        "--seconds", type=command.positive(float), default=8.0,
         help="clock time of a case, in which each method has at least three steps (default %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--device", type=arguments.device, default=arguments.default_device())
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="default benchmarks/results")
     parser.add_argument("--list", action="store_true", help="show the cases and stop")
     options = parser.parse_args(argv)
-    if third_party.version("transformers") is None:
+    if version("transformers") is None:
         parser.error("transformers is not installed (pip install transformers)")
     # In the registry's order, whatever the order asked for.
     options.methods = [method for name, method in METHODS.items() if not options.method or name in options.method]

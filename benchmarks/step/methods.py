@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from benchmarks.layer import third_party
 from benchmarks.layer.genft import official_linear
+from benchmarks.measure.environment import version
 from benchmarks.step.models import SEED, TARGETS
 from genft_kernels import GenFTConfig, GenFTLinear, accumulate, apply_genft, reference
 from genft_kernels.adapt import adapted_layers
@@ -95,7 +95,7 @@ def _lora_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _peft_missing() -> str | None:
-    return None if third_party.version("peft") else "PEFT is not installed (pip install peft)"
+    return None if version("peft") else "PEFT is not installed (pip install peft)"
 
 
 # --- GenFT ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,145 @@
+"""Rows of the suite "layer" as Markdown, and how far two runs of it agree."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+
+from benchmarks.layer.cases import DIRECTIONS
+from benchmarks.layer.harness import KEY
+from benchmarks.layer.providers import BASELINE, PROVIDERS
+from benchmarks.measure.rows import Row
+from benchmarks.report.tables import markdown, mebibytes, not_timed, number, ratio
+
+SUITE = "layer"
+CASE = KEY[:-1]
+INTRODUCTION = """\
+`make bench`: times are medians of milliseconds, of one layer; "both" is a forward and its backward, gradients for x and
+all that trains. A CPU's providers take turns, two calls each of which the faster counts, and a ratio is the median over
+the turns of two times of one turn; freed memory stays with the process. A GPU's are timed one after another, each call
+with a cold L2, by replay of a CUDA graph up to 1,024 tokens. Nothing is timed before its output and all its gradients
+agree with float64 within twice plain PyTorch's error. GenFT's time includes generating the update anew; "H given" is
+what a call costs where a model has generated it before (all layers of a shape at once, once an optimizer step under
+`accumulate`, once in evaluation).
+
+- **of floor**: the time of the big products alone, which this one cannot do without, over its time: x·Wᵀ and dy·W, and
+  for GenFT's tiled form also dyᵀ·x.
+- **kept**: what autograd saves for the backward, beside x, W and what trains. **peak**: the most memory at once beyond
+  what was there, results included.
+- **gain**: how much of an update of a thousandth of W arrives in y and in dx; 1 is all of it.
+- **equal parameters**: a LoRA that trains as many parameters over the model as GenFT does with k units.
+"""
+
+
+def section(rows: list[Row]) -> str:
+    """A line for each of the telling cases, what was not timed, and every provider of each case."""
+    titled = [row | {"title": title(row["provider"])} for row in rows]
+    parts = [INTRODUCTION, summary(rows), "#### Not timed\n\n" + not_timed(titled, CASE, "title")]
+    for case, each in by_case(rows).items():
+        layer, n_in, n_out, tokens, dtype, k, form = case
+        name = f"{layer} ({n_in} → {n_out}), {tokens} tokens, {dtype}, k {k}, {form}"
+        parts.append(f"#### {name}\n\n{_case_table(each)}")
+    return "\n".join(parts)
+
+
+def summary(rows: Iterable[Row]) -> str:
+    """Forward and backward of one layer: GenFT's fastest backend beside LoRA and the official way."""
+    header = (
+        "layer, tokens, dtype, k, form", "PEFT LoRA ms", "GenFT × LoRA", "of floor", "GenFT, H given × LoRA",
+        "official × LoRA", "kept MiB: GenFT", "LoRA", "official",
+    )  # fmt: skip
+    lines, cases = [], by_case(rows)
+    for case in telling(cases):
+        found = cases[case]
+        lora, official, genft = found.get(BASELINE), found.get("official"), fastest(found, "layer")
+        if lora is not None and genft is not None:
+            layer, _, _, tokens, dtype, k, form = case
+            lines.append(
+                (
+                    f"{layer}, {tokens}, {dtype}, {k}, {form}", number(lora["time_ms"]["both"][1]),
+                    ratio(genft, BASELINE), _fraction(genft), ratio(fastest(found, "token side"), BASELINE),
+                    ratio(official, BASELINE),
+                    *(row and mebibytes(row["kept_bytes"]) for row in (genft, lora, official)),
+                )
+            )  # fmt: skip
+    return markdown(header, lines)
+
+
+def by_case(rows: Iterable[Row]) -> dict[tuple, dict[str, Row]]:
+    """Measured rows by case and provider, providers in the registry's order."""
+    groups: dict[tuple, dict[str, Row]] = {}
+    order = {name: place for place, name in enumerate(PROVIDERS)}
+    for row in sorted(rows, key=lambda row: order.get(row["provider"], len(order))):
+        if row["status"] == "measured":
+            groups.setdefault(tuple(row[field] for field in CASE), {})[row["provider"]] = row
+    first = {tuple(row[field] for field in CASE): None for row in rows}  # cases in order of first appearance
+    return {case: groups[case] for case in first if case in groups}
+
+
+def telling(cases: Iterable[tuple], most: int = 12) -> list[tuple]:
+    """All cases where they are few; else of each (layer, dtype, form) the one nearest to 8,192 tokens, smallest k."""
+    cases = list(cases)
+    if len(cases) <= most:
+        return cases
+    chosen: dict[tuple, tuple] = {}
+    for case in sorted(cases, key=lambda case: (abs(case[3] - 8192), case[5])):
+        chosen.setdefault((case[0], case[4], case[6]), case)
+    return [case for case in cases if case in chosen.values()]
+
+
+def fastest(found: dict[str, Row], part: str) -> Row | None:
+    """GenFT's fastest backend."""
+    candidates = [row for name, row in found.items() if name.startswith("genft-") and row["part"] == part]
+    return min(candidates, key=lambda row: row["time_ms"]["both"][1], default=None)
+
+
+def title(provider: str) -> str:
+    """A provider's title; its name where the registry no longer has it."""
+    return PROVIDERS[provider].title if provider in PROVIDERS else provider
+
+
+def _case_table(found: dict[str, Row]) -> str:
+    header = (
+        "provider", "rank", "forward ms", "backward ms", "both ms", "p20 to p80", "× PEFT LoRA", "of floor",
+        "kept MiB", "peak MiB", "launches", "gain y / dx",
+    )  # fmt: skip
+    lines = []
+    for name, row in found.items():
+        low, _, high = row["time_ms"]["both"]
+        lines.append(
+            (
+                title(name), row["rank"], *(number(row["time_ms"][each][1]) for each in DIRECTIONS),
+                f"{number(low)} to {number(high)}", ratio(row, BASELINE), _fraction(row), mebibytes(row["kept_bytes"]),
+                mebibytes(row["peak_bytes"]), row["launches"],
+                row["gain"] and " / ".join(f"{gain:.2f}" for gain in row["gain"]),
+            )
+        )  # fmt: skip
+    return markdown(header, lines)
+
+
+def _fraction(row: Row) -> str | None:
+    return None if row["floor_fraction"] is None else f"{row['floor_fraction']:.0%}"
+
+
+# --- two runs -------------------------------------------------------------------------------------------------------
+
+
+def differences(first: list[Row], second: list[Row]) -> dict[tuple, float]:
+    """By row, how far the median ratios to PEFT's LoRA of two runs lie apart, relative to the smaller."""
+    mine, other = (
+        {
+            tuple(row[field] for field in KEY): row["ratios"][BASELINE][1]
+            for row in rows
+            if BASELINE in row.get("ratios", ()) and row["provider"] != BASELINE
+        }
+        for rows in (first, second)
+    )
+    return {key: max(mine[key], other[key]) / min(mine[key], other[key]) - 1 for key in mine if key in other}
+
+
+def agreement(found: dict[tuple, float], tolerance: float) -> Row:
+    """The differences of two runs in a row."""
+    return {
+        "ratios": len(found), "median": statistics.median(found.values()), "worst": max(found.values()),
+        "within_10_percent": sum(each <= tolerance for each in found.values()) / len(found),
+    }  # fmt: skip
