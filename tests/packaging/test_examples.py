@@ -1,0 +1,33 @@
+"""Every script of examples/ runs as it stands, says so, and learns."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+# What the last line of each says.
+ENDS = {
+    "gradient_accumulation.py": "loss",
+    "plain_pytorch.py": "size of the update",
+    "preference.py": "loss",
+    "text_classification.py": "accuracy 1.00",
+    "vision_fused_qkv.py": "size of the update",
+}
+
+
+def test_every_example_is_run():
+    assert sorted(ENDS) == sorted(path.name for path in EXAMPLES.glob("*"))
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_example_runs_and_learns(name, capsys):
+    names = runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    assert capsys.readouterr().out.splitlines()[-1].startswith(ENDS[name])
+    assert names["losses"][-1] < 0.9 * names["losses"][0]
+    if name == "gradient_accumulation.py":
+        assert names["difference"] < 1e-6
+    elif name == "preference.py":
+        assert abs(names["losses"][0] - names["math"].log(2)) < 1e-5  # the reference is the model as it starts
+    elif name == "vision_fused_qkv.py":
+        assert names["q"] > 0 and names["k"] == 0 and names["v"] > 0
