@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -10,14 +12,14 @@ LEAKY_SLOPE = 0.01
 ACTIVATIONS = ("identity", "relu", "leaky_relu", "gelu", "silu", "tanh")
 
 _aten = torch.ops.aten
-_FUNCTIONS = {
+_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": F.relu,
     "leaky_relu": lambda z: F.leaky_relu(z, LEAKY_SLOPE),
     "gelu": F.gelu,
     "silu": F.silu,
     "tanh": torch.tanh,
 }
-_IN_PLACE = {
+_IN_PLACE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": torch.relu_,
     "leaky_relu": lambda z: F.leaky_relu_(z, LEAKY_SLOPE),
     "gelu": _aten.gelu_,
@@ -45,15 +47,17 @@ def activation_backward_(name: str, grad: torch.Tensor, z: torch.Tensor) -> torc
     """`activation_backward` in place, on `grad`."""
     match name:
         case "identity":
-            return grad
+            pass
         case "relu":
-            return _aten.threshold_backward.grad_input(grad, z, 0, grad_input=grad)
+            _aten.threshold_backward.grad_input(grad, z, 0, grad_input=grad)
         case "leaky_relu":
-            return _aten.leaky_relu_backward.grad_input(grad, z, LEAKY_SLOPE, False, grad_input=grad)
+            _aten.leaky_relu_backward.grad_input(grad, z, LEAKY_SLOPE, False, grad_input=grad)
         case "gelu":
-            return _aten.gelu_backward.grad_input(grad, z, grad_input=grad)
+            _aten.gelu_backward.grad_input(grad, z, grad_input=grad)
         case "silu":
-            return _aten.silu_backward.grad_input(grad, z, grad_input=grad)
+            _aten.silu_backward.grad_input(grad, z, grad_input=grad)
         case "tanh":
-            return _aten.tanh_backward.grad_input(grad, torch.tanh(z), grad_input=grad)
-    raise ValueError(f"unknown activation {name!r}; there are {', '.join(ACTIVATIONS)}")
+            _aten.tanh_backward.grad_input(grad, torch.tanh(z), grad_input=grad)
+        case _:
+            raise ValueError(f"unknown activation {name!r}; there are {', '.join(ACTIVATIONS)}")
+    return grad

@@ -39,24 +39,18 @@ def delta_weight(
     check_parameters(params, config, out_features, in_features)
     p = GeneratorParameters(*(None if t is None else t.to(weight) for t in params))
     phi, psi = config.inner_activation, config.outer_activation
-    rho = _inverse_rms(weight) if config.weight_ratio == "rms" else config.weight_ratio
+    rho = _inverse_rms(weight) if config.weight_ratio == "rms" else float(config.weight_ratio)
     scaled_weight = weight * rho if config.ratio_scope == "weight" else weight  # [out, in]
-    matrix_ratio = rho if config.ratio_scope == "all" else 1.0
+    ratio = rho if config.ratio_scope == "all" else 1.0
     masks = _dropout_masks(weight, config, training, seed)
 
     if config.transform != "row":
-        z1 = scaled_weight @ (matrix_ratio * p.column_down).T  # [out, k]
-        z1 = z1 if p.column_down_bias is None else z1 + p.column_down_bias
-        y1 = activate(phi, z1) @ (matrix_ratio * p.column_up).T  # [out, in]
-        y1 = y1 if p.column_up_bias is None else y1 + p.column_up_bias
-        y1 = activate(psi, y1) * masks[COLUMN_STREAM]
+        column = p.column_down, p.column_down_bias, p.column_up, p.column_up_bias
+        y1 = activate(psi, _bottleneck(scaled_weight, ratio, phi, *column)) * masks[COLUMN_STREAM]  # [out, in]
         if config.transform == "column":
             return config.scaling * y1
     row_input = scaled_weight.T if config.transform == "row" else y1.T  # [in, out]
-    z2 = row_input @ (matrix_ratio * p.row_down).T  # [in, k]
-    z2 = z2 if p.row_down_bias is None else z2 + p.row_down_bias
-    d = activate(phi, z2) @ (matrix_ratio * p.row_up).T  # [in, out]
-    d = d if p.row_up_bias is None else d + p.row_up_bias
+    d = _bottleneck(row_input, ratio, phi, p.row_down, p.row_down_bias, p.row_up, p.row_up_bias)  # [in, out]
     # The mask belongs to the element of dW, so it is applied once D stands in the weight's orientation.
     d = activate(psi, d if config.delta_layout == "out_in" else d.T)  # [out, in]
     return config.scaling * (d * masks[ROW_STREAM])
@@ -99,6 +93,23 @@ def factored_linear(
     update = activate(activation, b.to(weight) @ h.to(weight).T)  # [out, in]
     update = update * _mask(weight, ROW_STREAM, dropout if training else 0.0, seed)
     return F.linear(x, weight + scale * update, bias)
+
+
+def _bottleneck(
+    rows: torch.Tensor,  # [m, n]
+    ratio: torch.Tensor | float,
+    activation: str,
+    down: torch.Tensor | None,  # [k, n]
+    down_bias: torch.Tensor | None,  # [k]
+    up: torch.Tensor | None,  # [n, k]
+    up_bias: torch.Tensor | None,  # [n]
+) -> torch.Tensor:
+    """A stage up to its outer activation: inner(ratio * rows down^T + down_bias) (ratio * up)^T + up_bias, [m, n]."""
+    assert down is not None and up is not None  # the configuration has this stage
+    z = rows @ (ratio * down).T  # [m, k]
+    z = z if down_bias is None else z + down_bias
+    y = activate(activation, z) @ (ratio * up).T  # [m, n]
+    return y if up_bias is None else y + up_bias
 
 
 def _inverse_rms(weight: torch.Tensor) -> torch.Tensor:
