@@ -18,7 +18,7 @@ import tempfile
 import pytest
 
 from tests import cuda_host
-from tests.faults.mutations import ROOT, Fault, plant
+from tests.faults.planting import ROOT, Fault, plant
 
 CSRC = "csrc/"
 KERNELS = "tests/backends/test_cuda_kernels.py"
@@ -26,7 +26,6 @@ KERNELS = "tests/backends/test_cuda_kernels.py"
 TESTS = {
     "thin.cu": [KERNELS, "-k", "column or split or more_layers"],
     "row.cu": [KERNELS, "-k", "row_of_three or row_stage"],
-    "linear.cu": [KERNELS, "-k", "test_linear or token_side"],
     "fold.cu": [KERNELS, "-k", "fold or token_side or nan or test_linear"],
     "contract.cu": [KERNELS, "-k", "token_side or activation or contraction or test_linear"],
     "tile.cuh": [KERNELS],
@@ -177,18 +176,6 @@ WRONG = [
         "multiply<false, true>(dleft, shared.operand[1]",
         "multiply<false, true>(dleft, shared.operand[0]",
     ),
-    planned("linear.cu", "extended K without its scale", "element *= scale", "element *= 1"),
-    planned("linear.cu", "transposed W read as it lies", "kOverOut != transposed", "kOverOut"),
-    planned(
-        "linear.cu",
-        "the next tile over this one",
-        "buffer = summed / kEdge % kBuffers;\n        load",
-        "buffer = 0;\n        load",
-    ),
-    planned(
-        "linear.cu", "update at the wrong rows", "row = kOverOut ? summed : kept,", "row = kOverOut ? kept : summed,"
-    ),
-    planned("linear.cu", "update without its scale", "+= scale * element", "+= element"),
     planned("fold.cu", "rounded by the words of the mask", "kRoundingStream, key", "dropout.stream, key"),
     planned("fold.cu", "transposed W folded as it lies", "transposed ? c * kRow<T, kEdge> + r + e :", "false ? 0 :"),
     planned("contract.cu", "dh from the untransposed tile", "multiply<true, true>(dh", "multiply<false, true>(dh"),
@@ -218,6 +205,8 @@ def run_in_fork(folder: pathlib.Path, tests: list[str]) -> subprocess.CompletedP
         return subprocess.CompletedProcess(tests, os.waitstatus_to_exitcode(status), output.read())
 
 
+FAULTS = [*BARRIERS, *WAITS, *EDGES, *WRONG]
+
+
 if __name__ == "__main__":
-    faults = [*BARRIERS, *WAITS, *EDGES, *WRONG]
-    sys.exit(plant([fault for fault in faults if " ".join(sys.argv[1:]) in fault.what], run_in_fork))
+    sys.exit(plant([fault for fault in FAULTS if " ".join(sys.argv[1:]) in fault.what], run_in_fork))

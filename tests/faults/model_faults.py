@@ -1,6 +1,6 @@
 """Faults in what works on whole models: grouped generation, `accumulate` and the Trainer's callback."""
 
-from tests.faults.mutations import Fault
+from tests.faults.planting import Fault
 
 GROUPS = ["tests/sharing/test_groups.py", "tests/sharing/test_group_contexts.py"]
 ACCUMULATION = ["tests/sharing/test_accumulation.py"]

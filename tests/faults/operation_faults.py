@@ -1,0 +1,164 @@
+"""Faults in the operations: Triton's kernels, the eager backend and the CPU's dropout."""
+
+from tests.faults.planting import Fault
+
+BACKENDS = "genft_kernels/backends/"
+INTERPRETED = [
+    "tests/backends/test_backends.py",
+    "tests/backends/test_triton.py",
+    "-k",
+    "triton and (square or tall or wide or many) or beyond",
+]
+GROUPED = ["tests/backends/test_backends.py", "-k", "triton and one_call"]
+CPU_DROPOUT = ["tests/backends/test_cpu_dropout.py"]
+EAGER = ["tests/backends/test_backends.py", "tests/ops/test_precision.py", "-k", "eager"]
+
+FAULTS = [
+    Fault(
+        "philox: counter of the transposed element",
+        BACKENDS + "triton/math.py",
+        "columns[None, :].to(tl.int64) * blocks + first[:, None]",
+        "columns[None, :].to(tl.int64) + first[:, None] * blocks",
+        INTERPRETED,
+    ),
+    Fault(
+        "philox: words laid out in another order",
+        BACKENDS + "triton/math.py",
+        "tl.permute(pairs, (0, 2, 3, 1))",
+        "tl.permute(pairs, (0, 3, 2, 1))",
+        INTERPRETED,
+    ),
+    Fault(
+        "mask dropped from the thin rows",
+        BACKENDS + "triton/math.py",
+        "(rows[:, None] < n_rows) & (units[None, :] < n_units)",
+        "(rows[:, None] < n_rows)",
+        INTERPRETED,
+    ),
+    Fault(
+        "k rounded down to whole slices",
+        BACKENDS + "triton/launch.py",
+        "triton.cdiv(k, SLICE)",
+        "max(1, k // SLICE)",
+        INTERPRETED,
+    ),
+    Fault(
+        "contraction: dh from the untransposed tile",
+        BACKENDS + "triton/contract.py",
+        "part = tl.dot(tl.trans(p.to(right.dtype)), right",
+        "part = tl.dot(p.to(right.dtype), right",
+        INTERPRETED,
+    ),
+    Fault(
+        "contraction: slope forgotten",
+        BACKENDS + "triton/contract.py",
+        "p = scale * g * activation_slope(s, ACTIVATION)",
+        "p = scale * g",
+        INTERPRETED,
+    ),
+    Fault(
+        "contraction: dropout forgotten in backward",
+        BACKENDS + "triton/contract.py",
+        "        p *= keep_tile(",
+        "        p += 0 * keep_tile(",
+        INTERPRETED,
+    ),
+    Fault(
+        "matrix tile: addresses of 32 bits",
+        BACKENDS + "triton/math.py",
+        "rows[:, None].to(tl.int64) * stride_row + columns[None, :].to(tl.int64) * stride_column",
+        "rows[:, None] * stride_row + columns[None, :] * stride_column",
+        INTERPRETED,
+    ),
+    Fault(
+        "row: every layer draws the first one's mask",
+        BACKENDS + "triton/row.py",
+        "key = tl.load(seed + layer)",
+        "key = tl.load(seed)",
+        GROUPED,
+    ),
+    Fault(
+        "thin product: every layer reads the first one's weight",
+        BACKENDS + "triton/thin.py",
+        "tl.load(offsets + layer)",
+        "tl.load(offsets)",
+        INTERPRETED,
+    ),
+    Fault(
+        "row: last tile of out not summed",
+        BACKENDS + "triton/row.py",
+        "for start in range(0, n_out, BLOCK_OUT):",
+        "for start in range(0, n_out - BLOCK_OUT + 1, BLOCK_OUT):",
+        INTERPRETED,
+    ),
+    Fault(
+        "row: dleft lacks the mask",
+        BACKENDS + "triton/row.py",
+        "y, q = y * keep, q * keep",
+        "y, q = y * keep, q",
+        INTERPRETED,
+    ),
+    Fault(
+        "thin product: activation of the wrong stage",
+        BACKENDS + "triton/thin.py",
+        "activate(z, ACTIVATION)",
+        "z",
+        INTERPRETED,
+    ),
+    Fault(
+        "fold: rounded to nearest",
+        BACKENDS + "triton/contract.py",
+        "if DROPPED_BITS > 0:",
+        "if DROPPED_BITS > 99:",
+        ["tests/backends/test_triton.py", "tests/ops/test_precision.py", "-k", "triton"],
+    ),
+    Fault(
+        "eager: update added to a rounded y",
+        BACKENDS + "eager/operations.py",
+        "    if not _is_16_bit(weight):\n        return F.linear(tokens",
+        "    if True:\n        return F.linear(tokens",
+        EAGER,
+    ),
+    Fault(
+        "eager: fold rounded to nearest",
+        BACKENDS + "eager/operations.py",
+        "    if _is_16_bit(weight):\n        exact",
+        "    if False:\n        exact",
+        EAGER,
+    ),
+    Fault(
+        "eager: tile computed after it was overwritten",
+        BACKENDS + "eager/operations.py",
+        "p = tile.backward_(",
+        "tile.value_(); p = tile.backward_(",
+        EAGER,
+    ),
+    Fault(
+        "eager: mask of the other stage",
+        BACKENDS + "eager/operations.py",
+        "dropout_factors(seed, stream, right",
+        "dropout_factors(seed, 0, right",
+        EAGER,
+    ),
+    Fault(
+        "compiled dropout: words of a block in another order",
+        "csrc/dropout.cpp",
+        "keep[j][lane] = words.word[j]",
+        "keep[j][lane] = words.word[3 - j]",
+        CPU_DROPOUT,
+    ),
+    Fault(
+        "compiled dropout: a later thread's rows one block too early",
+        "csrc/dropout.cpp",
+        "factors + 4 * (begin - first) *",
+        "factors + 4 * (begin - first - 1) *",
+        CPU_DROPOUT,
+    ),
+    Fault(
+        "compiled dropout: the rest of a row left out",
+        "csrc/dropout.cpp",
+        "start < dropout.in_features; start += kLanes",
+        "start + kLanes <= dropout.in_features; start += kLanes",
+        CPU_DROPOUT,
+    ),
+]

@@ -1,0 +1,23 @@
+"""The planted faults can still be planted: `make mutations` and `make cuda-faults` take long, this shows it at once."""
+
+import pytest
+
+from tests.faults import cuda_faults, mutations
+from tests.faults.planting import ROOT, Fault, lost
+
+FAULTS = [*mutations.FAULTS, *cuda_faults.FAULTS]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
+def test_fault_can_be_planted(fault):
+    assert not lost([fault])
+    assert fault.new != fault.old
+    files = [argument for argument in fault.tests if argument.endswith(".py")]
+    assert files and all((ROOT / file).is_file() for file in files), fault.tests
+
+
+def test_lost_fault_is_named():
+    here = "tests/faults/planting.py"
+    assert lost([Fault("gone", here, "no such " + "text", "", [])]) == [f"gone: its text occurs 0 times in {here}"]
+    assert "occurs 0 times in no/such.py" in lost([Fault("gone", "no/such.py", "text", "", [])])[0]
+    assert "its text occurs " in lost([Fault("twice", here, "import", "", [])])[0]
