@@ -2,6 +2,7 @@
 GENFT_PREBUILD=1 so do its kernels, compiled.
 """
 
+import importlib
 import importlib.util
 import os
 import shutil
@@ -15,11 +16,12 @@ ROOT = Path(__file__).parent
 
 
 def load_build():
-    """`genft_kernels/backends/_build.py`, without the package around it, which needs torch."""
-    spec = importlib.util.spec_from_file_location("genft_build", ROOT / "genft_kernels" / "backends" / "_build.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """`genft_kernels/backends/compiled/build.py`, without the package around it, which needs torch."""
+    folder = ROOT / "genft_kernels" / "backends" / "compiled"
+    spec = importlib.util.spec_from_file_location("genft_compiled", folder / "__init__.py")
+    sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[spec.name])
+    return importlib.import_module("genft_compiled.build")
 
 
 class Prebuild(build_ext):

@@ -5,13 +5,13 @@ import sys
 import torch
 
 from genft_kernels import GenFTConfig, GenFTLinear
-from genft_kernels.backends import _jit
+from genft_kernels.backends.cuda import extension
 from genft_kernels.backends.cuda import kernels as cuda_kernels
 
 expected = sys.argv[1]  # "cached" or "prebuilt"
-kernels = _jit.load()
-assert "site-packages" in _jit.__file__, f"not the installed package: {_jit.__file__}"
-assert f"CUDA kernels: {expected} " in _jit.state(), _jit.state()
+kernels = extension.load()
+assert "site-packages" in extension.__file__, f"not the installed package: {extension.__file__}"
+assert f"CUDA kernels: {expected} " in extension.state(), extension.state()
 if torch.cuda.is_available():
     layer = GenFTLinear(48, 32, config=GenFTConfig(outer_activation="gelu"), backend="cuda").cuda()
     layer(torch.randn(5, 48, device="cuda")).sum().backward()

@@ -92,7 +92,7 @@ def checks(output: Path, scratch: Path) -> list[Check]:
     core = ("--provider", *_CORE, "--k", "26", "--form", "factored", "tiled", *to)
     llama, roberta = ("--layer", "llama-7b-qv"), ("--layer", "roberta-base-qv")
     return [
-        Check("build", (PYTHON, "-c", "from genft_kernels.backends import _jit; _jit.load()"), 90),
+        Check("build", (PYTHON, "-c", "from genft_kernels.backends.cuda import extension; extension.load()"), 90),
         Check("GPU tests", (*_PYTEST, "-n", "16", "tests/backends/test_gpu.py", *_SHARED), 210),
         bench("layer, LLaMA, many tokens", 90, *llama, *core, "--tokens", "8192"),
         kernels("kernels, LLaMA", 90, *llama, *to, "--tokens", "8192", "128", "16"),

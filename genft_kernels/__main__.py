@@ -9,7 +9,7 @@ import platform
 import torch
 
 from . import __version__, backends
-from .backends import _jit
+from .backends.cuda import extension
 from .backends.eager import dropout as cpu_dropout
 
 OPTIONAL_PACKAGES = ("safetensors", "triton", "transformers", "peft", "numpy")
@@ -30,7 +30,7 @@ def main() -> None:
         print("GPU: none that this torch can use")
     print(backends.explain())
     print(cpu_dropout.state())
-    print(_jit.state())
+    print(extension.state())
 
 
 def _version(package: str) -> str:

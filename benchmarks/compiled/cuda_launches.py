@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-from genft_kernels.backends._jit import import_build
+from genft_kernels.backends.cuda.extension import import_build
 
 HEADER = Path(__file__).parents[2] / "csrc" / "genft.h"
 

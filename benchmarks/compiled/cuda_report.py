@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from genft_kernels.backends import _build
+from genft_kernels.backends.compiled import build
 
 RESULTS = Path(__file__).parents[1] / "results" / "cuda_kernels.json"
 SOURCES = Path(__file__).parents[2] / "csrc"
@@ -48,16 +48,16 @@ def compile_verbosely(output: Path, targets: Sequence[str] = TARGETS) -> list[di
     Raises:
         BuildError: it does not compile without warnings, or there is no nvcc.
     """
-    recipe = _build.Recipe.read(SOURCES)
+    recipe = build.Recipe.read(SOURCES)
     recording = dataclasses.replace(
         recipe,
         files={**recipe.files, RECORDER.name: RECORDER.read_bytes()},
         kernels=(*recipe.kernels, RECORDER.name),
         strict_flags=(*recipe.strict_flags, "-Xptxas=-v", f"-Xlinker={','.join(f'--wrap={name}' for name in WRAPPED)}"),
     )
-    _build.build(recording, _build.find_nvcc(), targets, output, strict=True)
+    build.build(recording, build.find_nvcc(), targets, output, strict=True)
     shared = _shared_memory(output)
-    rows = [row | {"shared": shared.get(row.pop("symbol"))} for row in rows_of((output / _build.LOG).read_text())]
+    rows = [row | {"shared": shared.get(row.pop("symbol"))} for row in rows_of((output / build.LOG).read_text())]
     return sorted(rows, key=lambda row: (row["source"], row["kernel"], row["target"]))
 
 
@@ -128,7 +128,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = compile_verbosely(Path(folder) / "build", options.targets)
-        manifest = json.loads((Path(folder) / "build" / _build.MANIFEST).read_text())
+        manifest = json.loads((Path(folder) / "build" / build.MANIFEST).read_text())
     for row in rows:
         print(_line(row))
     environment = {"nvcc": manifest["nvcc"], "seconds": manifest["seconds"]}

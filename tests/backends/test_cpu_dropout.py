@@ -1,10 +1,10 @@
 """Dropout on a CPU by compiled code: the numbers of plain PyTorch, and what happens without a compiler or a cache."""
 
-import ctypes
-import os
+import shlex
 import shutil
-import stat
 import subprocess
+import sys
+import tempfile
 
 import pytest
 import torch
@@ -22,9 +22,9 @@ def fresh(tmp_path, monkeypatch):
     """Nothing loaded, and an empty cache."""
     monkeypatch.setenv("GENFT_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("CXX", raising=False)
-    cpu_dropout._library.cache_clear()
+    cpu_dropout._compiled.cache_clear()
     yield tmp_path / "cache"
-    cpu_dropout._library.cache_clear()
+    cpu_dropout._compiled.cache_clear()
 
 
 def plain(seed, stream, in_features, out_features, dropout, rows, dtype):
@@ -68,51 +68,122 @@ def test_threads_share_the_rows_without_a_seam(threads, monkeypatch):
         assert torch.equal(dropout_factors(*call), plain(*call))
 
 
+def program(path, script):
+    """A shell script at `path`, to be run by its name."""
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def assert_compiled():
+    assert torch.equal(dropout_factors(*CALL), plain(*CALL)) and cpu_dropout.state() == "dropout on a CPU: compiled"
+
+
+def assert_plain(reason):
+    """Plain PyTorch draws the same numbers, with one warning, in which `reason` is."""
+    with pytest.warns(
+        UserWarning, match=f"dropout takes eight times as long, drawn by plain PyTorch: .*{reason}"
+    ) as told:
+        for _ in range(2):
+            assert torch.equal(dropout_factors(*CALL), plain(*CALL))
+    assert len(told) == 1
+    state = cpu_dropout.state()
+    assert state.startswith("dropout on a CPU: plain PyTorch: ") and str(told[0].message).endswith(state[33:])
+
+
 @needs_compiler
 def test_it_is_compiled_once_and_kept(fresh, monkeypatch):
-    assert torch.equal(dropout_factors(*CALL), plain(*CALL)) and cpu_dropout.state() == "dropout on a CPU: compiled"
-    (kept,) = fresh.iterdir()
-    cpu_dropout._library.cache_clear()
-    monkeypatch.setattr(subprocess, "run", None)  # no second compilation
-    assert torch.equal(dropout_factors(*CALL), plain(*CALL))
-    assert isinstance(cpu_dropout._library(), ctypes.CDLL) and list(fresh.iterdir()) == [kept]
+    assert_compiled()
+    kept = sorted(fresh.iterdir())
+    cpu_dropout._compiled.cache_clear()
+    monkeypatch.setattr(subprocess, "Popen", None)  # no second compilation
+    assert_compiled()
+    assert sorted(fresh.iterdir()) == kept and {path.suffix for path in kept} == {".so", ".json", ".lock"}
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_half_a_library_kills_no_process(fresh):
+    code = (
+        "import torch; from genft_kernels.backends.eager import dropout as d;"
+        "d.dropout_factors(torch.tensor([7]), 1, 5, 9, 0.4, slice(None), torch.float32); print(d.state())"
+    )
+    assert_compiled()
+    (path,) = fresh.glob("*.so")
+    content = path.read_bytes()
+    path.unlink()  # this process has it mapped
+    path.write_bytes(content[: len(content) // 2])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "dropout on a CPU: compiled\n"), done.stderr
+    assert "is not the file that was compiled" in done.stderr and path.read_bytes()[:4] == content[:4]
 
 
 @needs_compiler
-def test_a_damaged_library_is_compiled_anew(fresh):
-    dropout_factors(*CALL)
-    (kept,) = fresh.iterdir()
-    kept.unlink()
-    kept.write_bytes(b"half of a libr")
-    cpu_dropout._library.cache_clear()
-    assert torch.equal(dropout_factors(*CALL), plain(*CALL)) and isinstance(cpu_dropout._library(), ctypes.CDLL)
-
-
-@needs_compiler
-def test_without_a_cache_that_can_be_written_a_process_compiles_its_own(fresh, tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_used_leaves_it_compiled(fresh, tmp_path, monkeypatch):
     (tmp_path / "cache").touch()  # no folder can be made below a file, not even by root
-    monkeypatch.delenv("GENFT_CACHE_DIR")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert torch.equal(dropout_factors(*CALL), plain(*CALL)) and isinstance(cpu_dropout._library(), ctypes.CDLL)
+    monkeypatch.setenv("GENFT_CACHE_DIR", str(tmp_path / "cache" / "below"))
+    with pytest.warns(UserWarning, match="compiled the code for dropout on a CPU for itself, because") as told:
+        assert_compiled()
+    assert len(told) == 1
 
 
-def test_without_a_compiler_plain_pytorch_draws_the_same_numbers(fresh, monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert torch.equal(dropout_factors(*CALL), plain(*CALL))
-    assert cpu_dropout.state().endswith("plain PyTorch: there is no C++ compiler: no-such-compiler is not found")
+@needs_compiler
+@pytest.mark.parametrize("command", ["ccache c++", "'c c ache' c++ -g1"])
+def test_the_compiler_may_have_arguments(command, fresh, tmp_path, monkeypatch):
+    name = shlex.split(command)[0]
+    program(tmp_path / name, f'echo "$@" > {tmp_path}/log; exec "$@"')
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("CXX", command)
+    assert_compiled()
+    assert (tmp_path / "log").read_text().startswith(" ".join(shlex.split(command)[1:]) + " -std=c++17 ")
+
+
+@pytest.mark.parametrize(
+    "script, reason",
+    [
+        ("echo 'error: no such standard' >&2; exit 3", "failed with exit status 3: error: no such standard"),
+        ("exit 0", r"wrote no dropout\.so"),
+        ("touch dropout.so", "cannot be loaded: .*file too short"),
+        ("echo 'int other;' | cc -shared -o dropout.so -xc -", "undefined symbol: genft_dropout_factors"),
+        ("sleep 300", r"was not done after 0\.5 s"),
+    ],
+    ids=["fails", "writes nothing", "writes an empty file", "writes another library", "hangs"],
+)
+def test_a_compiler_that_does_not_do_it_is_heard_once(script, reason, fresh, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", program(tmp_path / "broken-c++", script))
+    if script == "sleep 300":
+        monkeypatch.setattr(cpu_dropout, "_LIMIT", 0.5)
+    assert_plain(reason)
+    assert not list(fresh.glob("*.building"))
+
+
+@pytest.mark.parametrize(
+    "command, reason",
+    [
+        ("no-such-compiler -m64", "there is no C.. compiler: no-such-compiler is not found"),
+        ("'c++", r"CXX is no command: No closing quotation"),
+    ],
+)
+def test_no_compiler_is_heard_once(command, reason, fresh, monkeypatch):
+    monkeypatch.setenv("CXX", command)
+    assert_plain(reason)
     assert not fresh.exists()
 
 
-def test_a_compiler_that_fails_is_heard_once(fresh, tmp_path, monkeypatch):
-    compiler = tmp_path / "broken-c++"
-    compiler.write_text("#!/bin/sh\necho 'error: no such standard' >&2\nexit 3\n")
-    compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("CXX", str(compiler))
-    with pytest.warns(UserWarning, match="broken-c.. failed: error: no such standard") as heard:
-        assert torch.equal(dropout_factors(*CALL), plain(*CALL))
-        assert torch.equal(dropout_factors(*CALL), plain(*CALL))
-    assert len(heard) == 1 and "no such standard" in cpu_dropout.state()
-    assert not list(fresh.iterdir()), os.listdir(fresh)
+@needs_compiler
+def test_no_place_to_compile_is_heard_once(fresh, monkeypatch):
+    def user_cache_dir(*names, **options):
+        raise RuntimeError("could not determine the home directory")
+
+    monkeypatch.delenv("GENFT_CACHE_DIR")
+    monkeypatch.setattr("platformdirs.user_cache_dir", user_cache_dir)
+    monkeypatch.setattr(tempfile, "tempdir", "/nonexistent")
+    assert_plain("this user has no home folder; .*/nonexistent")
+
+
+def test_a_bad_cache_folder_is_heard_once(fresh, monkeypatch):
+    monkeypatch.setenv("GENFT_CACHE_DIR", "relative")
+    assert_plain("GENFT_CACHE_DIR must be the absolute path of a folder; got 'relative'")
 
 
 def test_other_devices_draw_on_themselves():

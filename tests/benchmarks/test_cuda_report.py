@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from benchmarks.compiled import cuda_launches, cuda_report
-from genft_kernels.backends import _build
+from genft_kernels.backends.compiled import build
 from tests.helpers.tiny_kernels import needs_nvcc, write_tree
 
 ROOT = pathlib.Path(__file__).parents[2]
 LAUNCH_EVERYTHING = """
 import pathlib, sys
-from benchmarks import cuda_launches
-from genft_kernels.backends import _jit, cuda_kernels
-kernels = _jit.import_build(pathlib.Path(sys.argv[1]))
+from benchmarks.compiled import cuda_launches
+from genft_kernels.backends.cuda import extension, kernels as cuda_kernels
+kernels = extension.import_build(pathlib.Path(sys.argv[1]))
 for name, values in cuda_launches.launchers():
     try:
         cuda_kernels.raise_for(getattr(kernels, name)(*[choices[0] for choices in values]), name, kernels)
@@ -36,7 +36,7 @@ def compiled(tmp_path_factory):
 @needs_nvcc
 def test_every_source_compiles_without_warnings_spills_or_too_much_shared_memory(compiled):
     _, rows = compiled
-    listed = set(_build.Recipe.read(cuda_report.SOURCES).kernels)
+    listed = set(build.Recipe.read(cuda_report.SOURCES).kernels)
     for target in ("sm_80", "sm_90a"):
         assert {row["source"] for row in rows if row["target"] == target} == listed
     assert not [(row["kernel"], fault) for row in rows for fault in cuda_report.faults(row)]
@@ -44,7 +44,7 @@ def test_every_source_compiles_without_warnings_spills_or_too_much_shared_memory
 
 
 def test_every_source_is_in_the_recipe():
-    recipe = _build.Recipe.read(cuda_report.SOURCES)
+    recipe = build.Recipe.read(cuda_report.SOURCES)
     of_the_cpu = "dropout.cpp"  # genft_kernels/backends/eager/dropout.py compiles it
     listed = {*recipe.kernels, recipe.binding, of_the_cpu}
     assert listed == {name for name in recipe.files if name.endswith((".cu", ".cpp"))}
@@ -79,8 +79,8 @@ __global__ void __launch_bounds__(1024, 2) greedy(float* data) {
 """
     )
     (tree / "build.txt").write_text((tree / "build.txt").read_text() + "flag -Xptxas=-v\n")
-    _build.build(_build.Recipe.read(tree), _build.find_nvcc(), ["sm_80"], tmp_path / "build")
-    rows = list(cuda_report.rows_of((tmp_path / "build" / _build.LOG).read_text()))
+    build.build(build.Recipe.read(tree), build.find_nvcc(), ["sm_80"], tmp_path / "build")
+    rows = list(cuda_report.rows_of((tmp_path / "build" / build.LOG).read_text()))
     found = {row["kernel"]: list(cuda_report.faults(row | {"shared": 0})) for row in rows}
     assert found["fill"] == [] and found["greedy"][0].endswith("bytes of spills")
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from genft_kernels.backends import _build
+from genft_kernels.backends.compiled import build
+from genft_kernels.backends.compiled.run import BuildError
 
 try:
-    NVCC, NO_NVCC = _build.find_nvcc(), ""
-except _build.BuildError as error:
+    NVCC, NO_NVCC = build.find_nvcc(), ""
+except BuildError as error:
     NVCC, NO_NVCC = None, str(error)
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason=NO_NVCC)
 
@@ -85,5 +86,5 @@ def hide_nvcc(monkeypatch, tmp_path: Path) -> None:
     """Let no nvcc be found for the time of a test."""
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(_build, "SYSTEM_NVCC", tmp_path / "nvcc")
-    monkeypatch.setattr(_build.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(build, "SYSTEM_NVCC", tmp_path / "nvcc")
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...activations import ACTIVATIONS, activation_backward
-from .. import _jit
+from . import extension
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # codes of genft.h
 DTYPES = tuple(_DTYPES)
@@ -28,7 +28,7 @@ def launch(kernel: str, *arguments) -> None:
         RuntimeError: the launch failed; the message has the kernel's name and CUDA's words.
         BuildError: the kernels cannot be compiled here.
     """
-    module = _jit.load()
+    module = extension.load()
     device = device_of(arguments)
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .. import _jit
 from ..plan import KernelOperations
-from . import kernels
+from . import extension, kernels
 
 _operations = KernelOperations(kernels)
 column, column_backward = _operations.column, _operations.column_backward
@@ -27,4 +26,4 @@ def _device_reason(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"it needs sm_80 or newer, and {device} is sm_{capability[0]}{capability[1]}"
-    return _jit.unavailable_reason()
+    return extension.unavailable_reason()

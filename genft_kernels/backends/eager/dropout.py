@@ -8,24 +8,24 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import os
 import platform
+import shlex
 import shutil
-import subprocess
-import tempfile
-import threading
 import warnings
 from pathlib import Path
 
 import torch
 
 from ... import philox
-from .. import _jit
+from ..compiled import cache
+from ..compiled.build import package_sources
+from ..compiled.run import BuildError, run
 from .scratch import scratch
 
 _SOURCES = ("dropout.cpp", "philox.h")
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread")
+_LIMIT = 60  # seconds for the compiler
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Blocks of four elements below which a second thread costs more than it saves.
 _BLOCKS_OF_A_THREAD = 1 << 14
@@ -46,13 +46,13 @@ def dropout_factors(
         [rows, in] in `dtype`, in scratch memory.
     """
     kept = torch.tensor(1 / (1 - dropout), dtype=dtype)
-    library = _library() if seed.device.type == "cpu" else None
-    if not isinstance(library, ctypes.CDLL):
+    compiled = _compiled() if seed.device.type == "cpu" else None
+    if isinstance(compiled, str | None):
         return philox.keep_mask(seed, stream, in_features, out_features, dropout, rows).to(dtype).mul_(kept)
     first, last, count = philox.blocks_of(rows, out_features)
     factors = scratch("dropout factors", (4 * (last - first), in_features), dtype, seed.device)
     threads = min(torch.get_num_threads(), 1 + (last - first) * in_features // _BLOCKS_OF_A_THREAD)
-    library.genft_dropout_factors(
+    compiled.genft_dropout_factors(
         ctypes.c_uint64(int(seed)),
         ctypes.c_uint32(stream),
         ctypes.c_uint32(philox.threshold(dropout)),
@@ -67,41 +67,42 @@ def dropout_factors(
 
 def state() -> str:
     """In words: whether the numbers are drawn by compiled code, and why not."""
-    library = _library()
-    return f"dropout on a CPU: {'compiled' if isinstance(library, ctypes.CDLL) else f'plain PyTorch: {library}'}"
+    compiled = _compiled()
+    return f"dropout on a CPU: {f'plain PyTorch: {compiled}' if isinstance(compiled, str) else 'compiled'}"
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | str:
-    """The compiled functions, or why there are none."""
-    asked_for = os.environ.get("CXX") or "c++"
-    compiler = shutil.which(asked_for)
-    if compiler is None:
-        return f"there is no C++ compiler: {asked_for} is not found"
-    folder = _jit.package_sources()
-    digest = hashlib.sha256(repr((compiler, _FLAGS, platform.machine())).encode())
-    for name in _SOURCES:
-        digest.update((folder / name).read_bytes())
-    name, cache = f"dropout-{digest.hexdigest()[:24]}.so", _jit.cache_folder()
+def _compiled() -> ctypes.CDLL | str:
+    """The compiled functions, or, with a warning, why there are none."""
     try:
-        return _load_or_compile(cache / name, compiler, folder)
-    except OSError:  # the cache cannot be written: this process compiles for itself
-        with tempfile.TemporaryDirectory(prefix="genft_kernels-") as own:
-            return _load_or_compile(Path(own) / name, compiler, folder)
+        return cache.obtain(_library())
+    except (BuildError, OSError) as error:
+        warnings.warn(f"dropout takes eight times as long, drawn by plain PyTorch: {error}", stacklevel=3)
+        return str(error)
 
 
-def _load_or_compile(path: Path, compiler: str, sources: Path) -> ctypes.CDLL | str:
-    """The library at `path`, compiled unless it is there and sound; or what the compiler said."""
+def _library() -> cache.Library:
+    """What the compiler (`CXX`, perhaps with arguments) makes; BuildError if there is none."""
     try:
-        return ctypes.CDLL(str(path))
-    except OSError:  # absent or damaged
-        path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
-    command = [compiler, *_FLAGS, str(sources / _SOURCES[0]), "-o", str(unfinished)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        reason = f"{compiler} failed: {result.stderr.strip() or f'exit status {result.returncode}'}"
-        warnings.warn(f"dropout takes eight times as long, drawn by plain PyTorch: {reason}", stacklevel=2)
-        return reason
-    unfinished.rename(path)  # nobody sees half of it
-    return ctypes.CDLL(str(path))
+        program, *arguments = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    except ValueError as error:
+        raise BuildError(f"CXX is no command: {error}") from error
+    if (path := shutil.which(program)) is None:
+        raise BuildError(f"there is no C++ compiler: {program} is not found")
+    command = [os.path.abspath(path), *arguments, *_FLAGS]
+    sources = {name: (package_sources() / name).read_bytes() for name in _SOURCES}
+
+    def compile(folder: Path) -> Path:
+        for name, content in sources.items():
+            (folder / name).write_bytes(content)
+        run(program, [*command, _SOURCES[0], "-o", "dropout.so"], _LIMIT, folder)
+        return folder / "dropout.so"
+
+    follows_from = (command, platform.machine(), sources)
+    return cache.Library("dropout", "the code for dropout on a CPU", follows_from, compile, _load, _LIMIT)
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    library.genft_dropout_factors  # AttributeError if it is another  # noqa: B018
+    return library

@@ -1,7 +1,6 @@
-"""How the CUDA kernels are compiled: for the first use (`_jit`), for wheels (setup.py) and for the report of registers.
+"""How the CUDA kernels are compiled: for their first use, for wheels (setup.py) and for the report of registers.
 
-The recipe (`csrc/build.txt`) is shared with CMakeLists.txt. This file needs neither torch nor the rest of the package,
-because setup.py loads it by its path.
+The recipe (`csrc/build.txt`) is shared with CMakeLists.txt.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sysconfig
 import time
 from collections.abc import Iterable, Sequence
@@ -21,16 +19,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from .run import BuildError, run
+
 MANIFEST, LOG = "manifest.json", "build.log"
 OLDEST_NVCC = (12, 0)  # the first that knows sm_90a and C++17 in device code as these sources use it
 SYSTEM_NVCC = Path("/usr/local/cuda/bin/nvcc")
 INSTALL_HINT = "install the CUDA toolkit, or pip install 'genft_kernels[nvcc]'"
 SOURCE_SUFFIXES = (".cu", ".cuh", ".cpp", ".h", ".txt")
-LAST_LINES = 25
+ASKING_LIMIT, LIMIT = 60, 1800  # seconds: for nvcc to tell its version, and to compile everything
 
 
-class BuildError(RuntimeError):
-    """The kernels cannot be built here; the message says why, with the compiler's last lines where one ran."""
+def package_sources() -> Path:
+    """The folder `csrc` of the installed package, or of the source tree."""
+    package = Path(__file__).parents[2]
+    installed = package / "csrc"
+    return installed if installed.is_dir() else package.parent / "csrc"
 
 
 @dataclass(frozen=True)
@@ -89,18 +92,10 @@ class Nvcc(NamedTuple):
     def version(self) -> str:
         """Such as "13.0.88"; BuildError if it does not run, is no nvcc or is too old."""
         where = f"nvcc at {self.path} (found by {self.found_by})"
-        try:
-            answer = subprocess.run(
-                [self.path, "--version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise BuildError(f"{where} cannot be run: {error}") from error
-        match = re.search(r"release (\d+)\.(\d+), V([\d.]+)", answer.stdout)
-        if answer.returncode or not match:
-            raise BuildError(
-                f"{where} does not answer --version as nvcc does; exit status {answer.returncode}, output:\n"
-                f"{_last_lines(answer.stdout) or '(none)'}"
-            )
+        answer = run(where, [self.path, "--version"], ASKING_LIMIT)
+        match = re.search(r"release (\d+)\.(\d+), V([\d.]+)", answer)
+        if not match:
+            raise BuildError(f"{where} does not answer --version as nvcc does: {answer.strip() or '(no output)'}")
         if (int(match[1]), int(match[2])) < OLDEST_NVCC:
             oldest = ".".join(map(str, OLDEST_NVCC))
             raise BuildError(f"{where} is version {match[3]}; the CUDA kernels need {oldest} or newer: {INSTALL_HINT}")
@@ -110,12 +105,12 @@ class Nvcc(NamedTuple):
 def find_nvcc() -> Nvcc:
     """By CUDA_HOME, then PATH, then the toolkit's usual folder, then the pip package; BuildError if there is none."""
     if home := os.environ.get("CUDA_HOME"):
-        path = Path(home) / "bin" / "nvcc"
+        path = Path(home).absolute() / "bin" / "nvcc"
         if not path.is_file():
             raise BuildError(f"CUDA_HOME is {home}, but {path} does not exist")
         return Nvcc(path, "CUDA_HOME")
     if path := shutil.which("nvcc"):
-        return Nvcc(Path(path), "PATH")
+        return Nvcc(Path(path).absolute(), "PATH")
     if SYSTEM_NVCC.is_file():
         return Nvcc(SYSTEM_NVCC, "the toolkit's usual folder")
     packages = importlib.util.find_spec("nvidia")
@@ -136,7 +131,9 @@ def arch_of(capability: tuple[int, int]) -> str:
 def covers(archs: Iterable[str], capability: tuple[int, int]) -> bool:
     """Whether a card runs code for one of `archs`: its own, an older one of its generation, or any older PTX."""
     for arch in archs:
-        kind, major, minor, specific = re.fullmatch(r"(sm|compute)_(\d+)(\d)(a?)", arch).groups()
+        if not (found := re.fullmatch(r"(sm|compute)_(\d+)(\d)(a?)", str(arch))):
+            continue
+        kind, major, minor, specific = found.groups()
         version = (int(major), int(minor))
         if version == capability or not specific and version < capability and kind == "compute":
             return True
@@ -166,13 +163,12 @@ def build(recipe: Recipe, nvcc: Nvcc, archs: Sequence[str], output: Path, strict
     for name, content in recipe.files.items():
         (work / name).write_bytes(content)
     (work / "build.ninja").write_text(_ninja_file(recipe, nvcc, compile_flags(recipe, archs, strict), target))
-    run = _run_ninja(work)
-    (output / LOG).write_text(run.stdout)
-    if run.returncode:
-        raise BuildError(
-            f"nvcc {version} ({nvcc.path}) could not compile the CUDA kernels for {', '.join(archs)}:\n"
-            f"{_last_lines(run.stdout)}"
-        )
+    import ninja
+
+    who = f"nvcc {version} ({nvcc.path}), compiling the CUDA kernels for {', '.join(archs)},"
+    (output / LOG).write_text(run(who, [Path(ninja.BIN_DIR) / "ninja"], LIMIT, work))
+    if not (work / target).is_file():
+        raise BuildError(f"{who} wrote no {target}")
     shutil.move(work / target, output / target)
     shutil.rmtree(work)
     manifest = {
@@ -186,17 +182,6 @@ def build(recipe: Recipe, nvcc: Nvcc, archs: Sequence[str], output: Path, strict
     }
     (output / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     return manifest
-
-
-def _run_ninja(folder: Path) -> subprocess.CompletedProcess:
-    """Run ninja in `folder`, standard error joined to standard output."""
-    import ninja
-
-    command = Path(ninja.BIN_DIR) / "ninja"
-    try:
-        return subprocess.run([command], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    except OSError as error:
-        raise BuildError(f"{command} cannot be run: {error}") from error
 
 
 def _python_headers() -> str:
@@ -224,7 +209,3 @@ def _ninja_file(recipe: Recipe, nvcc: Nvcc, flags: list[str], target: str) -> st
         f"build {target}: link {' '.join(objects)}",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _last_lines(output: str) -> str:
-    return "\n".join(output.strip().splitlines()[-LAST_LINES:])

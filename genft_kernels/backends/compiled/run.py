@@ -1,0 +1,51 @@
+"""Compilers are run here, so that none of them waits for ever."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+LAST_LINES = 25
+
+
+class BuildError(RuntimeError):
+    """Code cannot be compiled or loaded here; the message says why, with the compiler's last lines where one ran."""
+
+
+def run(who: str, command: Sequence[str | Path], limit: float, folder: Path | None = None) -> str:
+    """The output of a command, standard error joined. Temporary files go to `folder`, where it runs, if that is given.
+
+    Raises:
+        BuildError: `who` cannot be run, failed, or was not done in `limit` seconds, when all its processes are killed.
+    """
+    options = {"cwd": folder, "env": {**os.environ, "TMPDIR": "."}} if folder else {}
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,
+            **options,
+        )
+    except OSError as error:
+        raise BuildError(f"{who} cannot be run: {error}") from error
+    with process:
+        try:
+            output, _ = process.communicate(timeout=limit)
+        except BaseException as error:  # an interrupt, too, must not leave compilers behind
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise BuildError(f"{who} was not done after {limit:g} s") from error
+            raise
+    if process.returncode:
+        last = "\n".join(output.strip().splitlines()[-LAST_LINES:])
+        raise BuildError(f"{who} failed with exit status {process.returncode}: {last or '(no output)'}")
+    return output
