@@ -20,13 +20,13 @@ on_the_cpu = pytest.mark.skipif(cuda_host.unavailable_reason() is not None, reas
 
 @on_the_cpu
 @pytest.mark.parametrize("name", ["factored-square", "dropout-tiled-bias-out_in", "tiled-many-tokens"])
-def test_every_op_passes_opcheck(name, monkeypatch):
+def test_ops_pass_opcheck(name, monkeypatch):
     check_every_op(case_of(name), "cuda", monkeypatch)
 
 
 @on_the_cpu
 @pytest.mark.parametrize("name", ["factored-square", "dropout-tiled-bias-out_in"])
-def test_compiles_without_a_graph_break(name):
+def test_compile_has_no_graph_break(name):
     case = case_of(name)
     data, options = make_data(case, torch.float32), dict(training=True, seed=torch.tensor([3]), backend="cuda")
     expected = run(genft_linear, data, case.config, **options)
@@ -43,7 +43,7 @@ def test_wrong_dtypes_are_named():
         cuda_kernels.fold(weight, h.float(), b.bfloat16(), *update)
 
 
-def test_a_wrong_shape_is_named_before_anything_runs():
+def test_wrong_shape_is_named_before_anything_runs():
     ones = torch.ones
     weight, h, b = (ones(shape) for shape in ((5, 6), (6, 2), (5, 2)))
     update = 1.0, "gelu", 0.5, philox.ROW_STREAM
@@ -54,10 +54,6 @@ def test_a_wrong_shape_is_named_before_anything_runs():
         cuda_kernels.fold(weight, h, b, seed.int(), *update)
     with pytest.raises(ValueError, match=r"x must be \[3, 6\], got \[4, 6\]"):
         cuda_kernels.contract(ones(3, 5), ones(4, 6), h, b, seed, *update, True, True)
-    with pytest.raises(ValueError, match=r"tokens must be \[3, 6\], got \[3, 5\]"):
-        cuda_kernels.main_loop(ones(3, 5), weight, None, h, b, seed, *update, False)
-    with pytest.raises(ValueError, match=r"small must be \[3, 2\], got \[3, 4\]"):
-        cuda_kernels.extended_k(ones(3, 6), weight, None, ones(3, 4), b, 1.0)
     with pytest.raises(ValueError, match=r"matrix 1 must be \[5, 6\], got \[6, 5\]"):
         cuda_kernels.thin_product([weight, weight.t()], ones(2, 3, 6), None, "identity")
     with pytest.raises(ValueError, match=r"grad must be \[1, 5, 3\], got \[2, 5, 3\]"):
@@ -72,26 +68,24 @@ def test_tensors_of_two_devices_are_named():
         cuda_kernels.fold(weight, h.to("meta"), b, None, 1.0, "gelu", 0.0, philox.ROW_STREAM)
 
 
-def test_more_features_than_cudas_grids_allow_are_refused():
+def test_features_beyond_cudas_grids_are_refused():
     factor = torch.ones(1, 1).expand(5_000_000, 1)
     with pytest.raises(ValueError, match="at most 4194240 features, got 5000000"):
-        cuda_kernels.extended_k(torch.ones(1, 1), factor, None, torch.ones(1, 1), factor, 1.0)
+        cuda_kernels.fold(factor, torch.ones(1, 1), factor, None, 1.0, "gelu", 0.0, philox.ROW_STREAM)
 
 
 @on_the_cpu
-def test_a_failed_launch_names_the_kernel():
+def test_failed_launch_names_the_kernel():
     matrix = torch.ones(4, 4)
     unknown_dtype = 7
-    with pytest.raises(RuntimeError, match="CUDA kernel 'extended_k' failed to launch: invalid argument .error 1"):
-        cuda_kernels.launch(
-            "extended_k", matrix, 4, matrix, 4, False, None, matrix, matrix, matrix, 4, 4, 4, 4, 1.0, unknown_dtype
-        )
+    with pytest.raises(RuntimeError, match="CUDA kernel 'thin_transposed' failed to launch: invalid argument .error 1"):
+        cuda_kernels.launch("thin_transposed", matrix, [matrix], 4, False, matrix, 1, 4, 4, 4, 64, unknown_dtype)
 
 
 @pytest.mark.parametrize(
     "dtype, reason", [("float32", "it needs a CUDA device, not cpu"), ("float64", "it does not compute in torch.float")]
 )
-def test_without_a_gpu_the_backend_says_so(dtype, reason):
+def test_backend_without_a_gpu_says_so(dtype, reason):
     """In a process without tests/cuda_host."""
     program = f"""
 import torch

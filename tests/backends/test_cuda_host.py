@@ -34,7 +34,7 @@ def library():
 
 
 @pytest.mark.parametrize("number, name", enumerate(FAULTS), ids=list(FAULTS))
-def test_each_fault_is_noticed(number, name, library):
+def test_host_notices_each_fault(number, name, library):
     memory = torch.empty(2, 72)  # two buffers and room around them
     given, out = memory[0, :64].copy_(torch.arange(64)), memory[1, :64].fill_(-1)
     library.cuda_host_forget_buffers()

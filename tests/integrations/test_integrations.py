@@ -61,7 +61,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
-def test_the_trainer_takes_the_same_steps_with_one_generation_each(tmp_path, settings):
+def test_trainer_takes_the_same_steps_with_one_generation_each(tmp_path, settings):
     plain, ours = make_model(), make_model()
     start = copy.deepcopy(plain.state_dict())
     fit(plain, tmp_path, [], **settings)
@@ -76,7 +76,7 @@ def test_the_trainer_takes_the_same_steps_with_one_generation_each(tmp_path, set
     assert all(group.accumulation is None for group in groups(ours)) and not ours._forward_hooks
 
 
-def test_an_interrupted_run_does_not_disturb_the_next(tmp_path):
+def test_interrupted_run_does_not_disturb_the_next(tmp_path):
     class Interrupts(transformers.TrainerCallback):
         def on_substep_end(self, args, state, control, **kwargs):
             raise KeyboardInterrupt
@@ -91,7 +91,7 @@ def test_an_interrupted_run_does_not_disturb_the_next(tmp_path):
         assert torch.allclose(actual, expected, rtol=1e-9, atol=1e-12), name
 
 
-def test_what_cannot_work_is_refused_before_training(tmp_path):
+def test_settings_that_cannot_work_are_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match="apply_genft"):
         fit(transformers.BertForSequenceClassification(make_model().config), tmp_path, [AccumulateCallback()])
     arguments = transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True)

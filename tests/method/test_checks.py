@@ -81,7 +81,7 @@ BAD = {
 
 @pytest.mark.parametrize("function", [genft_linear, reference.genft_linear], ids=["functional", "reference"])
 @pytest.mark.parametrize("changed, error, message", BAD.values(), ids=BAD)
-def test_the_culprit_is_named(changed, error, message, function):
+def test_culprit_is_named(changed, error, message, function):
     with pytest.raises(error, match=message):
         function(**arguments(**changed))
 
@@ -110,14 +110,14 @@ def test_factored_linear_names_the_culprit(changed, message):
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64, 1.5, True, torch.tensor([1.0]), torch.tensor([1, 2])])
-def test_a_seed_is_64_bits(seed):
+def test_seed_is_64_bits(seed):
     with pytest.raises(ValueError, match="seed must be"):
         genft_linear(**arguments(), training=True, seed=seed)
     config = GenFTConfig(shared_dim=2, specific_dim=1, dropout=0.5)
     genft_linear(**arguments(config=config), training=True, seed=2**64 - 1)
 
 
-def test_a_seed_may_be_numpys():
+def test_seed_may_be_numpys():
     import numpy as np
 
     config = GenFTConfig(shared_dim=2, specific_dim=1, dropout=0.5)
@@ -135,12 +135,12 @@ def run_python(*arguments: str) -> str:
     return subprocess.run([sys.executable, *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def test_importing_is_light():
+def test_import_is_light():
     loaded = run_python("-c", "import sys, genft_kernels; print(*sys.modules)").split()
     assert not {"triton", "transformers", "peft", "rich", "matplotlib", "yaml"} & set(loaded)
 
 
-def test_the_report_names_version_environment_and_backends():
+def test_report_names_version_environment_and_backends():
     report = run_python("-m", "genft_kernels")
     assert report.startswith(f"genft_kernels {__version__}\n")
     assert f"torch {torch.__version__}" in report and "eager: available" in report and "nvcc:" in report

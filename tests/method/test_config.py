@@ -41,12 +41,12 @@ from genft_kernels import GenFTConfig
         ("fused_blocks", {"qkv": (3, ())}),
     ],
 )
-def test_a_bad_value_raises_and_names_its_field(field, value):
+def test_bad_value_raises_and_names_its_field(field, value):
     with pytest.raises(ValueError, match=field):
         GenFTConfig(**{field: value})
 
 
-def test_there_must_be_something_to_train():
+def test_config_must_have_something_to_train():
     with pytest.raises(ValueError, match="shared_dim . specific_dim"):
         GenFTConfig(shared_dim=0, specific_dim=0)
 
@@ -63,7 +63,7 @@ def test_out_in_needs_both_stages():
 
 
 @pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
-def test_a_string_must_be_a_regular_expression(field):
+def test_string_must_be_a_regular_expression(field):
     with pytest.raises(ValueError, match=rf"{field}='.*\(q' is not a regular expression: missing \)"):
         GenFTConfig(**{field: ".*(q"})
 

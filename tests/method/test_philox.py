@@ -20,7 +20,7 @@ def plain_philox(counter, key):
 
 
 @pytest.mark.parametrize("counter, key, result", KNOWN)
-def test_known_answers(counter, key, result):
+def test_philox_gives_the_known_answers(counter, key, result):
     assert plain_philox(counter, key) == result
     assert tuple(philox.words(torch.tensor([0]), torch.tensor([0]), 0)[0].tolist()) == result
 

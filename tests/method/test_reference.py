@@ -62,7 +62,7 @@ def scalar_delta(weight, params, config, seed):
 
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
-def test_update_is_design_section_1(case):
+def test_update_is_the_method_element_by_element(case):
     data = make_data(case)
     delta = reference.delta_weight(data.weight, data.params, case.config, training=True, seed=case.seed)
     expected = scalar_delta(data.weight, data.params, case.config, case.seed)
@@ -85,7 +85,7 @@ def test_dropout_is_off_outside_training_and_keeps_the_mean():
     assert ((mean - exact).norm() / exact.norm()).item() < 0.1  # 1 / sqrt(300) = 0.06
 
 
-def test_without_a_seed_one_is_drawn_from_torchs_generator():
+def test_seed_is_drawn_from_torchs_generator_by_default():
     case = next(case for case in CASES if case.name == "dropout-square")
     data = make_data(case)
     torch.manual_seed(4)

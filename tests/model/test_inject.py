@@ -60,7 +60,7 @@ def adapted(make=Encoder, settings=None, **more):
 
 
 @every_model
-def test_only_the_adapter_trains_and_the_base_keeps_its_bits(make, settings):
+def test_adapter_alone_trains_and_the_base_keeps_its_bits(make, settings):
     model = make()
     base = {name: p.detach().clone() for name, p in model.named_parameters()}
     expected = model.eval()(tokens())
@@ -79,7 +79,7 @@ def test_only_the_adapter_trains_and_the_base_keeps_its_bits(make, settings):
 
 @every_model
 @pytest.mark.parametrize("merged", [False, True], ids=["", "merged"])
-def test_removing_is_an_exact_undo(make, settings, merged):
+def test_remove_genft_is_an_exact_undo(make, settings, merged):
     model = make().train()
     next(model.children()).eval()  # flags that are not all alike
     next(model.parameters()).requires_grad_(False)
@@ -122,7 +122,7 @@ COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda model: pickle.loads(pickle
 
 @every_model
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
-def test_a_copied_model_still_shares_its_generators(make, settings, copied):
+def test_copied_model_still_shares_its_generators(make, settings, copied):
     model = adapted(make, settings)
     twin = copied(model)
     assert torch.equal(twin(tokens()), model(tokens()))
@@ -136,7 +136,7 @@ def test_a_copied_model_still_shares_its_generators(make, settings, copied):
 
 
 @every_model
-def test_a_state_dict_round_trip(make, settings):
+def test_state_dict_round_trip(make, settings):
     model, other = adapted(make, settings), adapted(make, settings)
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
@@ -151,7 +151,7 @@ def test_a_state_dict_round_trip(make, settings):
         assert torch.equal(remove_genft(other)(tokens()), expected)
 
 
-def test_a_failing_apply_leaves_the_model_as_it_was(monkeypatch):
+def test_apply_genft_that_fails_leaves_the_model_as_it_was(monkeypatch):
     model, settings = Encoder(), config(**SAVED)
     before, build, calls = snapshot(model), GenFTLinear.from_linear, []
 
@@ -177,7 +177,7 @@ def test_a_failing_apply_leaves_the_model_as_it_was(monkeypatch):
     assert snapshot(block) == before
 
 
-def test_adapting_twice_raises_and_changes_nothing():
+def test_second_adapter_raises_and_changes_nothing():
     model = adapted()
     before = snapshot(model)
     with pytest.raises(RuntimeError, match="GenFT layers already"):
@@ -198,7 +198,7 @@ def test_adapters_of_a_16_bit_model_are_float32():
 # --- gradients ------------------------------------------------------------------------------------------------------
 
 
-def test_every_layer_sends_a_gradient_to_the_shared_generator():
+def test_layers_all_send_a_gradient_to_the_shared_generator():
     model = adapted(make=lambda: Encoder(layers=12)).train()
     layers = {name: m for name, m in model.named_modules() if isinstance(m, GenFTLinear)}
     (generator,) = model.genft_generators.values()
@@ -215,7 +215,7 @@ def test_every_layer_sends_a_gradient_to_the_shared_generator():
     assert torch.allclose(total, apart, rtol=1e-3, atol=1e-4 * total.abs().max().item())
 
 
-def test_a_linear_under_two_names_is_replaced_at_both_and_the_head_stays_tied():
+def test_linear_under_two_names_is_replaced_at_both_and_the_head_stays_tied():
     model = adapted(TiedModel, SHARED)
     assert model.first is model.second and isinstance(model.first, GenFTLinear)
     assert model.head.weight is model.embedding.weight
@@ -249,7 +249,7 @@ def test_gpt2_conv1d_layers():
 
 @every_model
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_merging_gives_the_same_outputs_and_unmerging_the_same_bits(make, settings, dtype):
+def test_merge_gives_the_same_outputs_and_unmerge_the_same_bits(make, settings, dtype):
     model = adapted(make, settings).to(dtype)
     before, expected = snapshot(model), model(tokens())
     layers = [m for m in model.modules() if isinstance(m, GenFTLinear)]
@@ -270,7 +270,7 @@ def test_merging_gives_the_same_outputs_and_unmerging_the_same_bits(make, settin
         unmerge(model)
 
 
-def test_merging_starts_from_the_frozen_weight_each_time():
+def test_merge_starts_from_the_frozen_weight_each_time():
     model = merge(adapted())
     first = model.layers[0].attention.query.weight.clone()
     randomise(model, 1.0)
@@ -280,7 +280,7 @@ def test_merging_starts_from_the_frozen_weight_each_time():
     assert torch.equal(layer.weight, layer.frozen_weight + layer.delta_weight())
 
 
-def test_merging_leaves_tied_weights_elsewhere_alone():
+def test_merge_leaves_tied_weights_elsewhere_alone():
     model = adapted(TiedModel, SHARED)
     embedding, bits = model.embedding.weight, model.embedding.weight.detach().clone()
     merge(model)
@@ -290,7 +290,7 @@ def test_merging_leaves_tied_weights_elsewhere_alone():
     assert model.head.weight is embedding
 
 
-def test_a_merge_that_fails_merges_nothing(monkeypatch):
+def test_merge_that_fails_merges_nothing(monkeypatch):
     model = adapted()
     before, last = snapshot(model), model.layers[1].attention.value
     monkeypatch.setattr(last, "delta_weight", lambda: 1 / 0)
@@ -343,7 +343,7 @@ def test_disabled_answers_with_the_frozen_model(make, settings, merged):
     assert torch.equal(model(tokens()), expected) and snapshot(model) == before
 
 
-def test_a_disabled_model_follows_casts_and_modes():
+def test_disabled_model_follows_casts_and_modes():
     model = adapted(settings=SAVED).double()
     with disabled(model):
         assert model(tokens()).dtype == torch.float64 and not model.classifier.training

@@ -50,7 +50,7 @@ def train_step(layer, x):
 # --- a drop-in ------------------------------------------------------------------------------------------------------
 
 
-def test_it_is_a_drop_in_for_linear():
+def test_layer_is_a_drop_in_for_linear():
     ours, theirs = (inspect.signature(cls).parameters for cls in (GenFTLinear, nn.Linear))
     assert set(theirs) <= set(ours) and list(ours)[:3] == ["in_features", "out_features", "bias"]
     assert all(ours[name].default == theirs[name].default for name in theirs)
@@ -91,7 +91,7 @@ def test_gradients_are_the_specifications(inputs, outputs, settings):
 
 
 @every_config
-def test_the_generators_parameters_are_shared_units_then_specific_ones(inputs, outputs, settings):
+def test_parameters_are_shared_units_then_specific_ones(inputs, outputs, settings):
     layer = make_layer(inputs, outputs, settings)
     params, generator = layer.parameters_of_generator(), layer.generator
     s, k = layer.config.shared_dim, layer.config.hidden_dim
@@ -161,7 +161,7 @@ def test_from_linear_shares_storage_and_freezes():
     assert list(layer.state_dict())[:2] == ["weight", "bias"] and "generator.row_up" in layer.state_dict()
 
 
-def test_a_failing_from_linear_freezes_nothing():
+def test_from_linear_that_fails_freezes_nothing():
     linear = nn.Linear(9, 7)
     for options in (dict(backend="cudnn"), dict(blocks=(3, (0,)))):
         with pytest.raises(ValueError):
@@ -180,7 +180,7 @@ def test_hooks_of_the_original_go_on_working():
     assert torch.allclose(layer(x), F.linear(x, linear.weight, linear.bias))
 
 
-def test_only_the_adapted_blocks_of_a_fused_weight_change():
+def test_fused_weight_changes_in_adapted_blocks_alone():
     linear = nn.Linear(9, 27, dtype=torch.float64)
     generator = GenFTGenerator(9, 9, config(inner_activation="tanh", delta_layout="out_in"), dtype=torch.float64)
     layer = randomise(GenFTLinear.from_linear(linear, generator, blocks=(3, (0, 2))))
@@ -223,7 +223,7 @@ COPIES = {
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
 @pytest.mark.parametrize("merged", [False, True], ids=["unmerged", "merged"])
 @pytest.mark.parametrize("origin", ["constructed", "from_linear"])
-def test_a_copy_is_equal_and_independent(copied, merged, origin):
+def test_copy_is_equal_and_independent(copied, merged, origin):
     layer = make_layer()
     if origin == "from_linear":
         layer = GenFTLinear.from_linear(nn.Linear(9, 9, dtype=torch.float64), layer.generator)
@@ -241,7 +241,7 @@ def test_a_copy_is_equal_and_independent(copied, merged, origin):
     assert not torch.equal(twin(x), before)
 
 
-def test_a_state_dict_round_trip():
+def test_state_dict_round_trip():
     layer, other = make_layer(12, 7), make_layer(12, 7)
     x = torch.randn(2, 12, dtype=torch.float64)
     assert not torch.equal(layer(x), other(x))
@@ -249,7 +249,7 @@ def test_a_state_dict_round_trip():
     assert torch.equal(layer(x), other(x))
 
 
-def test_resetting_draws_everything_anew():
+def test_reset_parameters_draws_everything_anew():
     layer = GenFTLinear(9, 9, config=config(zero_delta=True), device="meta").to_empty(device="cpu")
     for module in layer.modules():  # as FSDP does with modules made on the meta device
         module.reset_parameters()
@@ -374,7 +374,7 @@ def test_presets_construct_and_train(preset):
     assert layer.generator.row_up.grad.any()
 
 
-def test_the_vtab_preset_warns_that_its_specific_units_never_train():
+def test_vtab_preset_warns_that_its_specific_units_never_train():
     with pytest.warns(UserWarning, match="specific units can never train"):
         settings = GenFTConfig.preset("vtab")
     layer = GenFTLinear(48, 48, config=settings)

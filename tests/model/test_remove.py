@@ -20,7 +20,7 @@ def adapted(make, settings):
 
 @pytest.mark.parametrize("merged", [False, True], ids=["", "merged"])
 @pytest.mark.parametrize("make, settings", MODELS.values(), ids=MODELS)
-def test_the_update_stays_in_plain_layers(make, settings, merged):
+def test_update_stays_in_plain_layers(make, settings, merged):
     plain = make().eval()
     model = adapted(make, settings)
     expected = model(tokens())
@@ -36,14 +36,14 @@ def test_the_update_stays_in_plain_layers(make, settings, merged):
         assert torch.allclose(plain(tokens()), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_by_default_the_update_goes():
+def test_update_goes_by_default():
     torch.manual_seed(3)
     model = adapted(GroupedQueryBlock, MODELS["grouped-query"][1])
     torch.manual_seed(3)
     assert torch.equal(remove_genft(merge(model))(tokens()), GroupedQueryBlock().eval()(tokens()))
 
 
-def test_what_cannot_be_kept_changes_nothing(monkeypatch):
+def test_update_that_cannot_be_kept_changes_nothing(monkeypatch):
     model = adapted(*MODELS["encoder"])
     with disabled(model), pytest.raises(RuntimeError, match="disabled"):
         remove_genft(model, keep_update=True)

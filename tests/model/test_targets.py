@@ -23,12 +23,12 @@ def names(model, **settings) -> list[str]:
     return [target.name for target in find_targets(model, config(**settings))]
 
 
-def test_by_default_query_and_value_are_adapted():
+def test_query_and_value_are_targets_by_default():
     assert names(Encoder(1)) == ["layers.0.attention.query", "layers.0.attention.value"]
     assert names(GroupedQueryBlock()) == ["q_proj", "v_proj"]
 
 
-def test_a_list_holds_paths_or_their_dotted_ends():
+def test_list_of_targets_holds_paths_or_their_dotted_ends():
     expected = ["layers.0.attention.key", "layers.1.attention.key", "layers.1.dense"]
     assert names(Encoder(), target_modules=["key", "layers.1.dense"]) == expected
     assert names(Encoder(), target_modules=["attention.key"]) == expected[:2]
@@ -38,7 +38,7 @@ def test_a_list_holds_paths_or_their_dotted_ends():
         names(Encoder(), target_modules=[ALL_LINEARS])
 
 
-def test_a_string_is_a_regular_expression_for_whole_paths():
+def test_string_is_a_regular_expression_for_whole_paths():
     assert len(names(Encoder(), target_modules=ALL_LINEARS)) == 8
     assert names(Encoder(), target_modules=r".*\.dense") == ["layers.0.dense", "layers.1.dense"]
     with pytest.raises(ValueError, match="matched nothing"):
@@ -52,18 +52,18 @@ def test_a_string_is_a_regular_expression_for_whole_paths():
         (dict(target_modules=["query"], exclude_modules=["layers.7"]), "exclude_modules: 'layers.7' matches no module"),
     ],
 )
-def test_a_name_that_matches_nothing_is_not_passed_over(settings, message):
+def test_name_that_matches_nothing_is_not_passed_over(settings, message):
     with pytest.warns(UserWarning, match=message):
         found = names(Encoder(), **settings)
     assert found == ["layers.0.attention.query", "layers.1.attention.query"]
 
 
-def test_a_plain_name_that_is_no_list_is_told():
+def test_plain_name_that_is_no_list_is_told():
     with pytest.raises(ValueError, match=r"matched nothing: query \(.*for a name write \['query'\]\)"):
         names(Encoder(), target_modules="query")
 
 
-def test_the_configuration_must_be_one():
+def test_configuration_must_be_one():
     with pytest.raises(TypeError, match="config must be a GenFTConfig, got dict"):
         apply_genft(Encoder(), {"target_modules": ["query"]})
 
@@ -92,7 +92,7 @@ def test_excluded_modules_are_left_out(excluded):
     assert names(Encoder(), exclude_modules=excluded) == ["layers.1.attention.query"]
 
 
-def test_matching_nothing_lists_what_could_be_matched():
+def test_targets_that_match_nothing_list_what_could_be_matched():
     with pytest.raises(ValueError) as error:
         names(Encoder(), target_modules=["q_proj", "v_proj"])
     assert "q_proj, v_proj" in str(error.value)
@@ -105,7 +105,7 @@ def test_matching_nothing_lists_what_could_be_matched():
         names(nn.Linear(8, 8))
 
 
-def test_a_linear_under_two_names_is_one_target():
+def test_linear_under_two_names_is_one_target():
     (target,) = find_targets(TiedModel(), config(target_modules=["first", "second"]))
     assert target.names == ("first", "second")
 
@@ -172,7 +172,7 @@ UNSUPPORTED = {
 
 
 @pytest.mark.parametrize("make, error, message", UNSUPPORTED.values(), ids=UNSUPPORTED)
-def test_a_module_that_cannot_be_adapted_is_named_and_left_alone(make, error, message):
+def test_module_that_cannot_be_adapted_is_named_and_left_alone(make, error, message):
     model = nn.ModuleDict({"query": nn.Linear(8, 8), "value": make()})
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     classes = [type(module) for module in model.modules()]
@@ -182,7 +182,7 @@ def test_a_module_that_cannot_be_adapted_is_named_and_left_alone(make, error, me
     assert classes == [type(module) for module in model.modules()]
 
 
-def test_the_output_projection_of_multihead_attention_cannot_be_adapted():
+def test_output_projection_of_multihead_attention_cannot_be_adapted():
     # Its weight is read without calling its forward, so an update would be ignored.
     model = nn.TransformerEncoderLayer(8, 2, 16)
     before = snapshot(model)
@@ -193,7 +193,7 @@ def test_the_output_projection_of_multihead_attention_cannot_be_adapted():
         apply_genft(model, config())
 
 
-def test_what_reads_a_weight_without_calling_the_layer_is_refused():
+def test_reader_of_a_weight_that_does_not_call_the_layer_is_refused():
     x, settings = torch.randn(2, 3, 8), config(target_modules=["linear1", "linear2"])
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
     with pytest.raises(TypeError, match=r"'layers.0.linear1': TransformerEncoderLayer reads.*set_fastpath_enabled"):
@@ -208,24 +208,24 @@ def test_what_reads_a_weight_without_calling_the_layer_is_refused():
 
 
 @pytest.mark.parametrize("kind", READ_UNCALLED)
-def test_the_list_of_readers_is_true_of_transformers(kind):
+def test_list_of_readers_is_true_of_transformers(kind):
     modules = dict(WavLM="wavlm", Falcon="falcon_mamba", FalconH1="falcon_h1", Jamba="jamba", Zamba2="zamba2")
     modules |= dict(Mamba="mamba", Mamba2="mamba2", Bamba="bamba", NemotronH="nemotron_h")
-    modules |= dict(GraniteMoeHybrid="granitemoehybrid")
+    modules |= dict(GraniteMoeHybrid="granitemoehybrid", MobileBert="mobilebert")
     prefix = max((name for name in modules if kind.startswith(name)), key=len)
     module = importlib.import_module(f"transformers.models.{modules[prefix]}.modeling_{modules[prefix]}")
     source = inspect.getsource(getattr(module, kind))
     assert all(f"self.{name}.weight" in source for name in READ_UNCALLED[kind])
 
 
-def test_a_transformers_reader_is_refused():
+def test_transformers_reader_is_refused():
     settings = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=9)
     model = WavLMForSequenceClassification(WavLMConfig(conv_dim=(8,), conv_kernel=(3,), conv_stride=(2,), **settings))
     with pytest.raises(TypeError, match="layers.0.attention.v_proj': WavLMAttention reads its weight"):
         apply_genft(model, config())
 
 
-def test_a_bare_sequential_goes_on_working():
+def test_bare_sequential_goes_on_working():
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
     x = torch.randn(3, 8)
     expected = model(x)

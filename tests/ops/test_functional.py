@@ -132,7 +132,7 @@ def test_strided_and_broadcast_inputs(name):
 
 
 @pytest.mark.parametrize("name", ["factored-square", "tiled-square"])
-def test_only_what_is_asked_for_is_computed(name, monkeypatch):
+def test_backward_computes_only_what_is_asked_for(name, monkeypatch):
     from genft_kernels import ops
 
     case = BY_NAME[name]
@@ -188,7 +188,7 @@ def saved_elements(case: Case, dtype: torch.dtype, trains=("x", "params")) -> in
     "form", [dict(), dict(outer_activation="gelu"), dict(dropout=0.1)], ids=["factored", "tiled", "dropout"]
 )
 @pytest.mark.parametrize("shape", [(96, 96), (128, 64), (64, 160)], ids=str)
-def test_little_is_kept_for_backward(shape, form, bias, dtype):
+def test_memory_kept_for_backward_is_thin(shape, form, bias, dtype):
     (n_in, n_out), tokens, k = shape, 50, 7
     case = Case("memory", n_in, n_out, {"inner_activation": "silu", "bias": bias, **form}, leading=(tokens,))
     bound = (tokens + 4 * (n_in + n_out)) * (k + 1) + 4 * k
@@ -196,7 +196,7 @@ def test_little_is_kept_for_backward(shape, form, bias, dtype):
     assert saved_elements(case, dtype) <= bound
 
 
-def test_what_no_gradient_asks_for_is_not_kept():
+def test_memory_that_no_gradient_asks_for_is_not_kept():
     case = Case("memory", 96, 64, {"inner_activation": "silu"}, leading=(50,))
     both = saved_elements(case, torch.float32)
     # Without a gradient for the parameters, dx needs the two factors alone.
@@ -325,7 +325,7 @@ def test_transforms_raise_instead_of_being_wrong(transform):
 
 @pytest.mark.parametrize("backend", ["eager", "reference"])
 @pytest.mark.parametrize("scope", ["weight", "all"])
-def test_the_ratio_of_a_weight_of_zeros_is_finite(backend, scope):
+def test_ratio_of_a_weight_of_zeros_is_finite(backend, scope):
     config = GenFTConfig(shared_dim=2, specific_dim=1, bias=True, weight_ratio="rms", ratio_scope=scope)
     sizes = [(3, 6), (6, 3), (3, 5), (5, 3), (3,), (6,), (3,), (5,)]
     params = GeneratorParameters(*(torch.randn(size) for size in sizes))
@@ -335,7 +335,7 @@ def test_the_ratio_of_a_weight_of_zeros_is_finite(backend, scope):
 
 @pytest.mark.parametrize("settings", [dict(), dict(outer_activation="gelu")], ids=["factored", "tiled"])
 @pytest.mark.parametrize("leading", [(5,), (2, 3)], ids=str)
-def test_the_output_may_be_changed_in_place(leading, settings):
+def test_output_may_be_changed_in_place(leading, settings):
     case = Case("square", 16, 16, dict(inner_activation="tanh", **settings), leading=leading)
 
     def in_place(*args, **options):

@@ -72,7 +72,7 @@ def test_opcheck_backwards(dtype):
 @pytest.mark.parametrize(
     "name", ["factored-square", "dropout-tiled-bias-out_in", "ratio-all-rms-tiled", "column-tiled-bias", "row-tiled"]
 )
-def test_compiles_without_a_graph_break(name, backend):
+def test_compile_has_no_graph_break(name, backend):
     case = BY_NAME[name]
     data, options = make_data(case, torch.float32), dict(training=True, seed=seed())
     eager = run(genft_linear, data, case.config, **options)
@@ -82,7 +82,7 @@ def test_compiles_without_a_graph_break(name, backend):
         assert relative_error(compiled[key], expected) <= 1e-6, key
 
 
-def test_a_module_compiles_and_draws_new_masks():
+def test_compiled_module_draws_new_masks():
     from genft_kernels import GenFTConfig, GenFTLinear
 
     layer = GenFTLinear(16, 12, config=GenFTConfig(shared_dim=3, specific_dim=1, dropout=0.5, zero_delta=False))
@@ -96,7 +96,7 @@ def test_a_module_compiles_and_draws_new_masks():
     torch.testing.assert_close(compiled(x), layer(x))
 
 
-def test_a_backend_runs_on_the_device_of_its_tensors(monkeypatch):
+def test_backend_runs_on_the_device_of_its_tensors(monkeypatch):
     """As the forward of a model over several GPUs asks, which never sets the current device."""
     current = [0]
 
@@ -115,7 +115,7 @@ def test_a_backend_runs_on_the_device_of_its_tensors(monkeypatch):
     assert seen_on == [1] and current == [0]
 
 
-def test_a_compiled_layer_takes_any_number_of_tokens():
+def test_compiled_layer_takes_any_number_of_tokens():
     counter = CompileCounter()
     weight, h, b = torch.randn(12, 16), torch.randn(16, 3), torch.randn(12, 3)
     compiled = torch.compile(lambda x: factored_linear(x, weight, None, h, b), backend=counter, dynamic=True)

@@ -60,7 +60,7 @@ def test_delta_gain_at_a_thousandth(settings, dtype, biased, on):
     assert ((values >= 0.95) & (values <= 1.05)).all(), values
 
 
-def test_the_measure_sees_a_swallowed_update():
+def test_delta_gain_sees_a_swallowed_update():
     x, w, d = torch.randn(128, 256), torch.randn(192, 256) / 16, torch.randn(192, 256) / 16e3
     x, w = x.bfloat16(), w.bfloat16()
     nearest = x @ (w.float() + d).bfloat16().T
@@ -105,7 +105,7 @@ def test_rounding_wraps_round_its_table(monkeypatch):
 
 
 @pytest.mark.parametrize("seed", [None, 5, -3, 2**63 - 1])
-def test_a_device_gathers_the_dither_that_a_cpu_reads(seed, monkeypatch):
+def test_dither_gathered_on_a_device_is_what_a_cpu_reads(seed, monkeypatch):
     monkeypatch.setattr(stochastic_rounding, "_TABLE_SIZE", 8)
     table, integers = torch.randint(100, (8,), dtype=torch.int32), torch.zeros(5, 6, dtype=torch.int32)
     for piece, dither in stochastic_rounding._against_table(integers, table, (seed or 0) % 8):
