@@ -6,13 +6,17 @@ import contextlib
 import copy
 import dataclasses
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from torch import nn
 
 from . import backends
+from .arguments import check_type
 from .config import GenFTConfig, check_config
 from .generator import GenFTGenerator
+from .matching import FullMatch, full_matches
 from .modules import GenFTLinear, adapter_dtype
+from .parameters import shared_shapes, specific_shapes
 from .targets import Target, find_modules_to_save, find_targets
 
 GENERATORS = "genft_generators"
@@ -43,14 +47,43 @@ def apply_genft(model: nn.Module, config: GenFTConfig, *, backend: str = "auto")
         ValueError, TypeError: nothing is targeted, or a layer cannot be adapted; the message names it.
         RuntimeError: the model is adapted already. In each case the model is as it was.
     """
-    check_config(config)
     backends.check_name(backend)
+    adapt_as_planned(model, config, plan(model, config), backend)
+    return model
+
+
+class Plan(NamedTuple):
+    """What `apply_genft` will do to a model: the layers it adapts, and the paths of the modules it trains in full."""
+
+    targets: list[Target]
+    to_save: list[str]
+
+    def tensor_shapes(self, config: GenFTConfig) -> dict[str, tuple[int, ...]]:
+        """The shapes of all that will train in generators and layers, by its name in the model."""
+        shapes = {}
+        for target in self.targets:
+            block = _block_shape(target)
+            of_generator = {f"{GENERATORS}.{_shape_key(target)}": shared_shapes(config, *block)}
+            for owner, own in (of_generator | {target.name: specific_shapes(config, *block)}).items():
+                shapes |= {f"{owner}.{name}": shape for name, shape in own.items()}
+        return shapes
+
+
+def plan(model: nn.Module, config: GenFTConfig, full_matches: FullMatch = full_matches) -> Plan:
+    """Find what `config` names in `model`; arguments and errors of `apply_genft`, nothing is changed."""
+    check_type("model", model, nn.Module)
+    check_config(config)
     if is_adapted(model) or any(isinstance(module, GenFTLinear) for module in model.modules()):
         raise RuntimeError("the model has GenFT layers already: call remove_genft(model) first")
     if hasattr(model, GENERATORS):
         raise ValueError(f"the model has an attribute {GENERATORS!r} of its own")
-    targets = find_targets(model, config)
-    to_save = find_modules_to_save(model, config, targets)
+    targets = find_targets(model, config, full_matches)
+    return Plan(targets, find_modules_to_save(model, config, targets))
+
+
+def adapt_as_planned(model: nn.Module, config: GenFTConfig, plan: Plan, backend: str = "auto") -> None:
+    """The second half of `apply_genft`."""
+    targets, to_save = plan
     required_grad = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     # What can fail is done before the model is touched, but that adapting freezes a weight.
     generators = _make_generators(targets, config)
@@ -71,7 +104,6 @@ def apply_genft(model: nn.Module, config: GenFTConfig, *, backend: str = "auto")
         _set_submodule(model, name, module)
     setattr(model, GENERATORS, generators)
     setattr(model, _STATE, AdapterState(config, required_grad, saved))
-    return model
 
 
 def remove_genft(model: nn.Module, *, keep_update: bool = False) -> nn.Module:

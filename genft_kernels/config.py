@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import numbers
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .activations import ACTIVATIONS
+from .arguments import check_type, is_finite, is_integer, shown, warn
 
 TRANSFORMS = ("both", "column", "row")
 RATIO_SCOPES = ("weight", "all")
@@ -18,6 +17,8 @@ SHARED_INITS = ("linear", "trunc_normal")
 SPECIFIC_INITS = ("kaiming_uniform", "zeros", "xavier_uniform", "normal")
 # What `target_modules` says for every linear layer, as in PEFT.
 ALL_LINEAR = "all-linear"
+_LARGEST_DIMENSION = 2**31
+_LONGEST_PATTERN = 100_000  # characters; longer ones take seconds to compile
 # The query and value projections, by the names that transformers models give them: what `target_modules=None` adapts.
 QUERY_AND_VALUE_NAMES = ("query", "value", "q_proj", "v_proj", "q_lin", "v_lin")
 
@@ -77,8 +78,9 @@ class GenFTConfig:
 
     def __post_init__(self) -> None:
         for name in ("shared_dim", "specific_dim"):
-            if not _is_integer(getattr(self, name)) or getattr(self, name) < 0:
-                raise ValueError(f"{name} must be an integer of at least 0, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not is_integer(value) or not 0 <= value < _LARGEST_DIMENSION:
+                raise ValueError(f"{name} must be an integer of at least 0, and below 2**31, got {shown(value)}")
         if self.hidden_dim == 0:
             raise ValueError("shared_dim + specific_dim must be at least 1: there would be nothing to train")
         _check_choice("inner_activation", self.inner_activation, ACTIVATIONS)
@@ -91,13 +93,13 @@ class GenFTConfig:
         _check_choice("init_specific_up", self.init_specific_up, SPECIFIC_INITS)
         for name in ("bias", "tie_specific", "zero_delta"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be True or False, got {shown(getattr(self, name))}")
         if not is_finite(self.dropout) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be a number in [0, 1), got {self.dropout!r}")
+            raise ValueError(f"dropout must be a number in [0, 1), got {shown(self.dropout)}")
         if not is_finite(self.scaling):
-            raise ValueError(f"scaling must be a finite number, got {self.scaling!r}")
+            raise ValueError(f"scaling must be a finite number, got {shown(self.scaling)}")
         if self.weight_ratio != "rms" and not is_finite(self.weight_ratio):
-            raise ValueError(f"weight_ratio must be a finite number or 'rms', got {self.weight_ratio!r}")
+            raise ValueError(f"weight_ratio must be a finite number or 'rms', got {shown(self.weight_ratio)}")
         if self.delta_layout == "out_in" and self.transform != "both":
             raise ValueError(f"delta_layout='out_in' needs transform='both', got transform={self.transform!r}")
         if self.zero_delta and self.outer_activation == "relu":
@@ -120,10 +122,9 @@ class GenFTConfig:
         object.__setattr__(self, "modules_to_save", _names("modules_to_save", self.modules_to_save))
         object.__setattr__(self, "fused_blocks", _fused_blocks(self.fused_blocks))
         if self.specific_dim and self.init_specific_down == "zeros" and self._specific_ups_start_at_zero():
-            warnings.warn(
+            warn(
                 "the specific units can never train: init_specific_down='zeros' and their up matrices start at zero "
-                "too, so each one's gradient is zero for ever",
-                stacklevel=3,
+                "too, so each one's gradient is zero for ever"
             )
 
     @property
@@ -152,10 +153,11 @@ class GenFTConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GenFTConfig:
         """Build a configuration from `to_dict`'s output; an unknown name raises ValueError."""
+        check_type("values", values, Mapping)
         known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
+        unknown = [name for name in values if name not in known]
         if unknown:
-            raise ValueError(f"unknown configuration fields: {', '.join(unknown)}")
+            raise ValueError(f"unknown configuration fields: {', '.join(str(name)[:80] for name in unknown)}")
         return cls(**values)
 
     @classmethod
@@ -193,59 +195,54 @@ def is_factored(outer_activation: str, dropout: float) -> bool:
 
 def check_config(config: object) -> None:
     """Raise TypeError unless it is a `GenFTConfig`."""
-    if not isinstance(config, GenFTConfig):
-        raise TypeError(f"config must be a GenFTConfig, got {type(config).__name__}")
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def is_finite(value: object) -> bool:
-    """Whether it is a finite number, a Python one or as good as one; no tensor, no bool."""
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return number and float("-inf") < value < float("inf")
+    check_type("config", config, GenFTConfig)
 
 
 def _check_choice(field: str, value: object, choices: Sequence[str] | Mapping[str, Any]) -> None:
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{field} must be one of {', '.join(choices)}; got {value!r}")
+        raise ValueError(f"{field} must be one of {', '.join(choices)}; got {shown(value)}")
 
 
 def _names(field: str, value: object) -> str | tuple[str, ...] | None:
     """One regular expression stays a string; a collection of names becomes a tuple."""
     if value is None or (isinstance(value, str) and value):
         return value
-    if not isinstance(value, str) and isinstance(value, (Sequence, set, frozenset)):
-        names = tuple(sorted(value)) if isinstance(value, (set, frozenset)) else tuple(value)
-        if names and all(isinstance(name, str) and name for name in names):
-            return names
-    raise ValueError(f"{field} must be None, a non-empty string or a non-empty list of names, got {value!r}")
+    if isinstance(value, (Sequence, set, frozenset)) and value and all(isinstance(n, str) and n for n in value):
+        return tuple(sorted(value) if isinstance(value, (set, frozenset)) else value)
+    raise ValueError(f"{field} must be None, a non-empty string or a non-empty list of names, got {shown(value)}")
 
 
 def _check_regular_expression(field: str, pattern: str) -> None:
     try:
+        if len(pattern) > _LONGEST_PATTERN:
+            raise ValueError(f"it has {len(pattern):,} characters, more than {_LONGEST_PATTERN:,}")
         re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{field}={pattern!r} is not a regular expression: {error}") from None
+    except (re.error, ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{field}={shown(pattern)} is not a regular expression: {error}") from None
 
 
 def _fused_blocks(value: object) -> dict[str, tuple[int, tuple[int, ...]]] | None:
     if value is None:
         return None
-    problem = f"fused_blocks must map a name to (number of blocks, blocks to adapt), got {value!r}"
+    problem = f"fused_blocks must map a name to (number of blocks, blocks to adapt), got {shown(value)}"
     if not isinstance(value, Mapping) or not value:
         raise ValueError(problem)
     checked = {}
     for name, entry in value.items():
         if not isinstance(name, str) or not isinstance(entry, Sequence) or isinstance(entry, str) or len(entry) != 2:
             raise ValueError(problem)
-        count, blocks = entry
-        if not _is_integer(count) or count < 1 or not isinstance(blocks, Sequence) or not blocks:
-            raise ValueError(problem)
-        if not all(_is_integer(block) and 0 <= block < count for block in blocks) or len(set(blocks)) != len(blocks):
-            raise ValueError(
-                f"fused_blocks[{name!r}]: blocks must be distinct numbers in 0..{count - 1}, got {blocks!r}"
-            )
-        checked[name] = (int(count), tuple(sorted(int(block) for block in blocks)))
+        checked[name] = check_blocks(f"fused_blocks[{shown(name)}]", entry)
     return checked
+
+
+def check_blocks(name: str, value: object) -> tuple[int, tuple[int, ...]]:
+    """(number of row blocks, those to adapt in their order); ValueError that names it `name` if it is not that."""
+    problem = f"{name} must be (number of blocks, blocks to adapt), got {shown(value)}"
+    if not isinstance(value, Sequence) or len(value) != 2:
+        raise ValueError(problem)
+    count, blocks = value
+    if not is_integer(count) or count < 1 or not isinstance(blocks, Sequence) or not blocks:
+        raise ValueError(problem)
+    if not all(is_integer(block) and 0 <= block < count for block in blocks) or len(set(blocks)) != len(blocks):
+        raise ValueError(f"{name}: blocks must be distinct numbers in 0..{shown(count - 1)}, got {shown(blocks)}")
+    return int(count), tuple(sorted(int(block) for block in blocks))

@@ -14,7 +14,7 @@ from .checks import check_frozen_weight, check_linear, check_transforms
 from .config import GenFTConfig
 from .functional import genft_linear
 from .generator import GenFTGenerator, last_stage_names
-from .parameters import GeneratorParameters
+from .parameters import GeneratorParameters, specific_shapes
 from .sharing.cache import is_tensor_subclass
 from .update import apply_factors, compute_dtype, forward_seed
 
@@ -120,7 +120,7 @@ class GenFTLinear(nn.Linear):
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        shapes = self._specific_shapes()
+        shapes = specific_shapes(self.config, *shape)
         for name, matrix_shape in shapes.items():
             data = torch.empty(matrix_shape, device=self.weight.device, dtype=adapter_dtype(self.weight.dtype))
             self.register_parameter(name, nn.Parameter(data))
@@ -309,20 +309,6 @@ class GenFTLinear(nn.Linear):
         if self._unmerged is not None:  # not registered, so it is moved by hand
             self._unmerged.data = fn(self._unmerged.data)
         return self
-
-    def _specific_shapes(self) -> dict[str, tuple[int, int]]:
-        generator, config = self.generator, self.config
-        r, in_features, out_features = config.specific_dim, generator.in_features, generator.out_features
-        if r == 0:
-            return {}
-        if config.ties_specific(in_features, out_features):
-            return {"specific_down": (r, in_features), "specific_up": (out_features, r)}
-        shapes = {}
-        if config.transform != "row":
-            shapes |= {"column_specific_down": (r, in_features), "column_specific_up": (in_features, r)}
-        if config.transform != "column":
-            shapes |= {"row_specific_down": (r, out_features), "row_specific_up": (out_features, r)}
-        return shapes
 
 
 def adapter_dtype(weight_dtype: torch.dtype) -> torch.dtype:

@@ -85,3 +85,24 @@ def expected_shapes(
         "row_down_bias": (config.hidden_dim,) if rows and config.bias else None,
         "row_up_bias": (out_features,) if rows and config.bias else None,
     }
+
+
+def shared_shapes(config: GenFTConfig, in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of a generator's own tensors, of those that it has."""
+    shapes = expected_shapes(config, in_features, out_features, config.shared_dim)
+    return {name: shape for name, shape in shapes.items() if shape is not None and 0 not in shape}
+
+
+def specific_shapes(config: GenFTConfig, in_features: int, out_features: int) -> dict[str, tuple[int, int]]:
+    """The shapes of the tensors that each layer has of its own."""
+    r = config.specific_dim
+    if r == 0:
+        return {}
+    if config.ties_specific(in_features, out_features):
+        return {"specific_down": (r, in_features), "specific_up": (out_features, r)}
+    shapes = {}
+    if config.transform != "row":
+        shapes |= {"column_specific_down": (r, in_features), "column_specific_up": (in_features, r)}
+    if config.transform != "column":
+        shapes |= {"row_specific_down": (r, out_features), "row_specific_up": (out_features, r)}
+    return shapes

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import re
-import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from .arguments import warn
 from .config import ALL_LINEAR, QUERY_AND_VALUE_NAMES, GenFTConfig
+from .matching import FullMatch, Names, full_matches, upwards
 from .modules import GenFTLinear, check_adaptable, is_conv1d
 
 # Classes of transformers that read weights of their layers without calling the layers, some only where fused kernels
@@ -27,6 +27,7 @@ READ_UNCALLED = {
     "FalconH1Mixer": ("out_proj",),
     "NemotronHMamba2Mixer": ("out_proj",),
     "GraniteMoeHybridMambaLayer": ("out_proj",),
+    "MobileBertLMPredictionHead": ("dense", "decoder"),
 }
 
 
@@ -43,7 +44,7 @@ class Target(NamedTuple):
         return self.names[0]
 
 
-def find_targets(model: nn.Module, config: GenFTConfig) -> list[Target]:
+def find_targets(model: nn.Module, config: GenFTConfig, full_matches: FullMatch = full_matches) -> list[Target]:
     """The layers that `config` adapts, in the model's order.
 
     A string in `target_modules` or `exclude_modules` is a regular expression for whole paths; in a list, each entry
@@ -54,36 +55,37 @@ def find_targets(model: nn.Module, config: GenFTConfig) -> list[Target]:
         ValueError: nothing matches, a matched module cannot be adapted, or an entry of `fused_blocks` is unused.
         TypeError: a matched module is of a kind that cannot be adapted. Each message names the module.
     """
+    modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
+    names = Names(modules, full_matches)
     wanted = config.target_modules
     if wanted is None:
         wanted = (*QUERY_AND_VALUE_NAMES, *(config.fused_blocks or ()))
-    elif wanted == ALL_LINEAR:
-        wanted = _all_linear(model, config)
+    chosen = _all_linear(model, config, names) if wanted == ALL_LINEAR else names.matching(wanted)
+    chosen -= names.matching(config.exclude_modules)
     paths: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if name and _matches(wanted, name) and not _matches(config.exclude_modules, name):
+    for name, module in modules.items():
+        if name in chosen:
             paths.setdefault(module, []).append(name)
     if not paths:
-        raise ValueError(_nothing_matched(model, config, wanted))
+        raise ValueError(_nothing_matched(model, config, wanted, names))
     for field in ("target_modules", "exclude_modules"):
         for entry in _entries(getattr(config, field)):
-            if not any(_matches((entry,), name) for name, _ in model.named_modules(remove_duplicate=False)):
-                warnings.warn(
-                    f"{field}: {entry!r} matches no module of the model. {_linear_layers(model)}", stacklevel=3
-                )
-    fused = config.fused_blocks or {}
+            if not names.ending_in(entry):
+                warn(f"{field}: {entry!r} matches no module of the model. {_linear_layers(model)}")
+    blocks_of = {name: entry for entry in config.fused_blocks or {} for name in names.ending_in(entry)}
     targets = []
-    for module, names in paths.items():
+    for module, held_at in paths.items():
         try:
             check_adaptable(module)
-            for name in names:
+            for name in held_at:
                 _check_called(model, name)
         except (TypeError, ValueError) as error:
             hint = " (exclude_modules leaves it out)" if config.target_modules == ALL_LINEAR else ""
-            raise type(error)(f"target module {names[0]!r}: {error}{hint}") from None
-        entry = next((entry for entry in fused if _matches((entry,), names[0])), None)
-        targets.append(Target(tuple(names), module, fused[entry] if entry else (1, (0,))))
-    unused = [entry for entry in fused if not any(_matches((entry,), target.name) for target in targets)]
+            raise type(error)(f"target module {held_at[0]!r}: {error}{hint}") from None
+        blocks = (config.fused_blocks or {})[blocks_of[held_at[0]]] if held_at[0] in blocks_of else (1, (0,))
+        targets.append(Target(tuple(held_at), module, blocks))
+    used = {blocks_of.get(target.name) for target in targets}
+    unused = [entry for entry in config.fused_blocks or {} if entry not in used]
     if unused:
         raise ValueError(f"fused_blocks[{unused[0]!r}] names no target module; targets are {_listing(targets)}")
     return targets
@@ -95,19 +97,26 @@ def find_modules_to_save(model: nn.Module, config: GenFTConfig, targets: Iterabl
     Raises:
         ValueError: an entry matches nothing, or a match overlaps a target or another match.
     """
-    found: list[str] = []
-    for entry in config.modules_to_save or ():
-        paths = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
-        matches = [name for name in paths if _matches((entry,), name)]
+    if not config.modules_to_save:
+        return []
+    names = Names(name for name, _ in model.named_modules(remove_duplicate=False) if name)
+    found: dict[str, None] = {}
+    for entry in config.modules_to_save:
+        matches = names.ending_in(entry)
         if not matches:
             raise ValueError(f"modules_to_save: {entry!r} matches no module of the model")
-        found += [name for name in matches if name not in found]
-    for name in found:
-        inside = [other for other in found if other.startswith(name + ".")]
-        adapted = [path for target in targets for path in target.names if (path + ".").startswith(name + ".")]
-        if inside or adapted:
-            raise ValueError(f"modules_to_save: {name!r} contains {(inside or adapted)[0]!r}, which is chosen as well")
-    return found
+        found |= dict.fromkeys(matches)
+    adapted = dict.fromkeys(path for target in targets for path in target.names)
+    for inside in (*found, *adapted):
+        for outside in upwards(inside):
+            if outside in found and (outside != inside or inside in adapted):
+                raise ValueError(f"modules_to_save: {outside!r} contains {inside!r}, which is chosen as well")
+    return list(found)
+
+
+def frozen_weight(module: nn.Module) -> torch.Tensor:
+    """W [out, in] of a target; a view where it is stored transposed."""
+    return module.weight if isinstance(module, nn.Linear) else module.weight.t()
 
 
 def _check_called(model: nn.Module, path: str) -> None:
@@ -123,47 +132,35 @@ def _check_called(model: nn.Module, path: str) -> None:
         raise TypeError(f"{kind} reads its weight without calling it, where an update would be ignored: {cure}")
 
 
-def _matches(wanted: str | Iterable[str] | None, name: str) -> bool:
-    if wanted is None:
-        return False
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
-    return any(name == entry or name.endswith("." + entry) for entry in wanted)
-
-
-def _all_linear(model: nn.Module, config: GenFTConfig) -> tuple[str, ...]:
+def _all_linear(model: nn.Module, config: GenFTConfig, names: Names) -> set[str]:
     """Paths of the linear layers, without the output embedding and what is within `modules_to_save`."""
     output_embedding = getattr(model, "get_output_embeddings", lambda: None)()
-    linear = [
+    saved = names.matching(config.modules_to_save)
+    return {
         name
         for name, module in model.named_modules(remove_duplicate=False)
         if (isinstance(module, nn.Linear) or is_conv1d(module)) and module is not output_embedding
-    ]
-    return tuple(name for name in linear if not any(_matches(config.modules_to_save, path) for path in _upwards(name)))
-
-
-def _upwards(path: str) -> Iterator[str]:
-    """A module's path and those of the modules that it is in."""
-    while path:
-        yield path
-        path = path.rpartition(".")[0]
+        if name and saved.isdisjoint(upwards(name))
+    }
 
 
 def _entries(wanted: str | Iterable[str] | None) -> Iterable[str]:
     return () if wanted is None or isinstance(wanted, str) else wanted
 
 
-def _nothing_matched(model: nn.Module, config: GenFTConfig, wanted: str | Iterable[str]) -> str:
-    patterns = wanted if isinstance(wanted, str) else ", ".join(wanted) or repr(ALL_LINEAR)
-    if isinstance(wanted, str) and any(_matches((wanted,), name) for name, _ in model.named_modules()):
+def _nothing_matched(model: nn.Module, config: GenFTConfig, wanted: str | Iterable[str], names: Names) -> str:
+    patterns = wanted if isinstance(wanted, str) else ", ".join(wanted)
+    if wanted == ALL_LINEAR:
+        patterns = repr(ALL_LINEAR)
+    elif isinstance(wanted, str) and names.ending_in(wanted):
         patterns += f" (a string is a regular expression for whole paths: for a name write [{wanted!r}])"
     excluded = f" outside exclude_modules={config.exclude_modules!r}" if config.exclude_modules else ""
-    return f"target_modules matched nothing: {patterns}{excluded}. {_linear_layers(model)}"
+    return f"target_modules matched nothing: {patterns[:500]}{excluded[:500]}. {_linear_layers(model)}"
 
 
 def _linear_layers(model: nn.Module) -> str:
     """What could be named, for an error message."""
-    candidates = Counter()
+    candidates: Counter[str] = Counter()
     for name, module in model.named_modules():
         if isinstance(module, GenFTLinear):
             continue

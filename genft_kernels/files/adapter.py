@@ -3,38 +3,60 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..adapt import GENERATORS, adapted_layers, adapter_state, apply_genft, check_enabled, is_adapted, remove_genft
-from ..config import GenFTConfig
-from .format import (
-    CONFIG_FILE,
-    FORMAT,
-    MODULES_TO_SAVE,
-    AdapterFile,
-    Fingerprint,
-    read_adapter_file,
-    read_json,
-    write_adapter_file,
+from ..adapt import (
+    GENERATORS,
+    Plan,
+    adapt_as_planned,
+    adapted_layers,
+    adapter_state,
+    check_enabled,
+    is_adapted,
+    plan,
+    remove_genft,
 )
+from ..arguments import check_type, warn
+from ..checks import SUPPORTED_DTYPES
+from ..config import GenFTConfig
+from ..matching import full_matches_in_time
+from ..targets import frozen_weight
+from .fingerprint import Fingerprint
+from .format import MODULES_TO_SAVE, AdapterFile, is_ours, read_adapter_file, write_adapter_file
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     """Write the adapter of `model` to `directory`, which is made if need be.
 
     `adapter_model.safetensors` holds the trained tensors under their names in the model, and `modules_to_save`'s
-    as `modules_to_save.<path>...`; `adapter_config.json` the configuration and a fingerprint of every adapted
-    weight. A failure leaves files that were there before as they were.
+    as `modules_to_save.<path>...`, a tensor of `get_extra_state` included; `adapter_config.json` the configuration
+    and a fingerprint of every adapted weight. Whenever it is interrupted, the folder holds one whole adapter, the
+    earlier one or this. A tensor that holds NaN is saved with a warning, because `load_adapter` will refuse it.
 
     Raises:
+        TypeError: an argument is of the wrong type, or a module to save has an extra state that is no tensor.
+        ValueError: an adapted weight holds NaN or infinity.
         RuntimeError: the model has no adapter, is offloaded, or is within `disabled`.
-        OSError: the folder cannot be written.
+        OSError: the folder cannot be written, or another process has been saving into it for a minute.
     """
-    tensors = {name: tensor.detach().cpu().clone() for name, tensor in _adapter_tensors(model).items()}
-    write_adapter_file(directory, AdapterFile(adapter_state(model).config, tensors, _fingerprints(model)))
+    check_type("model", model, nn.Module)
+    check_type("directory", directory, (str, os.PathLike))
+    config, tensors = adapter_state(model).config, _adapter_tensors(model) | _saved_tensors(model)
+    for name, tensor in tensors.items():
+        problem = _not_finite(name, tensor)
+        if problem:
+            warn(f"{problem}: load_adapter will refuse it")
+    fingerprints = {path: Fingerprint.of(layer.frozen_weight) for path, layer in adapted_layers(model).items()}
+    for path, fingerprint in fingerprints.items():
+        if not fingerprint.is_finite:
+            raise ValueError(f"the frozen weight of {path!r} holds NaN or infinity, and so will its update")
+    copies = {name: tensor.detach().cpu().clone(memory_format=_DENSE) for name, tensor in tensors.items()}
+    write_adapter_file(directory, AdapterFile(config, copies, fingerprints))
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
@@ -42,61 +64,112 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
 
     A model without an adapter is adapted first, as the file says; one that is adapted already must have the same
     configuration. Besides this package's files it reads official checkpoints: the PEFT variant's folder, and the
-    ViT variant's with `best_model.pt` and `args.yaml`.
+    ViT variant's with `best_model.pt` and `args.yaml`. Everything is looked at before anything is changed or made;
+    a regular expression from a file has ten seconds.
 
     Raises:
+        TypeError: an argument is of the wrong type.
         FileNotFoundError: no adapter in `directory`.
-        ValueError: the files are damaged, a tensor is missing, unexpected or of another shape, or the adapter was
-            trained on another base model; the message names the file, tensor or layer. The model is as it was.
+        ValueError: the files are damaged, a tensor is missing, unexpected, of another shape or not finite, or the
+            adapter was trained on another base model; the message names the file, tensor or layer. The model is as
+            it was.
         RuntimeError: the model is merged, offloaded, or within `disabled`.
     """
-    adapter = _read(directory)
+    check_type("model", model, nn.Module)
+    check_type("directory", directory, (str, os.PathLike))
+    adapter = _read(Path(directory))
     was_adapted = is_adapted(model)
     if was_adapted:
         _check_same_config(adapter_state(model).config, adapter.config)
+        _check_unmerged(model)
+        weights = {path: layer.frozen_weight for path, layer in adapted_layers(model).items()}
+        wanted = {name: _Kind.of(tensor) for name, tensor in (_adapter_tensors(model) | _saved_tensors(model)).items()}
     else:
-        apply_genft(model, adapter.config)
+        planned = plan(model, adapter.config, full_matches_in_time)
+        weights = {target.name: frozen_weight(target.module) for target in planned.targets}
+        wanted = _planned_kinds(model, planned, adapter.config)
+    _check_base(weights, adapter.fingerprints)
+    _check_tensors(wanted, adapter.tensors)
+    if not was_adapted:
+        adapt_as_planned(model, adapter.config, planned)
     try:
-        destinations = _adapter_tensors(model)
-        _check_base(model, adapter.fingerprints)
-        _check_tensors(destinations, adapter.tensors)
+        _take_in(model, adapter.tensors)
     except BaseException:
         if not was_adapted:
             remove_genft(model)
         raise
-    with torch.no_grad():
-        for name, tensor in adapter.tensors.items():
-            destinations[name].copy_(tensor)
     return model
 
 
-def _read(directory: str | os.PathLike) -> AdapterFile:
-    config_path = Path(directory) / CONFIG_FILE
-    if config_path.exists() and read_json(config_path).get("format") == FORMAT:
+_DENSE = torch.contiguous_format
+
+
+class _Kind(NamedTuple):
+    """What a tensor of the file must be like."""
+
+    shape: tuple[int, ...] | None  # None for an extra state, which may have any
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Kind:
+        return cls(tuple(tensor.shape), tensor.dtype)
+
+
+def _read(directory: Path) -> AdapterFile:
+    if is_ours(directory):
         return read_adapter_file(directory)
     from .official import read_official  # needed by few
 
     return read_official(directory)
 
 
-def _adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The adapter's tensors by their names in a file; those of `model` itself, not copies."""
-    state, layers = adapter_state(model), adapted_layers(model)
+def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What trains in the generators and the layers of `model`, by its name in a file; no copies."""
+    adapter_state(model)
     check_enabled(model)
     tensors = dict(getattr(model, GENERATORS).named_parameters(prefix=GENERATORS))
-    for path, layer in layers.items():
+    for path, layer in adapted_layers(model).items():
         tensors |= {f"{path}.{name}": getattr(layer, name) for name in layer.specific_names}
-    for path in state.saved_modules:
-        saved = model.get_submodule(path).state_dict(keep_vars=True)
-        tensors |= {f"{MODULES_TO_SAVE}{path}.{name}": tensor for name, tensor in saved.items()}
-    for name, tensor in tensors.items():
-        if tensor.device.type == "meta":
-            raise RuntimeError(f"{name!r} is on the meta device: bring the offloaded model back first")
+    _check_resident(tensors)
     return tensors
 
 
-def _fingerprints(model: nn.Module) -> dict[str, Fingerprint]:
-    return {path: Fingerprint.of(layer.frozen_weight) for path, layer in adapted_layers(model).items()}
+def _saved_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state of the modules trained in full, by its name in a file; no copies."""
+    tensors = {}
+    for path in adapter_state(model).saved_modules:
+        tensors |= {
+            f"{MODULES_TO_SAVE}{path}.{name}": t for name, t in _state_of(path, model.get_submodule(path)).items()
+        }
+    _check_resident(tensors)
+    return tensors
+
+
+def _state_of(path: str, module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a module's state dict, without an extra state that is None."""
+    state = {name: value for name, value in module.state_dict(keep_vars=True).items() if value is not None}
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"modules_to_save: {path}.{name} is of type {type(value).__name__}, and only tensors can be saved: "
+                "let get_extra_state return a tensor or None"
+            )
+    return state
+
+
+def _check_resident(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.device.type == "meta":
+            raise RuntimeError(f"{name!r} is on the meta device: bring the offloaded model back first")
+
+
+def _planned_kinds(model: nn.Module, planned: Plan, config: GenFTConfig) -> dict[str, _Kind]:
+    """Those that the model will have once it is adapted."""
+    kinds = {name: _Kind(shape, torch.float32) for name, shape in planned.tensor_shapes(config).items()}
+    for path in planned.to_save:
+        for name, tensor in _state_of(path, model.get_submodule(path)).items():
+            kinds[f"{MODULES_TO_SAVE}{path}.{name}"] = _Kind.of(tensor)
+    return kinds
 
 
 def _check_same_config(mine: GenFTConfig, theirs: GenFTConfig) -> None:
@@ -107,37 +180,87 @@ def _check_same_config(mine: GenFTConfig, theirs: GenFTConfig) -> None:
         if mine[name] != theirs[name]
     ]
     if differing:
-        raise ValueError(f"the model is adapted with another configuration ({'; '.join(differing)})")
+        raise ValueError(f"the model is adapted with another configuration ({'; '.join(differing)[:1000]})")
 
 
-def _check_base(model: nn.Module, fingerprints: dict[str, Fingerprint] | None) -> None:
-    layers = adapted_layers(model)
-    for path, layer in layers.items():
+def _check_unmerged(model: nn.Module) -> None:
+    check_enabled(model)
+    for path, layer in adapted_layers(model).items():
         if layer.merged:
             raise RuntimeError(f"{path!r} is merged: call unmerge(model) before loading an adapter")
+
+
+def _check_base(weights: Mapping[str, Tensor], fingerprints: Mapping[str, Fingerprint] | None) -> None:
     if fingerprints is None:
         return
-    if set(fingerprints) != set(layers):
-        differing = sorted(set(fingerprints) ^ set(layers))
+    if set(fingerprints) != set(weights):
+        differing = sorted(set(fingerprints) ^ set(weights))
         raise ValueError(f"the adapter belongs to another base model: its layers differ, first at {differing[0]!r}")
-    for path, mine in _fingerprints(model).items():
-        difference = fingerprints[path].difference(mine)
+    for path, weight in weights.items():
+        difference = fingerprints[path].difference(Fingerprint.of(weight))
         if difference:
             raise ValueError(f"the adapter belongs to another base model: the weight of {path!r}: {difference}")
 
 
-def _check_tensors(wanted: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> None:
+def _check_tensors(wanted: Mapping[str, _Kind], found: Mapping[str, Tensor]) -> None:
     missing, extra = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
     if missing or extra:
         problems = [f"missing {', '.join(missing[:3])}"] * bool(missing) + [
             f"unexpected {', '.join(extra[:3])}"
         ] * bool(extra)
         count = f" ({len(missing)} missing, {len(extra)} unexpected)"
-        raise ValueError(f"the adapter's tensors do not fit the model: {'; '.join(problems)}{count}")
+        raise ValueError(f"the adapter's tensors do not fit the model: {'; '.join(problems)[:1000]}{count}")
     for name, tensor in found.items():
-        if tensor.shape != wanted[name].shape:
-            raise ValueError(
-                f"tensor {name!r} has shape {list(tensor.shape)}, the model wants {list(wanted[name].shape)}"
-            )
-        if tensor.is_floating_point() != wanted[name].is_floating_point():
-            raise ValueError(f"tensor {name!r} has dtype {tensor.dtype}, the model wants {wanted[name].dtype}")
+        shape, dtype = wanted[name]
+        if tuple(tensor.shape) != shape and not name.endswith(_EXTRA_STATE):
+            raise ValueError(f"tensor {name!r} has shape {list(tensor.shape)}, the model wants {list(shape)}")
+        trained = not name.startswith(MODULES_TO_SAVE)
+        fits = tensor.dtype in SUPPORTED_DTYPES if trained else tensor.is_floating_point()
+        if tensor.dtype != dtype and not (fits and dtype.is_floating_point):
+            raise ValueError(f"tensor {name!r} has dtype {tensor.dtype}, the model wants {dtype}")
+        problem = _not_finite(name, tensor)
+        if problem:
+            raise ValueError(problem)
+
+
+def _not_finite(name: str, tensor: Tensor) -> str | None:
+    """In words that a tensor holds what no training recovers from; a mask among the buffers may be infinite."""
+    if not tensor.is_floating_point():
+        return None
+    tensor = tensor.float() if tensor.element_size() == 1 else tensor  # float8 cannot be asked
+    if name.startswith(MODULES_TO_SAVE):
+        return f"tensor {name!r} holds NaN" if tensor.isnan().any() else None
+    return None if tensor.isfinite().all() else f"tensor {name!r} holds NaN or infinity"
+
+
+def _take_in(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give the model the values of `tensors`, which fit it; all of them or, on failure, none."""
+    saved = {path: model.get_submodule(path) for path in adapter_state(model).saved_modules}
+    trained = _adapter_tensors(model)
+    values = {name: tensors[name].to(mine.device, mine.dtype) for name, mine in trained.items()}
+    before = _copied(trained)
+    state_before = {path: _copied(module.state_dict()) for path, module in saved.items()}
+    try:
+        for path, module in saved.items():
+            prefix = f"{MODULES_TO_SAVE}{path}."
+            theirs = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+            module.load_state_dict({**state_before[path], **theirs})
+        _overwrite(trained, values)
+    except BaseException:
+        for path, module in saved.items():
+            module.load_state_dict(state_before[path])
+        _overwrite({name: mine for name, mine in trained.items() if not torch.equal(mine, before[name])}, before)
+        raise
+
+
+@torch.no_grad()
+def _overwrite(mine: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, tensor in mine.items():
+        tensor.copy_(values[name])
+
+
+def _copied(state: Mapping[str, object]) -> dict[str, object]:
+    return {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in state.items()}
+
+
+_EXTRA_STATE = "._extra_state"

@@ -1,23 +1,25 @@
 """The package's adapter files: `adapter_model.safetensors` and `adapter_config.json`, nothing about models.
 
 The JSON holds the configuration, a fingerprint of every adapted weight and the digest of the tensor file, so that a
-truncated or foreign file is told apart from a good one.
+truncated or foreign file is told apart from a good one (docs/architecture.md#files).
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import safetensors
 import safetensors.torch
 import torch
 
 from ..config import GenFTConfig
+from . import folder
+from .fingerprint import Fingerprint
 
 TENSORS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -25,38 +27,10 @@ FORMAT = "genft_kernels"
 FORMAT_VERSION = 1
 MODULES_TO_SAVE = "modules_to_save."
 
-_SAMPLES = 64
-
-
-class Fingerprint(NamedTuple):
-    """What identifies a frozen weight: the update depends on it, so the adapter is worth nothing on another."""
-
-    shape: tuple[int, ...]  # [out, in]
-    dtype: str
-    norm: float
-    samples: tuple[float, ...]
-
-    @classmethod
-    def of(cls, weight: torch.Tensor) -> Fingerprint:
-        """The fingerprint of `weight` [out, in]: Frobenius norm and 64 evenly strided elements."""
-        indices = torch.linspace(0, weight.numel() - 1, min(_SAMPLES, weight.numel()), dtype=torch.float64).long()
-        rows, columns = indices // weight.shape[1], indices % weight.shape[1]
-        samples = weight[rows.to(weight.device), columns.to(weight.device)].double().tolist()
-        norm = torch.linalg.vector_norm(weight, dtype=torch.float64).item()
-        return cls(tuple(weight.shape), str(weight.dtype).removeprefix("torch."), norm, tuple(samples))
-
-    def difference(self, other: Fingerprint) -> str | None:
-        """In words what tells the two apart, or None. Between dtypes, what a cast to 16 bits may change is allowed."""
-        if self.shape != other.shape:
-            return f"its shape is {list(other.shape)}, not {list(self.shape)}"
-        tolerance = 1e-6 if self.dtype == other.dtype else 2**-7
-        if not abs(self.norm - other.norm) <= tolerance * min(self.norm, other.norm):  # nor if one is NaN or infinite
-            return f"its norm is {other.norm:.6g}, not {self.norm:.6g}"
-        small = tolerance * self.norm / (self.shape[0] * self.shape[1]) ** 0.5
-        for mine, theirs in zip(self.samples, other.samples, strict=True):
-            if abs(mine - theirs) > small + tolerance * abs(mine):
-                return "its values differ"
-        return None
+# The description of a tensor file that is about to take its place, within that of the one before.
+_NEXT = "next"
+_JSON_BYTES = 64 * 2**20  # 2,000 layers have a fingerprint of 3 MB
+_ATTEMPTS = 100
 
 
 class AdapterFile(NamedTuple):
@@ -68,7 +42,14 @@ class AdapterFile(NamedTuple):
 
 
 def write_adapter_file(directory: str | os.PathLike, adapter: AdapterFile) -> None:
-    """Write both files; a failure on the way leaves those that were there before."""
+    """Write both files, so that at any moment the folder holds one whole adapter, the earlier one or this.
+
+    First the JSON announces the new description beside the old one, then the tensors take their place, which is the
+    moment that counts, and then the JSON drops the old description. A reader takes the one whose digest fits.
+
+    Raises:
+        OSError: the folder cannot be written; what was there before still is.
+    """
     from .. import __version__
 
     directory = Path(directory)
@@ -82,26 +63,28 @@ def write_adapter_file(directory: str | os.PathLike, adapter: AdapterFile) -> No
         "tensors_sha256": hashlib.sha256(payload).hexdigest(),
         "fingerprints": {name: fingerprint._asdict() for name, fingerprint in (adapter.fingerprints or {}).items()},
     }
-    contents = {TENSORS_FILE: payload, CONFIG_FILE: (json.dumps(description, indent=2) + "\n").encode()}
-    temporary = {name: directory / f".{name}.{os.getpid()}" for name in (*contents, "previous")}
-    tensors_path, previous = directory / TENSORS_FILE, temporary["previous"]
-    try:
-        for name, content in contents.items():
-            temporary[name].write_bytes(content)
-        if tensors_path.exists():
-            shutil.copyfile(tensors_path, previous)
-        os.replace(temporary[TENSORS_FILE], tensors_path)
+    tensors_path, config_path = directory / TENSORS_FILE, directory / CONFIG_FILE
+    with folder.only_saver(directory), contextlib.ExitStack() as staged:
+
+        def stage(path: Path, content: bytes) -> Path:
+            place = folder.stage(path, content)
+            staged.callback(place.unlink, missing_ok=True)
+            return place
+
+        before = config_path.read_bytes() if config_path.exists() else None
+        new_tensors, new_config = stage(tensors_path, payload), stage(config_path, _encoded(description))
+        announced = stage(config_path, _encoded({**_earlier_description(config_path), _NEXT: description}))
+        folder.put(announced, config_path)
         try:
-            os.replace(temporary[CONFIG_FILE], directory / CONFIG_FILE)
-        except BaseException:  # the two files belong together
-            if previous.exists():
-                os.replace(previous, tensors_path)
+            os.replace(new_tensors, tensors_path)
+        except OSError:  # then it has not happened
+            if before is None:
+                config_path.unlink()
             else:
-                tensors_path.unlink()
+                folder.put(stage(config_path, before), config_path)
             raise
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
+        folder.sync_folder(directory)
+        folder.put(new_config, config_path)
 
 
 def read_adapter_file(directory: str | os.PathLike) -> AdapterFile:
@@ -111,47 +94,97 @@ def read_adapter_file(directory: str | os.PathLike) -> AdapterFile:
         FileNotFoundError: one of them is missing.
         ValueError: one is damaged, of another format or of a newer version; the message names the file.
     """
-    directory = Path(directory)
-    description = read_json(directory / CONFIG_FILE)
-    if description.get("format") != FORMAT:
-        raise ValueError(
-            f"{directory / CONFIG_FILE} is not an adapter of {FORMAT}: format={description.get('format')!r}"
-        )
-    if description.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{directory / CONFIG_FILE} has format_version={description.get('format_version')!r}; "
-            f"this package reads {FORMAT_VERSION}"
-        )
-    payload = (directory / TENSORS_FILE).read_bytes()
-    if hashlib.sha256(payload).hexdigest() != description.get("tensors_sha256"):
-        raise ValueError(
-            f"{directory / TENSORS_FILE} is truncated, or not the file that {CONFIG_FILE} was written with"
-        )
-    try:
-        config = GenFTConfig.from_dict(description["config"])
-        fingerprints = {
-            name: Fingerprint(tuple(entry["shape"]), entry["dtype"], entry["norm"], tuple(entry["samples"]))
-            for name, entry in description["fingerprints"].items()
-        }
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{directory / CONFIG_FILE} is damaged: {error!r}") from error
-    return AdapterFile(config, parse_tensors(payload, directory / TENSORS_FILE), fingerprints)
+    config_path, tensors_path = Path(directory) / CONFIG_FILE, Path(directory) / TENSORS_FILE
+    for _ in range(_ATTEMPTS):
+        read = read_json(config_path)
+        payload = tensors_path.read_bytes()
+        digest = hashlib.sha256(payload).hexdigest()
+        for description in (read.get(_NEXT), read):
+            if isinstance(description, dict) and description.get("tensors_sha256") == digest:
+                return _parsed(description, payload, config_path, tensors_path)
+        if read_json(config_path) == read:  # else a saver came between the two
+            break
+    _check_format(read, config_path)
+    raise ValueError(f"{tensors_path} is truncated, or not the file that {CONFIG_FILE} was written with")
 
 
-def read_json(path: Path) -> dict:
+def is_ours(directory: Path) -> bool:
+    """Whether `directory` has an adapter of this package, or is about to."""
+    path = directory / CONFIG_FILE
+    if not path.exists():
+        return False
+    description = read_json(path)
+    return description.get("format") == FORMAT or (_NEXT in description and (directory / TENSORS_FILE).exists())
+
+
+def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; ValueError, with the path, if there is none in it."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        value = json.loads(read_limited(path, _JSON_BYTES).decode())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {str(error)[:200]}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} does not hold a JSON object")
     return value
+
+
+def read_limited(path: Path, limit: int) -> bytes:
+    """The content of `path`; ValueError if it is longer than `limit`."""
+    with open(path, "rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"it is longer than {limit >> 20} MiB")
+    return content
 
 
 def parse_tensors(payload: bytes, path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file; ValueError, with the path, if it is damaged."""
     try:
         return safetensors.torch.load(payload)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is damaged or truncated: {error}") from error
+    except (safetensors.SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged or truncated: {str(error)[:200]}") from None
+
+
+def _parsed(description: dict[str, Any], payload: bytes, config_path: Path, tensors_path: Path) -> AdapterFile:
+    _check_format(description, config_path)
+    for key in ("config", "fingerprints"):
+        if not isinstance(description.get(key), dict):
+            raise ValueError(f"{config_path} is damaged: {key!r} is not an object")
+    try:
+        config = GenFTConfig.from_dict(description["config"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{config_path} is damaged: config: {error}") from None
+    fingerprints = {}
+    for name, entry in description["fingerprints"].items():
+        try:
+            fingerprints[name] = Fingerprint.parsed(entry)
+        except ValueError as error:
+            raise ValueError(f"{config_path} is damaged: the fingerprint of {name[:200]!r}: {error}") from None
+    return AdapterFile(config, parse_tensors(payload, tensors_path), fingerprints)
+
+
+def _check_format(description: dict[str, Any], path: Path) -> None:
+    for key, ours in (("format", FORMAT), ("format_version", FORMAT_VERSION)):
+        value = description.get(key)
+        if type(value) is not type(ours) or value != ours:
+            raise ValueError(f"{path} has {key}={str(value)[:80]}; this package reads {ours}")
+
+
+def _earlier_description(path: Path) -> dict[str, Any]:
+    """The object in `path` without what a saver that was killed has announced, unless that had come true."""
+    try:
+        earlier = read_json(path)
+    except (FileNotFoundError, ValueError):
+        return {}
+    announced = earlier.pop(_NEXT, None)
+    if isinstance(announced, dict) and announced.get("tensors_sha256") == _digest(path.with_name(TENSORS_FILE)):
+        return announced
+    return earlier
+
+
+def _digest(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+
+
+def _encoded(description: dict[str, Any]) -> bytes:
+    return (json.dumps(description, indent=2, allow_nan=False) + "\n").encode()

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import warnings
 from pathlib import Path
 
@@ -12,7 +11,8 @@ import torch
 from torch import nn
 
 from genft_kernels import GenFTConfig, apply_genft, disabled, load_adapter, merge, remove_genft, save_adapter, unmerge
-from genft_kernels.files.format import CONFIG_FILE, TENSORS_FILE, Fingerprint
+from genft_kernels.files.fingerprint import Fingerprint
+from genft_kernels.files.format import CONFIG_FILE, TENSORS_FILE
 from tests.helpers.tiny_models import Encoder, FusedEncoder, GroupedQueryBlock, TiedModel, randomise, snapshot, tokens
 
 QUERY = "layers.1.attention.query"
@@ -250,7 +250,7 @@ DAMAGES = {
     "binary-json": (lambda d: (d / CONFIG_FILE).write_bytes(b"\xff\xfe{"), f"{CONFIG_FILE} is not valid JSON"),
     "json-list": (lambda d: (d / CONFIG_FILE).write_text("[]"), f"{CONFIG_FILE} does not hold a JSON object"),
     "newer-format": (on_config(lambda d: d.update(format_version=2)), "format_version=2; this package reads 1"),
-    "no-config": (on_config(lambda d: d.pop("config")), f"{CONFIG_FILE} is damaged: KeyError.*config"),
+    "no-config": (on_config(lambda d: d.pop("config")), f"{CONFIG_FILE} is damaged: 'config' is not an object"),
     "unknown-field": (on_config(lambda d: d["config"].update(rank=3)), f"{CONFIG_FILE} is damaged.*rank"),
     "bad-field": (on_config(lambda d: d["config"].update(dropout=2)), f"{CONFIG_FILE} is damaged.*dropout"),
     "bad-fingerprint": (on_config(lambda d: d["fingerprints"].update(x=1)), f"{CONFIG_FILE} is damaged"),
@@ -347,39 +347,6 @@ def test_a_model_without_an_adapter_cannot_be_saved(tmp_path):
 
 
 # --- a save that fails ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("exists", [True, False], ids=["over-an-adapter", "into-an-empty-folder"])
-@pytest.mark.parametrize("operation", ["write", "replace"])
-@pytest.mark.parametrize("name", [TENSORS_FILE, CONFIG_FILE])
-def test_a_failing_save_leaves_the_previous_files_whole(name, operation, exists, tmp_path, monkeypatch):
-    model = adapted(**SAVED)
-    if exists:
-        save_adapter(model, tmp_path)
-    before, model = contents(tmp_path), randomise(model, 1.0)
-    write, replace = Path.write_bytes, os.replace
-
-    def failing_write(path, content):
-        if name in path.name:
-            write(path, content[:10])
-            raise OSError("no space left")
-        return write(path, content)
-
-    def failing_replace(source, destination):
-        if Path(destination).name == name and name in str(source):
-            raise OSError("no permission")
-        return replace(source, destination)
-
-    if operation == "write":
-        monkeypatch.setattr(Path, "write_bytes", failing_write)
-    else:
-        monkeypatch.setattr(os, "replace", failing_replace)
-    with pytest.raises(OSError, match="no space left|no permission"):
-        save_adapter(model, tmp_path)
-    monkeypatch.undo()
-    assert contents(tmp_path) == before
-    save_adapter(model, tmp_path)
-    assert torch.equal(load_adapter(base(), tmp_path)(tokens()), model(tokens()))
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

@@ -1,0 +1,64 @@
+"""One way to say which argument is wrong, what it must be and what it is; warnings that point at the user's line."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import sys
+import warnings
+
+_SHOWN = 80  # characters of a value in a message
+
+
+def check_type(name: str, value: object, wanted: type | tuple[type, ...], optional: bool = False) -> None:
+    """Raise TypeError, naming the argument and the type it has, unless `value` is of a wanted type."""
+    if isinstance(value, wanted) or (optional and value is None):
+        return
+    kinds = " or ".join(kind.__name__ for kind in (wanted if isinstance(wanted, tuple) else (wanted,)))
+    raise TypeError(f"{name} must be a {kinds}{' or None' if optional else ''}, got {described(value)}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is True or False: "no" would count as true."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {described(value)}")
+
+
+def described(value: object) -> str:
+    """The kind of a wrong value, and the value itself where it is short."""
+    kind = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+    return f"{kind} {shown(value)}" if isinstance(value, (str, int, float, bytes)) else kind
+
+
+def shown(value: object) -> str:
+    """`repr`, cut off where it is long: it may come from a file, and be nested or hundreds of digits."""
+    if isinstance(value, int) and value.bit_length() > 200:
+        return f"an integer of {value.bit_length()} bits"
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__}"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def is_integer(value: object) -> bool:
+    """Whether it is an integer, Python's or as good as one; no bool."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def is_finite(value: object) -> bool:
+    """Whether it is a finite number, a Python one or as good as one; no tensor, no bool."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:  # an integer beyond the floats
+        return False
+
+
+def warn(message: str) -> None:
+    """A UserWarning at the first line outside this package."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)

@@ -1,0 +1,72 @@
+"""What identifies a frozen weight: the update depends on it, so an adapter is worth nothing on another."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+_SAMPLES = 64
+
+
+class Fingerprint(NamedTuple):
+    """Shape, norm and a few elements of a frozen weight."""
+
+    shape: tuple[int, ...]  # [out, in]
+    dtype: str
+    norm: float
+    samples: tuple[float, ...]
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> Fingerprint:
+        """The fingerprint of `weight` [out, in]: Frobenius norm and 64 evenly strided elements."""
+        indices = torch.linspace(0, weight.numel() - 1, min(_SAMPLES, weight.numel()), dtype=torch.float64).long()
+        rows, columns = indices // weight.shape[1], indices % weight.shape[1]
+        samples = weight[rows.to(weight.device), columns.to(weight.device)].double().tolist()
+        norm = torch.linalg.vector_norm(weight, dtype=torch.float64).item()
+        return cls(tuple(weight.shape), str(weight.dtype).removeprefix("torch."), norm, tuple(samples))
+
+    @classmethod
+    def parsed(cls, entry: object) -> Fingerprint:
+        """One from a file; ValueError that names what is wrong with it."""
+        if not isinstance(entry, dict) or set(entry) != set(cls._fields):
+            raise ValueError(f"it must have {', '.join(cls._fields)}")
+        shape, dtype, norm, samples = (entry[field] for field in cls._fields)
+        if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 2**63 for n in shape)):
+            raise ValueError("shape must be two sizes")
+        if not isinstance(dtype, str):
+            raise ValueError("dtype must be a string")
+        if not (_is_finite(norm) and norm >= 0):
+            raise ValueError("norm must be a finite number")
+        count = min(_SAMPLES, shape[0] * shape[1])
+        if not (isinstance(samples, list) and len(samples) == count and all(map(_is_finite, samples))):
+            raise ValueError(f"samples must be {count} finite numbers")
+        return cls(tuple(shape), dtype, float(norm), tuple(map(float, samples)))
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the weight holds neither NaN nor infinity."""
+        return math.isfinite(self.norm)
+
+    def difference(self, other: Fingerprint) -> str | None:
+        """In words what tells the two apart, or None. Between dtypes, what a cast to 16 bits may change is allowed."""
+        if self.shape != other.shape:
+            return f"its shape is {list(other.shape)}, not {list(self.shape)}"
+        tolerance = 1e-6 if self.dtype == other.dtype else 2**-7
+        if not abs(self.norm - other.norm) <= tolerance * min(self.norm, other.norm):  # nor if one is NaN or infinite
+            return f"its norm is {other.norm:.6g}, not {self.norm:.6g}"
+        small = tolerance * self.norm / (self.shape[0] * self.shape[1]) ** 0.5
+        for mine, theirs in zip(self.samples, other.samples, strict=True):
+            if abs(mine - theirs) > small + tolerance * abs(mine):
+                return "its values differ"
+        return None
+
+
+def _is_finite(value: object) -> bool:
+    if type(value) not in (int, float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return False

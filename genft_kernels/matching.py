@@ -1,0 +1,88 @@
+"""Names of modules and what they are named by: one regular expression for whole paths, or a list of dotted ends."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator
+
+# The longest that a regular expression out of a file may take over a model's names; some never end.
+REGULAR_EXPRESSION_SECONDS = 10.0
+
+_CHILD = (
+    "import json, re, sys; pattern, names = json.load(sys.stdin); "
+    "json.dump([name for name in names if re.fullmatch(pattern, name)], sys.stdout)"
+)
+
+FullMatch = Callable[[str, Collection[str]], set[str]]
+
+
+def full_matches(pattern: str, names: Collection[str]) -> set[str]:
+    """The names that the regular expression matches as a whole."""
+    compiled = re.compile(pattern)
+    return {name for name in names if compiled.fullmatch(name)}
+
+
+def full_matches_in_time(pattern: str, names: Collection[str]) -> set[str]:
+    """The same for a pattern that nobody vouches for: in a process of its own, which can be stopped.
+
+    Raises:
+        ValueError: it takes longer than `REGULAR_EXPRESSION_SECONDS`.
+    """
+    try:
+        child = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _CHILD],
+            input=json.dumps([pattern, list(names)]),
+            capture_output=True,
+            text=True,
+            timeout=REGULAR_EXPRESSION_SECONDS,
+            check=True,
+        )
+    except subprocess.TimeoutExpired:
+        raise ValueError(
+            f"the regular expression {pattern[:80]!r} takes longer than {REGULAR_EXPRESSION_SECONDS:g} s "
+            f"over the names of the model's {len(names)} modules"
+        ) from None
+    except subprocess.CalledProcessError as error:
+        raise ValueError(f"the regular expression {pattern[:80]!r} fails: {error.stderr[-200:]}") from None
+    return set(json.loads(child.stdout))
+
+
+class Names:
+    """The paths of a model's modules, found by their dotted ends without going through all of them."""
+
+    def __init__(self, names: Iterable[str], full_matches: FullMatch = full_matches) -> None:
+        self._names = list(names)
+        self._full_matches = full_matches
+        self._by_end: dict[str, list[str]] = {}
+        for name in self._names:
+            for end in ends(name):
+                self._by_end.setdefault(end, []).append(name)
+
+    def matching(self, wanted: str | Iterable[str] | None) -> set[str]:
+        """Those that a regular expression matches as a whole, or that end in one of a list's entries, at a dot."""
+        if wanted is None:
+            return set()
+        if isinstance(wanted, str):
+            return self._full_matches(wanted, self._names)
+        return {name for entry in wanted for name in self.ending_in(entry)}
+
+    def ending_in(self, entry: str) -> list[str]:
+        """Those whose dotted end is `entry`, in the model's order."""
+        return self._by_end.get(entry, [])
+
+
+def ends(path: str) -> Iterator[str]:
+    """A path, and what is left of it without its first name, its first two, and so on."""
+    while path:
+        yield path
+        path = path.partition(".")[2]
+
+
+def upwards(path: str) -> Iterator[str]:
+    """A path, and those of the modules that it is in."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
