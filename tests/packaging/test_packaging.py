@@ -74,7 +74,9 @@ def test_a_wheel_with_compiled_kernels_needs_no_compiler(project, tmp_path):
     site = tmp_path / "site"
     installed = run(sys.executable, "-m", "pip", "install", "--no-deps", "-t", str(site), str(wheel), cwd=tmp_path)
     assert installed.returncode == 0, installed.stdout
-    script = "from genft_kernels.backends.cuda import extension as e; m = e.load(); print(m.answer(), m.launch(), e.state())"
+    script = (
+        "from genft_kernels.backends.cuda import extension as e; m = e.load(); print(m.answer(), m.launch(), e.state())"
+    )
     nowhere = {"CUDA_HOME": str(tmp_path), "GENFT_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(site)}
     used = run(sys.executable, "-c", script, cwd=tmp_path, **nowhere)
     assert re.match(r"42 .*CUDA kernels: prebuilt for sm_80, compute_80 in ", used.stdout), used.stdout
