@@ -76,7 +76,7 @@ bench: env
 bench-model: env
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.step $(ARGS)
 
-# Plots, benchmarks/results/RESULTS.md and the README's figures, from the result files.
+# docs/results.md, its plot and the README's figures, from the result files.
 bench-report: env
 	$(BIN)/python -m benchmarks.report $(ARGS)
 
