@@ -4,7 +4,9 @@ from . import reference
 from ._version import __version__ as __version__
 from .adapt import apply_genft, disabled, explain, merge, remove_genft, trainable_summary, unmerge
 from .config import GenFTConfig
+from .fidelity import fidelity_report
 from .files.adapter import load_adapter, save_adapter
+from .files.lora import export_lora
 from .modules import GenFTGenerator, GenFTLinear
 from .parameters import GeneratorParameters
 from .sharing.accumulate import accumulate
@@ -18,6 +20,8 @@ __all__ = [
     "apply_genft",
     "disabled",
     "explain",
+    "export_lora",
+    "fidelity_report",
     "load_adapter",
     "merge",
     "reference",

@@ -1,14 +1,16 @@
-"""`python -m genft_kernels`: the environment, the backends, and why each is or is not used."""
+"""`python -m genft_kernels`: what this package finds on this machine, and what it does from a shell."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
 import platform
+import sys
+from typing import Any
 
 import torch
 
-from . import __version__, backends
+from . import __version__, backends, export_lora, load_adapter
 from .backends.cuda import extension
 from .backends.eager import dropout as cpu_dropout
 
@@ -16,8 +18,51 @@ OPTIONAL_PACKAGES = ("safetensors", "triton", "transformers", "peft", "numpy")
 
 
 def main() -> None:
-    """Print a report to standard output."""
-    argparse.ArgumentParser(prog="python -m genft_kernels", description=__doc__).parse_args()
+    """Run the command that the arguments name; without one it is `info`."""
+    parser = argparse.ArgumentParser(prog="python -m genft_kernels", description=__doc__)
+    parser.set_defaults(run=info)
+    commands = parser.add_subparsers(title="commands", metavar="")
+    commands.add_parser("info", help="the environment, the backends, and why each is or is not used (the default)")
+    export = commands.add_parser("export-lora", help="an adapter as LoRA, in PEFT's format, which LoRA servers load")
+    export.set_defaults(run=export_as_lora)
+    export.add_argument("adapter", metavar="ADAPTER", help="folder that save_adapter wrote")
+    export.add_argument("--base", metavar="MODEL", required=True, help="the transformers model that it was trained on")
+    export.add_argument("--out", metavar="DIR", required=True, help="folder for the LoRA adapter")
+    export.add_argument("--rank", type=int, help="truncate updates of a higher rank to this one")
+    export.add_argument("--energy", type=float, help="truncate to the least ranks that keep this share of each update")
+    arguments = parser.parse_args()
+    try:
+        arguments.run(arguments)
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+def export_as_lora(arguments: argparse.Namespace) -> None:
+    """Export an adapter as LoRA, checked by PEFT on the base model, and print what servers need to know."""
+    import transformers
+
+    architectures = transformers.AutoConfig.from_pretrained(arguments.base).architectures or ["AutoModel"]
+    model = getattr(transformers, architectures[0]).from_pretrained(arguments.base, dtype="auto").eval()
+    try:
+        load_adapter(model, arguments.adapter)
+    except ValueError as error:
+        hint = f"(loaded as {type(model).__name__}; for a model of another class call export_lora in Python)"
+        raise ValueError(f"{error} {hint}") from None
+    sizes = dict(rank=arguments.rank, energy=arguments.energy)
+    print(export_lora(model, arguments.out, inputs=_some_inputs(model), **sizes))
+
+
+def _some_inputs(model: Any) -> Any:
+    """Small inputs of a transformers model."""
+    name, config = model.main_input_name, model.config
+    if name == "pixel_values":
+        pixels = (2, config.num_channels, config.image_size, config.image_size)
+        return {name: torch.randn(pixels, generator=torch.Generator().manual_seed(0), dtype=model.dtype)}
+    return model.dummy_inputs
+
+
+def info(arguments: argparse.Namespace) -> None:
+    """Print the environment, the backends, and why each is or is not used."""
     print(f"genft_kernels {__version__}")
     print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
     print(f"torch {torch.__version__}, CUDA build: {torch.version.cuda or 'no'}, {torch.get_num_threads()} CPU threads")

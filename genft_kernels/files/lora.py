@@ -1,0 +1,278 @@
+"""Adapters in PEFT's LoRA format, which LoRA servers load: `export_lora`.
+
+In the factored form dW *is* a product of thin factors, so it is written as it stands (docs/method.md#factored-form);
+a tiled update has full rank, and only its largest singular values can be written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ..adapt import adapted_layers, adapter_state, check_enabled
+from ..arguments import is_finite
+from ..matching import Names
+from ..modules import GenFTLinear
+from ..parameters import GeneratorParameters
+from ..sharing.cache import is_tensor_subclass
+from ..update import generate_factors
+from . import folder
+from .format import CONFIG_FILE, TENSORS_FILE, is_ours
+from .lora_check import check_by_peft
+
+# What vLLM's --max-lora-rank may be.
+SERVER_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+# What vLLM serves of `modules_to_save`, in its newer versions.
+SERVED_MODULES = ("classifier", "score")
+# PEFT's name for the model within its wrapper.
+_PREFIX = "base_model.model."
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraExport:
+    """An export as it was written; as a string, what a person has to know about it."""
+
+    directory: Path
+    rank: int
+    energy: dict[str, float]  # by layer, the share of |dW|^2 that is kept; 1 where the export is exact
+    modules_to_save: tuple[str, ...]
+    drift: float | None  # of the logits by PEFT, relative; None if no inputs were given
+
+    @property
+    def server_rank(self) -> int | None:
+        """The smallest `--max-lora-rank` with which vLLM serves it, None if there is none."""
+        return next((rank for rank in SERVER_RANKS if rank >= self.rank), None)
+
+    def __str__(self) -> str:
+        lines = [f"{self.directory}: LoRA of rank {self.rank} for {len(self.energy)} layers"]
+        if self.server_rank is None:
+            lines.append(f"vLLM serves ranks up to {SERVER_RANKS[-1]} only: export with a smaller rank=")
+        else:
+            lines.append(f"vLLM: --max-lora-rank {self.server_rank} or more")
+        if min(self.energy.values()) < 1:
+            lines += [f"energy kept: {energy:.4f} {path}" for path, energy in self.energy.items()]
+        if self.modules_to_save:
+            lines.append(
+                f"modules_to_save: {', '.join(self.modules_to_save)}; PEFT loads them, newer vLLM those named "
+                f"{' or '.join(SERVED_MODULES)} and nothing else: for other servers write merged weights"
+            )
+        lines.append(
+            "logits not checked: no inputs" if self.drift is None else f"drift of the logits: {self.drift:.1e}"
+        )
+        return "\n".join(lines)
+
+
+def export_lora(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    inputs: Any = None,
+) -> LoraExport:
+    """Write the adapter of `model` to `directory` as a LoRA adapter in PEFT's format.
+
+    Exact where the outer activation is the identity: the update that answers in evaluation, biases included, is a LoRA
+    of rank k (k + 1 with biases), for each adapted block of a fused weight. All layers get one rank, the shorter ones
+    zero rows; `lora_alpha` equals it and `scaling` is folded in, because servers ignore patterns of ranks.
+
+    Args:
+        rank: write this rank, by a truncated singular value decomposition where the update has a higher one.
+        energy: in (0, 1]: for each layer the least rank that keeps this share of |dW|^2.
+        inputs: of the model (a mapping for keywords, a tuple for several): PEFT loads what is to be written into a
+            copy of the frozen model, and its updates and logits must agree with this model's before anything is
+            written. The logits of a truncated update are compared only.
+
+    Raises:
+        ValueError: the outer activation is not the identity and neither `rank` nor `energy` is given; a bad argument; a
+            weight or a unit that is not finite; a layer or a module that LoRA cannot name; `directory` holds an adapter of this package.
+        RuntimeError: the model has no adapter, is merged, sharded, offloaded, or within `disabled`; or PEFT's answer
+            differs by more than rounding.
+        ImportError: `inputs` are given, and PEFT is not installed.
+    """
+    directory, layers = Path(directory), _exportable_layers(model)
+    _check_size(rank, energy)
+    _check_names(model, layers)
+    if is_ours(directory):
+        raise ValueError(f"{directory} holds an adapter of this package: choose another folder for the export")
+    factors = {path: _layer_factors(path, layer, rank, energy) for path, layer in layers.items()}
+    highest = rank or max(each.rank for each in factors.values())
+    tensors = {}
+    for path, each in factors.items():
+        tensors[f"{_PREFIX}{path}.lora_A.weight"] = _padded(each.down, highest, 0)
+        tensors[f"{_PREFIX}{path}.lora_B.weight"] = _padded(each.up, highest, 1)
+    saved = tuple(adapter_state(model).saved_modules)
+    for path in saved:
+        for name, tensor in model.get_submodule(path).state_dict().items():
+            if not isinstance(tensor, Tensor):
+                raise ValueError(f"modules_to_save: {path!r} has a state that is no tensor: {name!r}")
+            tensors[f"{_PREFIX}{path}.{name}"] = tensor
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    content = {
+        TENSORS_FILE: safetensors.torch.save(tensors, {"format": "pt"}),
+        CONFIG_FILE: (json.dumps(_description(model, layers, saved, highest), indent=2) + "\n").encode(),
+    }
+    kept = {path: each.energy for path, each in factors.items()}
+    drift = None
+    if inputs is not None:
+        with tempfile.TemporaryDirectory() as temporary:
+            for name, payload in content.items():
+                Path(temporary, name).write_bytes(payload)
+            drift = check_by_peft(model, temporary, inputs, kept)
+    _write(directory, content)
+    return LoraExport(directory, highest, kept, saved, drift)
+
+
+class _ThinUpdate(NamedTuple):
+    """A layer's update as LoRA has it: dW = up down."""
+
+    down: Tensor  # [r, in]
+    up: Tensor  # [out, r]
+    energy: float
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+
+@torch.no_grad()
+def _layer_factors(path: str, layer: GenFTLinear, rank: int | None, energy: float | None) -> _ThinUpdate:
+    """The layer's update, exact or, where `rank` or `energy` allow less, its largest singular values."""
+    if layer.config.outer_activation == "identity":
+        thin = _exact(layer)
+        if energy is None and (rank is None or thin.rank <= rank):
+            return thin
+        left, upper = torch.linalg.qr(thin.up)
+        right, lower = torch.linalg.qr(thin.down.mT)
+        inner, values, outer = torch.linalg.svd(upper @ lower.mT)
+        return _truncated((left @ inner, values, outer @ right.mT), rank, energy)
+    if rank is None and energy is None:
+        raise ValueError(
+            f"{path!r}: with outer_activation={layer.config.outer_activation!r} the update has full rank and is no "
+            "LoRA. Either write merged weights, by remove_genft(model, keep_update=True) and save_pretrained, or "
+            "truncate it, by rank= or energy="
+        )
+    return _truncated(torch.linalg.svd(layer.delta_weight(), full_matrices=False), rank, energy)
+
+
+def _exact(layer: GenFTLinear) -> _ThinUpdate:
+    """The factors of each adapted block, one below the other; zero outside of the block's rows."""
+    config, dtype = layer.config, torch.promote_types(layer.weight.dtype, torch.float32)
+    # The matrices of one layer; the biases have no dimension for layers.
+    params = GeneratorParameters(
+        *(t if t is None or t.dim() == 1 else t[None] for t in layer.parameters_of_generator())
+    )
+    (count, adapted), downs, ups = layer.blocks, [], []
+    for index, weight in zip(adapted, layer.adapted_weights(), strict=True):
+        generated = generate_factors([weight], params, config, dtype=dtype, dropout=0.0, seed=None, backend="eager")
+        (factors,) = generated.unbind()
+        up = factors.b.new_zeros(count, *factors.b.shape)  # [count, out / count, k]
+        up[index] = config.scaling * factors.b
+        downs.append(factors.h.mT)
+        ups.append(up.flatten(0, 1))
+    return _ThinUpdate(torch.cat(downs), torch.cat(ups, 1), 1.0)
+
+
+def _truncated(decomposed: tuple[Tensor, ...], rank: int | None, energy: float | None) -> _ThinUpdate:
+    """The largest singular values of (left vectors [out, m], values [m], right vectors [m, in])."""
+    left, values, right = decomposed
+    total = values.double().square().sum()
+    # Of an update of zeros everything is kept.
+    kept = values.double().square().cumsum(0) / total if total > 0 else torch.ones_like(values)
+    count = rank or int((kept < (energy or 1.0)).sum()) + 1
+    count = min(count, len(values))
+    roots = values[:count].sqrt()
+    return _ThinUpdate(roots[:, None] * right[:count], left[:, :count] * roots, kept[count - 1].item())
+
+
+def _padded(tensor: Tensor, size: int, dim: int) -> Tensor:
+    missing = list(tensor.shape)
+    missing[dim] = size - missing[dim]
+    return torch.cat([tensor, tensor.new_zeros(missing)], dim)
+
+
+def _description(model: nn.Module, layers: dict[str, GenFTLinear], saved: tuple[str, ...], rank: int) -> dict[str, Any]:
+    """PEFT's LoraConfig."""
+    return {
+        "peft_type": "LORA",
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "task_type": None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": all(layer._fan_in_fan_out for layer in layers.values()),
+        "target_modules": _target_modules(model, set(layers)),
+        "modules_to_save": list(saved) or None,
+        "use_rslora": False,
+        "use_dora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+
+
+def _target_modules(model: nn.Module, paths: set[str]) -> list[str]:
+    """The layers' last names where they mean these layers and no others, else their paths."""
+    names = Names(name for name, _ in model.named_modules() if name)
+    for candidates in (sorted({path.rpartition(".")[2] for path in paths}), sorted(paths)):
+        if names.matching(candidates) == paths:
+            return candidates
+    extra = sorted(names.matching(paths) - paths)
+    raise ValueError(f"PEFT would adapt {extra[0]!r} as well: its name ends in that of an adapted layer")
+
+
+def _exportable_layers(model: nn.Module) -> dict[str, GenFTLinear]:
+    adapter_state(model)
+    check_enabled(model)
+    layers = adapted_layers(model)
+    for path, layer in layers.items():
+        if layer.merged:
+            raise RuntimeError(f"{path!r} is merged: call unmerge(model) first")
+        for tensor in (*layer.generation_inputs(), *layer.generator.shared_parameters().values()):
+            if tensor.device.type == "meta":
+                raise RuntimeError(f"{path!r} is on the meta device: bring the offloaded model back first")
+            if is_tensor_subclass(tensor):
+                raise RuntimeError(f"{path!r} is sharded or quantised ({type(tensor).__name__}): gather it first")
+            if not tensor.isfinite().all():
+                raise ValueError(f"{path!r}: its weight, its units or its generator's hold NaN or infinity")
+    return layers
+
+
+def _check_names(model: nn.Module, layers: dict[str, GenFTLinear]) -> None:
+    """Raise ValueError for what PEFT could not load as it is here."""
+    for path, layer in adapted_layers(model, remove_duplicate=False).items():
+        if path not in layers:
+            first = next(name for name, other in layers.items() if other is layer)
+            raise ValueError(f"{path!r} is the same module as {first!r}: PEFT would adapt only one of them")
+    saved = tuple(adapter_state(model).saved_modules)
+    for name, _ in model.named_modules():
+        if saved and name.endswith(saved) and name not in saved:  # PEFT's rule, without a dot
+            raise ValueError(f"modules_to_save: PEFT would take {name!r} as well, whose name ends in one of {saved}")
+
+
+def _check_size(rank: int | None, energy: float | None) -> None:
+    if rank is not None and energy is not None:
+        raise ValueError("give rank or energy, not both")
+    if rank is not None and not (type(rank) is int and rank >= 1):
+        raise ValueError(f"rank must be an integer of at least 1, got {rank!r}")
+    if energy is not None and not (is_finite(energy) and 0 < energy <= 1):
+        raise ValueError(f"energy must be a number in (0, 1], got {energy!r}")
+
+
+def _write(directory: Path, content: dict[str, bytes]) -> None:
+    """Put the files into `directory`, where in between there is no description that could be taken for theirs."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with folder.only_saver(directory):
+        staged = {directory / name: folder.stage(directory / name, payload) for name, payload in content.items()}
+        (directory / CONFIG_FILE).unlink(missing_ok=True)
+        for path, place in staged.items():  # the description last
+            folder.put(place, path)

@@ -1,0 +1,90 @@
+"""An exported LoRA as PEFT understands it, beside the model that it was made from."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapt import adapted_layers, merge, remove_genft
+
+# Both compute in float32 or wider from the same tensors, in another order.
+_UPDATE_TOLERANCE = 1e-4
+
+
+@torch.no_grad()
+def check_by_peft(
+    model: nn.Module, directory: str | os.PathLike[str], inputs: Any, energy: Mapping[str, float]
+) -> float:
+    """How far PEFT's logits are from the model's, |difference| / |logits|.
+
+    Args:
+        directory: the LoRA adapter, as PEFT loads it.
+        energy: by layer, the share of |dW|^2 that the adapter keeps.
+
+    Raises:
+        RuntimeError: PEFT's update of a layer is another one; or the logits differ by more than rounding, for which
+            the measure is the difference that merging the same update makes in the same dtype.
+        ImportError: PEFT is not installed.
+    """
+    loaded = load_into_peft(remove_genft(frozen_copy(model)), directory)
+    for path, layer in adapted_layers(model).items():
+        theirs = loaded.base_model.model.get_submodule(path).get_delta_weight("default")
+        error = relative(theirs.mT if layer._fan_in_fan_out else theirs, layer.delta_weight())
+        if error > max(1 - energy[path], 0) ** 0.5 + _UPDATE_TOLERANCE:
+            raise RuntimeError(f"{path!r}: PEFT's update differs from the model's by {error:.1e} of its norm")
+    expected = answer(model, inputs)
+    drift = relative(answer(loaded, inputs), expected)
+    if min(energy.values()) == 1:
+        rounding = relative(answer(merge(frozen_copy(model)), inputs), expected)
+        allowed = 4 * (rounding + torch.finfo(_dtype(model)).eps)
+        if not drift <= allowed:
+            raise RuntimeError(f"PEFT's logits differ by {drift:.1e}, more than rounding explains ({allowed:.1e})")
+    return drift
+
+
+def load_into_peft(model: nn.Module, directory: str | os.PathLike[str]) -> Any:
+    """`model` as a `PeftModel` with the adapter in `directory`."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ImportError("to check an export it is loaded into PEFT: pip install peft") from error
+    return PeftModel.from_pretrained(model, directory).eval()
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode whose tensors share the memory of the model's: to read, not to change in place."""
+    shared: dict[int, Tensor] = {id(buffer): buffer.detach() for buffer in model.buffers()}
+    shared |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, shared).eval()
+
+
+@torch.no_grad()
+def answer(model: nn.Module, inputs: Any) -> Tensor:
+    """The logits, or whatever comes first, that `model` answers `inputs` with in evaluation."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        if isinstance(inputs, Mapping):
+            output = model(**inputs)
+        else:
+            output = model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    output = getattr(output, "logits", output)
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """|actual - expected| / |expected|, by Frobenius norms; infinite for anything beside zeros."""
+    error = float(torch.linalg.vector_norm(actual.double() - expected.double()))
+    return error and error / max(float(torch.linalg.vector_norm(expected.double())), 1e-300)
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(layer.weight.dtype for layer in adapted_layers(model).values())
