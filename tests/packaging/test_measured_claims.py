@@ -69,6 +69,17 @@ def test_gpu_costs():
     assert round(factored[1], 1) == 1.1
 
 
+def test_gpu_table():
+    rows = {row["provider"]: row for row in layers(GPU) if row["tokens"] == 8192 and row["form"] == "factored"}
+    titles = {"frozen `nn.Linear`": "frozen", "PEFT LoRA, rank 26": "peft-lora", "the official way": "official"}
+    titles |= {f"`{name}`": f"genft-{name}" for name in ("eager", "triton", "cuda")}
+    for title, provider in titles.items():
+        given = rows.get(f"{provider}-token-side")
+        times = [f"{row['time_ms']['both'][1]:.2f}" if row else "–" for row in (rows[provider], given)]
+        gain = rows[provider]["gain"]
+        said(f"| {title} | {times[0]} | {times[1]} | {f'{gain[0]:.2f}' if gain else '–'} |", "docs/backends.md")
+
+
 def test_accuracy():
     said("On the TREC questions GenFT is 0.01 behind LoRA")
     last: dict[str, list[float]] = {}
