@@ -22,7 +22,7 @@ from ..arguments import is_finite
 from ..matching import Names
 from ..modules import GenFTLinear
 from ..parameters import GeneratorParameters
-from ..sharing.cache import is_tensor_subclass
+from ..sharing.source import is_tensor_subclass
 from ..update import generate_factors
 from . import folder
 from .format import CONFIG_FILE, TENSORS_FILE, is_ours
@@ -92,8 +92,9 @@ def export_lora(
             written. The logits of a truncated update are compared only.
 
     Raises:
-        ValueError: the outer activation is not the identity and neither `rank` nor `energy` is given; a bad argument; a
-            weight or a unit that is not finite; a layer or a module that LoRA cannot name; `directory` holds an adapter of this package.
+        ValueError: the outer activation is not the identity and neither `rank` nor `energy` is given; a bad argument;
+            a weight or a unit that is not finite; a layer or a module that LoRA cannot name; `directory` holds an
+            adapter of this package.
         RuntimeError: the model has no adapter, is merged, sharded, offloaded, or within `disabled`; or PEFT's answer
             differs by more than rounding.
         ImportError: `inputs` are given, and PEFT is not installed.
@@ -171,7 +172,7 @@ def _exact(layer: GenFTLinear) -> _ThinUpdate:
         *(t if t is None or t.dim() == 1 else t[None] for t in layer.parameters_of_generator())
     )
     (count, adapted), downs, ups = layer.blocks, [], []
-    for index, weight in zip(adapted, layer.adapted_weights(), strict=True):
+    for index, weight in zip(adapted, layer.source().blocks, strict=True):
         generated = generate_factors([weight], params, config, dtype=dtype, dropout=0.0, seed=None, backend="eager")
         (factors,) = generated.unbind()
         up = factors.b.new_zeros(count, *factors.b.shape)  # [count, out / count, k]
@@ -237,7 +238,8 @@ def _exportable_layers(model: nn.Module) -> dict[str, GenFTLinear]:
     for path, layer in layers.items():
         if layer.merged:
             raise RuntimeError(f"{path!r} is merged: call unmerge(model) first")
-        for tensor in (*layer.generation_inputs(), *layer.generator.shared_parameters().values()):
+        source = layer.source()
+        for tensor in (source.weight, *source.thin):
             if tensor.device.type == "meta":
                 raise RuntimeError(f"{path!r} is on the meta device: bring the offloaded model back first")
             if is_tensor_subclass(tensor):
