@@ -44,8 +44,6 @@ PYBIND11_MODULE(genft_cuda, m) {
     m.def("row_forward", from_integers(&genft::row_forward));
     m.def("row_backward_out", from_integers(&genft::row_backward_out));
     m.def("row_backward_in", from_integers(&genft::row_backward_in));
-    m.def("extended_k", from_integers(&genft::extended_k));
-    m.def("main_loop", from_integers(&genft::main_loop));
     m.def("fold", from_integers(&genft::fold));
     m.def("contract", from_integers(&genft::contract));
 }

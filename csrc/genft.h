@@ -45,19 +45,8 @@ int row_backward_in(const void* left, const void* right, const void* down, const
                     void* dright, int layers, int n_out, int n_in, int k1, int k, uint32_t threshold, float keep_scale,
                     int outer, int dtype, void* stream);
 
-// out [t, m] = tokens [t, n] matrix [m, n]^T + scale * small [t, k] thin[m, k]^T + bias [m], in one accumulator.
-int extended_k(const void* tokens, int64_t tokens_stride, const void* matrix, int64_t stride, bool transposed,
-               const void* bias, const void* small, const void* thin, void* out, int t, int m, int n, int k,
-               float scale, int dtype, void* stream);
-
-// With U = drop(activation(b h^T)) [n_out, n_in], b [n_out, k], h [n_in, k], made in the main loop:
-// out [t, n_out] = tokens [t, n_in] (W + scale U)^T + bias, or, if over_out,
-// out [t, n_in] = tokens [t, n_out] (W + scale U). seed int64 [1] or null; random_stream is Philox's (philox.h).
-int main_loop(const void* tokens, int64_t tokens_stride, const void* weight, int64_t stride, bool transposed,
-              const void* bias, const void* b, const void* h, const int64_t* seed, void* out, int t, int n_out,
-              int n_in, int k, bool over_out, uint32_t threshold, float keep_scale, uint32_t random_stream,
-              float scale, int activation, int dtype, void* stream);
-
+// With U = drop(activation(b h^T)) [n_out, n_in], b [n_out, k], h [n_in, k]; seed int64 [1] or null; random_stream is
+// Philox's (philox.h):
 // out [n_out, n_in] = W + scale U, rounded stochastically to 16 bits by the words of the rounding stream.
 int fold(const void* weight, int64_t stride, bool transposed, const void* b, const void* h, const int64_t* seed,
          void* out, int n_out, int n_in, int k, uint32_t threshold, float keep_scale, uint32_t random_stream,

@@ -7,6 +7,10 @@
 (docs/method.md#two-products). `column` and `row` do L layers of one shape at once: W is a list, every other matrix has
 a leading dimension L, the bias is shared. `linear` is one layer's. A gradient that nobody asked for is not computed: a
 backend returns None for it, an op an empty tensor, because an op must return tensors.
+
+The package calls `column_node`, `row_node` and `linear_node`, which give the first result alone, by a plain node of the
+autograd graph: it takes a fraction of a custom op's time to make, and calls the backend itself. Where something listens
+to the dispatcher (compilation, tracing, a dispatch mode), they are the custom ops.
 """
 
 from __future__ import annotations
@@ -22,13 +26,17 @@ from . import backends
 from .config import is_factored
 
 
-def _compute(backend: str, operation: str, *args, **options) -> tuple[Tensor | None, ...]:
+def _compute(backend: str, operation: str, *args) -> tuple[Tensor | None, ...]:
     """The operation's results from a backend."""
-    first = _first(args)
-    # Triton launches on the current device, whatever its tensors are on. The dtypes are settled by now; autocast must
-    # not settle them anew inside a product.
-    with torch.cuda.device_of(first), torch.autocast(first.device.type, enabled=False):
-        return getattr(backends.load(backend), operation)(*args, **options)
+    device, function = _first(args).device, getattr(backends.load(backend), operation)
+    if torch.is_autocast_enabled(device.type):
+        # The dtypes are settled by now; autocast must not settle them anew inside a product.
+        with torch.autocast(device.type, enabled=False):
+            return _compute(backend, operation, *args)
+    if device.type != "cuda":
+        return function(*args)
+    with torch.cuda.device(device):  # Triton launches on the current one, whatever its tensors are on
+        return function(*args)
 
 
 def _run(backend: str, operation: str, *args) -> tuple[Tensor, ...]:
@@ -39,6 +47,64 @@ def _run(backend: str, operation: str, *args) -> tuple[Tensor, ...]:
 
 def _first(args) -> Tensor:
     return args[0] if isinstance(args[0], Tensor) else args[1]
+
+
+def first_order(backward: Callable) -> Callable:
+    """For a node's backward that is not differentiable: RuntimeError under `create_graph=True`.
+
+    PyTorch's `once_differentiable` raises later, and not where the caller takes an unused input for a zero, as
+    `torch.autograd.functional.hvp` does.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx, *grads):
+        if torch.is_grad_enabled():
+            raise RuntimeError('no second derivatives (create_graph=True): backend="reference" has them')
+        return backward(ctx, *grads)
+
+    return checked
+
+
+def _differentiable(op: Callable, backward_op: Callable, setup: Callable, gradients: Callable) -> Callable[..., Tensor]:
+    """Give `op` its gradient, and make what takes its arguments and returns its first result by a plain node.
+
+    Args:
+        setup: saves in a context what `gradients` will need, given the op's inputs and outputs.
+        gradients: (context, gradient of the first result, the backward op or what computes the same) -> the gradient
+            of each input.
+    """
+    name, inputs = op._qualname.removeprefix("genft::"), len(op._opoverload._schema.arguments)
+
+    def of_op(ctx, grad, _):
+        grads = (None,) * inputs if grad is None else gradients(ctx, grad, backward_op)
+        # An op wants a list for a list.
+        lists = ([None] * len(need) if isinstance(need, (list, tuple)) else None for need in ctx.needs_input_grad)
+        return tuple(each if grad is None else grad for each, grad in zip(lists, grads, strict=True))
+
+    op.register_autograd(of_op, setup_context=setup)
+
+    def computed(*args):
+        return _compute(args[-1], f"{name}_backward", *args[:-1])
+
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            results = _compute(args[-1], name, *args[:-1])
+            setup(ctx, args, results)
+            # `data`, because a view that is made within a node may not be changed in place, as ReLU(inplace=True) does.
+            return results[0].data
+
+        @staticmethod
+        @first_order
+        def backward(ctx, grad):
+            return (None,) * inputs if grad is None else gradients(ctx, grad, computed)
+
+    def node(*args) -> Tensor:
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+            return op(*args)[0]
+        return Node.apply(*args) if torch.is_grad_enabled() else _compute(args[-1], name, *args[:-1])[0]
+
+    return node
 
 
 # --- column ---------------------------------------------------------------------------------------------------------
@@ -83,17 +149,14 @@ def _column_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _column_grad(ctx, grad, _):
+def _column_gradients(ctx, grad, backward):
     *weights, pre = ctx.saved_tensors
-    no_weights = [None] * len(weights)
-    if grad is None:
-        return no_weights, None, None, None, None
     needs = list(ctx.needs_input_grad[1:3])
-    grads = column_backward(grad, weights, pre, ctx.activation, needs, ctx.backend)
-    return no_weights, *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
+    grads = backward(grad, weights, pre, ctx.activation, needs, ctx.backend)
+    return None, *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
 
 
-column.register_autograd(_column_grad, setup_context=_column_setup)
+column_node = _differentiable(column, column_backward, _column_setup, _column_gradients)
 
 
 # --- row ------------------------------------------------------------------------------------------------------------
@@ -138,15 +201,13 @@ def _row_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _row_grad(ctx, grad, _):
-    if grad is None:
-        return (None,) * 9
+def _row_gradients(ctx, grad, backward):
     needs = list(ctx.needs_input_grad[:4])
-    grads = row_backward(grad, *ctx.saved_tensors, ctx.outer, ctx.dropout, ctx.inner, needs, ctx.backend)
+    grads = backward(grad, *ctx.saved_tensors, ctx.outer, ctx.dropout, ctx.inner, needs, ctx.backend)
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None, None
 
 
-row.register_autograd(_row_grad, setup_context=_row_setup)
+row_node = _differentiable(row, row_backward, _row_setup, _row_gradients)
 
 
 # --- linear ---------------------------------------------------------------------------------------------------------
@@ -217,60 +278,11 @@ def _linear_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _linear_grad(ctx, grad, _):
-    if grad is None:
-        return (None,) * 11
+def _linear_gradients(ctx, grad, backward):
     settings = ctx.scale, ctx.activation, ctx.dropout, ctx.stream, ctx.needs, ctx.backend
-    grads = linear_backward(grad, *ctx.saved_tensors, *settings)
+    grads = backward(grad, *ctx.saved_tensors, *settings)
     dx, dbias, dh, db = (g if need else None for g, need in zip(grads, ctx.needs, strict=True))
     return dx, None, dbias, dh, db, None, None, None, None, None, None
 
 
-linear.register_autograd(_linear_grad, setup_context=_linear_setup)
-
-
-def linear_as_node(*inputs) -> Tensor:
-    """`linear`'s y alone, by a plain node of the autograd graph, which takes a fraction of a custom op's time to make.
-
-    Takes what `linear` takes. Where something listens to the dispatcher (compilation, tracing, a dispatch mode), it is
-    the custom op.
-    """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return linear(*inputs)[0]
-    if not torch.is_grad_enabled():
-        return _compute(inputs[-1], "linear", *inputs[:-1])[0]
-    return _Linear.apply(*inputs)
-
-
-def first_order(backward: Callable) -> Callable:
-    """For a node's backward that is not differentiable: RuntimeError under `create_graph=True`.
-
-    PyTorch's `once_differentiable` raises later, and not where the caller takes an unused input for a zero, as
-    `torch.autograd.functional.hvp` does.
-    """
-
-    @functools.wraps(backward)
-    def checked(ctx, *grads):
-        if torch.is_grad_enabled():
-            raise RuntimeError('no second derivatives (create_graph=True): backend="reference" has them')
-        return backward(ctx, *grads)
-
-    return checked
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):
-        results = _compute(inputs[-1], "linear", *inputs[:-1])
-        _linear_setup(ctx, inputs, results)
-        # `data`, because a view that is made within a node may not be changed in place, as ReLU(inplace=True) does.
-        return results[0].data
-
-    @staticmethod
-    @first_order
-    def backward(ctx, grad):
-        if grad is None:
-            return (None,) * 11
-        settings = ctx.scale, ctx.activation, ctx.dropout, ctx.stream, ctx.needs
-        dx, dbias, dh, db = _compute(ctx.backend, "linear_backward", grad, *ctx.saved_tensors, *settings)
-        return dx, None, dbias, dh, db, *(None,) * 6
+linear_node = _differentiable(linear, linear_backward, _linear_setup, _linear_gradients)

@@ -61,15 +61,15 @@ def generate_factors(
     row_down_bias = cast(params.row_down_bias)
     if config.transform == "row":
         transposed = [weight.t() for weight in weights]
-        h, _ = ops.column(transposed, cast(params.row_down, rho), row_down_bias, phi, backend)  # [L, in, k]
+        h = ops.column_node(transposed, cast(params.row_down, rho), row_down_bias, phi, backend)  # [L, in, k]
         return Factors(*_with_bias_unit(h, row_up, row_up_bias), ROW_STREAM)
     column_down, column_down_bias = cast(params.column_down, rho), cast(params.column_down_bias)
-    h1, _ = ops.column(list(weights), column_down, column_down_bias, phi, backend)  # [L, out, k]
+    h1 = ops.column_node(list(weights), column_down, column_down_bias, phi, backend)  # [L, out, k]
     left, right = _with_bias_unit(h1, cast(params.column_up, matrix_ratio), cast(params.column_up_bias))
     if config.transform == "column":
         return Factors(right, left, COLUMN_STREAM)
     row_down = cast(params.row_down, matrix_ratio)
-    h, _ = ops.row(
+    h = ops.row_node(
         left, right, row_down, row_down_bias, seed, config.outer_activation, dropout, phi, backend
     )  # [L, in, k]
     h, b = _with_bias_unit(h, row_up, row_up_bias)
@@ -112,7 +112,7 @@ def apply_factors(
     dtype = compute_dtype(x)
     bias = None if bias is None else bias.to(dtype)
     h, b, stream = factors
-    return ops.linear_as_node(x.to(dtype), weight, bias, h, b, seed, float(scale), activation, dropout, stream, backend)
+    return ops.linear_node(x.to(dtype), weight, bias, h, b, seed, float(scale), activation, dropout, stream, backend)
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:

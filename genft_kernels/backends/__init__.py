@@ -6,6 +6,7 @@ Each backend is one module that offers the operations of docs/method.md#kernels 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -73,6 +74,7 @@ def choose(requested: str, device: torch.device, dtype: torch.dtype) -> str:
     raise RuntimeError("; ".join(f"backend {name!r} cannot run on {device}: {why}" for name, why in reasons.items()))
 
 
+@functools.cache
 def load(name: str) -> ModuleType:
     """The module of an operation backend."""
     return importlib.import_module(f".{name}.operations", __name__)

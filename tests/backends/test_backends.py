@@ -10,10 +10,17 @@ from genft_kernels import GeneratorParameters, backends, philox, reference
 from genft_kernels.functional import factored_linear, genft_linear
 from genft_kernels.update import generate_factors
 from tests.helpers.accuracy import assert_as_accurate_as_pytorch
-from tests.helpers.cases import CASES, CPU, case_of, make_data, relative_error, run, runnable, with_seed
-
-LOW_PRECISION = [torch.float32, torch.float16, torch.bfloat16]
-
+from tests.helpers.cases import (
+    CASES,
+    CPU,
+    case_of,
+    cases_and_dtypes,
+    make_data,
+    relative_error,
+    run,
+    runnable,
+    with_seed,
+)
 
 RUNNERS = runnable()
 
@@ -30,13 +37,7 @@ def test_float64_equals_the_reference(case, on):
 
 
 @pytest.mark.parametrize("on", RUNNERS)
-@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
-@pytest.mark.parametrize(
-    # The rounding of a single number is luck.
-    "case",
-    [case for case in CASES if case.in_features * case.out_features > 1],
-    ids=lambda case: case.name,
-)
+@pytest.mark.parametrize("case, dtype", cases_and_dtypes())
 def test_error_is_at_most_twice_plain_pytorchs(case, dtype, on):
     assert_as_accurate_as_pytorch(case, dtype, on)
 

@@ -66,23 +66,31 @@ def laid_out(matrix, layout):
             return matrix.new_empty(rows, 2 * columns)[:, ::2].copy_(matrix)
 
 
-def judge(function, *tensors):
-    """Each result of function(module, *tensors) has an error that plain PyTorch's allows; for smooth activations."""
-    exact = function(eager, *[_cast(tensor, torch.float64) for tensor in tensors])
-    plain = function(eager, *tensors)
-    flat = [item for tensor in tensors for item in (tensor if isinstance(tensor, list) else [tensor])]
-    longest_sum = max(size for tensor in flat if tensor is not None for size in tensor.shape)
-    for index, (found, pytorchs, true) in enumerate(zip(function(cuda, *tensors), plain, exact, strict=True)):
+def judge(operation, *arguments):
+    """Each result of an operation has an error that plain PyTorch's allows; for smooth activations."""
+    exact = getattr(eager, operation)(*(_cast(argument, torch.float64) for argument in arguments))
+    plain = getattr(eager, operation)(*arguments)
+    found = getattr(cuda, operation)(*arguments)
+    longest_sum = max(size for tensor in _tensors(arguments) for size in tensor.shape)
+    for index, (ours, pytorchs, true) in enumerate(zip(found, plain, exact, strict=True)):
         if true is not None:
-            assert found.shape == true.shape and found.dtype == pytorchs.dtype
-            error = relative_error(found, true)
-            assert error <= allowed_error(relative_error(pytorchs, true), found.dtype, longest_sum), index
+            assert ours.shape == true.shape and ours.dtype == pytorchs.dtype
+            allowed = allowed_error(relative_error(pytorchs, true), ours.dtype, longest_sum)
+            assert relative_error(ours, true) <= allowed, index
 
 
-def _cast(tensor, dtype):
-    if isinstance(tensor, list):
-        return [_cast(item, dtype) for item in tensor]
-    return tensor.to(dtype) if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() else tensor
+def _tensors(arguments):
+    for argument in arguments:
+        if isinstance(argument, list):
+            yield from _tensors(argument)
+        elif isinstance(argument, torch.Tensor):
+            yield argument
+
+
+def _cast(argument, dtype):
+    if isinstance(argument, list):
+        return [_cast(item, dtype) for item in argument]
+    return argument.to(dtype) if isinstance(argument, torch.Tensor) and argument.is_floating_point() else argument
 
 
 @DTYPES
@@ -90,25 +98,22 @@ def _cast(tensor, dtype):
 def test_column_of_three_layers(layout, k, dtype, device):
     weights = [laid_out(random(dtype, device, N_OUT, N_IN), layout) for _ in range(3)]
     down, bias, grad = random(dtype, device, 3, k, N_IN), random(dtype, device, k), random(dtype, device, 3, N_OUT, k)
-    judge(lambda backend, *tensors: backend.column(*tensors, "gelu"), weights, down, bias)
+    judge("column", weights, down, bias, "gelu")
     pre = random(dtype, device, 3, N_OUT, k)
-    judge(lambda backend, *tensors: backend.column_backward(*tensors, "silu", [True, True]), grad, weights, pre)
+    judge("column_backward", grad, weights, pre, "silu", [True, True])
 
 
 @DTYPES
 def test_long_sums_are_split(dtype, device):
     small, tokens = random(dtype, device, 1, 1500, 5), random(dtype, device, 1500, 70)
-    judge(
-        lambda backend, small, tokens: backend.column_backward(small, [tokens], None, "identity", [True, False]),
-        small, tokens,
-    )  # fmt: skip
+    judge("column_backward", small, [tokens], None, "identity", [True, False])
 
 
 def test_column_of_more_layers_than_travel_with_a_launch(device):
     weights = list(random(torch.float32, device, 260, 5, 6))
     down, grad = random(torch.float32, device, 260, 3, 6), random(torch.float32, device, 260, 5, 3)
-    judge(lambda backend, *tensors: backend.column(*tensors, None, "tanh"), weights, down)
-    judge(lambda backend, *tensors: backend.column_backward(*tensors, grad, "tanh", [True, False]), grad, weights)
+    judge("column", weights, down, None, "tanh")
+    judge("column_backward", grad, weights, grad, "tanh", [True, False])
 
 
 @DTYPES
@@ -120,8 +125,8 @@ def test_row_of_three_layers(outer, dropout, ones, k, dtype, device):
     down, bias, seed = random(dtype, device, 3, k, n_out), random(dtype, device, k), torch.tensor([3, -4, 2**40])
     pre, grad, seed = random(dtype, device, 3, n_in, k), random(dtype, device, 3, n_in, k), seed.to(device)
     settings = seed, outer, dropout, "gelu"
-    judge(lambda backend, *tensors: backend.row(*tensors, *settings), left, right, down, bias)
-    judge(lambda backend, *tensors: backend.row_backward(*tensors, *settings, [True] * 4), grad, left, right, down, pre)
+    judge("row", left, right, down, bias, *settings)
+    judge("row_backward", grad, left, right, down, pre, *settings, [True] * 4)
 
 
 @DTYPES
@@ -133,8 +138,8 @@ def test_linear(activation, dropout, tokens, layout, k, dtype, device):
     weight, bias = laid_out(random(dtype, device, N_OUT, N_IN), layout), random(dtype, device, N_OUT)
     h, b, xh = (random(dtype, device, rows, k) * k**0.5 for rows in (N_IN, N_OUT, tokens))
     settings = torch.tensor([5], device=device), 0.5, activation, dropout, philox.ROW_STREAM
-    judge(lambda backend, *tensors: backend.linear(*tensors, *settings), x, weight, bias, h, b)
-    judge(lambda backend, *tensors: backend.linear_backward(*tensors, *settings, [True] * 4), grad, x, weight, h, b, xh)
+    judge("linear", x, weight, bias, h, b, *settings)
+    judge("linear_backward", grad, x, weight, h, b, xh, *settings, [True] * 4)
 
 
 def test_contraction_in_larger_blocks(device):
@@ -142,8 +147,8 @@ def test_contraction_in_larger_blocks(device):
     n_out, n_in, k, dtype = 1500, 1420, 70, torch.bfloat16
     grad, x = random(dtype, device, 70, n_out), random(dtype, device, 70, n_in)
     h, b, weight = random(dtype, device, n_in, k), random(dtype, device, n_out, k), torch.empty(0)
-    settings = None, torch.tensor([5], device=device), 0.5, "silu", 0.2, philox.ROW_STREAM, [False, False, True, True]
-    judge(lambda backend, *tensors: backend.linear_backward(*tensors, *settings), grad, x, weight, h, b)
+    settings = torch.tensor([5], device=device), 0.5, "silu", 0.2, philox.ROW_STREAM, [False, False, True, True]
+    judge("linear_backward", grad, x, weight, h, b, None, *settings)
 
 
 @pytest.mark.parametrize("layout", ["columns", "unaligned", "every other", "padded"])
@@ -151,10 +156,8 @@ def test_tokens_of_any_strides(layout, device):
     x, grad = (laid_out(random(torch.bfloat16, device, 70, n), layout) for n in (N_IN, N_OUT))
     weight, h, b = (random(torch.bfloat16, device, *shape) for shape in ((N_OUT, N_IN), (N_IN, 7), (N_OUT, 7)))
     settings = torch.tensor([5], device=device), 0.5, "tanh", 0.0, philox.ROW_STREAM
-    judge(lambda backend, *tensors: backend.linear(*tensors, *settings), x, weight, None, h, b)
-    judge(
-        lambda backend, *tensors: backend.linear_backward(*tensors, None, *settings, [True] * 4), grad, x, weight, h, b
-    )
+    judge("linear", x, weight, None, h, b, *settings)
+    judge("linear_backward", grad, x, weight, h, b, None, *settings, [True] * 4)
 
 
 def test_expanded_and_overlapping_tokens(device):
@@ -162,7 +165,7 @@ def test_expanded_and_overlapping_tokens(device):
     line = random(torch.float32, device, 60)
     settings = None, 0.5, "identity", 0.0, philox.ROW_STREAM
     for x in (line[:40].expand(20, 40), line.unfold(0, 40, 1)):
-        judge(lambda backend, *tensors: backend.linear(*tensors, *settings), x, weight, None, h, b)
+        judge("linear", x, weight, None, h, b, *settings)
 
 
 @pytest.mark.parametrize("activation", ["identity", "gelu"])
@@ -296,11 +299,6 @@ def test_nan_and_infinities_stay(dtype, device):
         rows = torch.ones(70, dtype=torch.bool)
         rows[[1, 3, 66]] = False
         assert h1[0, rows].isfinite().all()
-    x = random(dtype, device, 20, 80)
-    x[7, 2] = float("nan")
-    for form in ("identity", "gelu"):
-        y, _ = cuda.linear(x, random(dtype, device, 70, 80), None, h, b, None, 0.5, form, 0.0, philox.ROW_STREAM)
-        assert y[7].isnan().all() and y[[*range(7), *range(8, 20)]].isfinite().all()
 
 
 @pytest.mark.parametrize("activation", ["identity", "relu", "leaky_relu", "gelu", "silu", "tanh"])

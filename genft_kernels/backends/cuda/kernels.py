@@ -232,35 +232,6 @@ def row_backward(grad, left, right, down, pre, seed, outer: str, dropout: float,
 # --- the token side -------------------------------------------------------------------------------------------------
 
 
-def extended_k(tokens, matrix, bias, small, thin, scale: float) -> Tensor:
-    """tokens [T, n] matrix[m, n]^T + scale * small [T, k] thin[m, k]^T + bias: [T, m] in the tokens' dtype."""
-    dtype, (t, n), (m, k) = _dtype(tokens, bias, small, thin), tokens.shape, thin.shape
-    _check_features(m)
-    _check_shapes(matrix=(matrix, (m, n)), bias=(bias, (m,)), small=(small, (t, k)))
-    out = tokens.new_empty((t, m))
-    if t:
-        launch(
-            "extended_k", *_rows(tokens, dtype), *_as_stored(matrix, dtype), *_contiguous(bias, small, thin), out,
-            t, m, n, k, scale, dtype,
-        )  # fmt: skip
-    return out
-
-
-def main_loop(tokens, weight, bias, h, b, seed, scale, activation, dropout, stream, over_out: bool) -> Tensor:
-    """tokens [T, in] (W + scale * U)^T + bias, or with `over_out` tokens [T, out] (W + scale * U)."""
-    dtype, (n_out, n_in), k, t = _dtype(tokens, bias, h, b), weight.shape, h.shape[1], tokens.shape[0]
-    n_summed, n_kept = (n_out, n_in) if over_out else (n_in, n_out)
-    _check_features(n_out, n_in)
-    _check_shapes(seed, tokens=(tokens, (t, n_summed)), bias=(bias, (n_kept,)), h=(h, (n_in, k)), b=(b, (n_out, k)))
-    out = tokens.new_empty((t, n_kept))
-    if t:
-        launch(
-            "main_loop", *_rows(tokens, dtype), *_as_stored(weight, dtype), *_contiguous(bias, b, h, seed), out,
-            t, n_out, n_in, k, over_out, *_dropout(dropout), stream, scale, activation, dtype,
-        )  # fmt: skip
-    return out
-
-
 def fold(weight, h, b, seed, scale, activation, dropout, stream) -> Tensor:
     """W + scale * drop(psi(b h^T)) [out, in] in the factors' dtype; it lies in memory as W does."""
     dtype, (n_out, n_in), k = _dtype(h, b), weight.shape, h.shape[1]

@@ -72,6 +72,13 @@ def thin_rows(thin, rows, units, n_rows, n_units):
 
 
 @triton.jit
+def matrix_tile(matrix, rows, columns, n_rows, n_columns, stride_row, stride_column):
+    mask = (rows[:, None] < n_rows) & (columns[None, :] < n_columns)
+    at = rows[:, None].to(tl.int64) * stride_row + columns[None, :].to(tl.int64) * stride_column
+    return tl.load(matrix + at, mask=mask, other=0.0)
+
+
+@triton.jit
 def add_product(total, left, right, PRECISION: tl.constexpr):
     """total + left right, float32, of a sum over many tiles.
 
@@ -122,6 +129,20 @@ def keep_tile(seed, stream, rows, columns, n_rows, threshold, keep_scale, BLOCK_
     """0 or 1 / (1 - p) for each element of an update, float32 [rows, columns]."""
     words = word_tile(seed, stream, rows, columns, n_rows, BLOCK_R, BLOCK_C)
     return tl.where(words >= tl.cast(threshold, tl.uint32), keep_scale, 0.0)
+
+
+@triton.jit
+def update_tile(
+    b, h, key, rows, columns, n_out, n_in, k, threshold, keep_scale, stream,
+    ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, SLICES: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+):  # fmt: skip
+    """drop(psi(b h^T)) at (rows of out, columns of in), float32."""
+    s = rank_k_tile(b, h, rows, columns, n_out, n_in, k, SLICES, PRECISION, BLOCK_OUT, BLOCK_IN)
+    update = activate(s, ACTIVATION)
+    if DROPOUT:
+        update *= keep_tile(key, stream, rows, columns, n_out, threshold, keep_scale, BLOCK_OUT, BLOCK_IN)
+    return update
 
 
 @triton.jit

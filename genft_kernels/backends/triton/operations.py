@@ -8,7 +8,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from ..plan import KernelOperations
-from .linear import contract, extended_k, fold, main_loop
+from .contract import contract
+from .fold import fold
 from .row import row_backward as _tiled_row_backward
 from .row import row_forward as _tiled_row_forward
 from .thin import thin_product, thin_transposed
@@ -18,8 +19,6 @@ kernels = SimpleNamespace(
     thin_transposed=thin_transposed,
     row_forward=_tiled_row_forward,
     row_backward=_tiled_row_backward,
-    extended_k=extended_k,
-    main_loop=main_loop,
     fold=fold,
     contract=contract,
 )

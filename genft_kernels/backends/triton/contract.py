@@ -1,0 +1,85 @@
+"""The gradients of the update's factors, tiled form: a tile of G = dy^T x is contracted and never stored."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import dropout_arguments, edge, precision, slices, unit_block
+from .math import activation_slope, add_product, keep_tile, matrix_tile, rank_k_tile, thin_rows, tile_of_program
+from .tuned import bucket, tuned
+
+
+@tuned("bucket", "n_out", "n_in", "k", "ACTIVATION", "DROPOUT")
+@triton.jit(do_not_specialize=["t", "bucket", "tokens_per_split"])
+def _contract(
+    dy, x, b, h, seed, dh, db, t, bucket, tokens_per_split, n_out, n_in, k, stride_dt, stride_do, stride_xt, stride_xi,
+    threshold, keep_scale, stream, scale,
+    ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr, NEED_H: tl.constexpr, NEED_B: tl.constexpr,
+    PRECISION: tl.constexpr, SLICES: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """A tile of G = dy^T x, contracted in the epilogue: P = scale * G * mask * psi'(b h^T), db += P h, dh += P^T b.
+
+    G is linear in the tokens, so each split has its own. Partial sums, added up afterwards in a fixed order:
+    db [split, in tile, out, k], dh [split, out tile, in, k], float32.
+    """
+    # A loop that may have no step makes ptxas wait for each matrix instruction (C7515).
+    tl.assume(tokens_per_split > 0)
+    split, out_tiles, in_tiles = tl.program_id(1), tl.cdiv(n_out, BLOCK_OUT), tl.cdiv(n_in, BLOCK_IN)
+    out_tile, in_tile = tile_of_program(out_tiles, in_tiles)
+    rows = out_tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    columns = in_tile * BLOCK_IN + tl.arange(0, BLOCK_IN)
+    g = tl.zeros((BLOCK_OUT, BLOCK_IN), dtype=tl.float32)
+    for start in range(0, tokens_per_split, BLOCK_T):
+        tokens = split * tokens_per_split + start + tl.arange(0, BLOCK_T)
+        grads = matrix_tile(dy, tokens, rows, t, n_out, stride_dt, stride_do)
+        inputs = matrix_tile(x, tokens, columns, t, n_in, stride_xt, stride_xi)
+        g = add_product(g, tl.trans(grads), inputs, PRECISION)
+    s = rank_k_tile(b, h, rows, columns, n_out, n_in, k, SLICES, PRECISION, BLOCK_OUT, BLOCK_IN)
+    g *= scale * activation_slope(s, ACTIVATION)
+    if DROPOUT:
+        g *= keep_tile(tl.load(seed), stream, rows, columns, n_out, threshold, keep_scale, BLOCK_OUT, BLOCK_IN)
+    p = g.to(h.dtype.element_ty)
+    for chunk in tl.static_range(CHUNKS):
+        units = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
+        if NEED_B:
+            left = thin_rows(h, columns, units, n_in, k)  # [in, k]
+            part = tl.dot(p, left, input_precision=PRECISION)
+            at = ((split * in_tiles + in_tile) * n_out + rows[:, None]).to(tl.int64) * k + units[None, :]
+            tl.store(db + at, part, mask=(rows[:, None] < n_out) & (units[None, :] < k))
+        if NEED_H:
+            right = thin_rows(b, rows, units, n_out, k)  # [out, k]
+            part = tl.dot(tl.trans(p), right, input_precision=PRECISION)
+            at = ((split * out_tiles + out_tile) * n_in + columns[:, None]).to(tl.int64) * k + units[None, :]
+            tl.store(dh + at, part, mask=(columns[:, None] < n_in) & (units[None, :] < k))
+
+
+def contract(dy, x, h, b, seed, scale, activation, dropout, stream, need_h: bool, need_b: bool):
+    """(dh [in, k], db [out, k]) in the factors' dtype, None where not needed."""
+    (t, n_out), n_in, k = dy.shape, x.shape[1], h.shape[1]
+    block_out, block_in = _blocks(dy, k)
+    block_t, block_k = edge(dy), min(32, unit_block(k, h))
+    out_tiles, in_tiles = triton.cdiv(n_out, block_out), triton.cdiv(n_in, block_in)
+    # Enough programs for a large card, but at least 512 tokens for each.
+    splits = max(1, min(triton.cdiv(128, out_tiles * in_tiles), t // 512))
+    tokens_per_split = block_t * max(1, triton.cdiv(triton.cdiv(t, splits), block_t))
+    dh = torch.empty((splits * out_tiles, n_in, k), dtype=torch.float32, device=dy.device) if need_h else None
+    db = torch.empty((splits * in_tiles, n_out, k), dtype=torch.float32, device=dy.device) if need_b else None
+    seed, threshold, keep_scale = dropout_arguments(dropout, seed, dy.device)
+    _contract[(out_tiles * in_tiles, splits)](
+        dy, x, b.contiguous(), h.contiguous(), seed, dh, db, t, bucket(t), tokens_per_split, n_out, n_in, k,
+        *dy.stride(), *x.stride(), threshold, keep_scale, stream, scale,
+        ACTIVATION=activation, DROPOUT=dropout > 0, NEED_H=need_h, NEED_B=need_b,
+        PRECISION=precision(h), SLICES=slices(k), BLOCK_K=block_k, CHUNKS=triton.cdiv(k, block_k),
+        BLOCK_OUT=block_out, BLOCK_IN=block_in, BLOCK_T=block_t, num_warps=8,
+    )  # fmt: skip
+    return dh.sum(0).to(h.dtype) if need_h else None, db.sum(0).to(b.dtype) if need_b else None
+
+
+def _blocks(tokens: Tensor, k: int) -> tuple[int, int]:
+    """Edges of a tile of G. A larger one reads less, but an epilogue with many units leaves no registers for it."""
+    small = edge(tokens)
+    if tokens.dtype.itemsize == 4 or tokens.shape[0] < 128 or k > 128:
+        return small, small
+    return 128, 128 if k <= 32 or (k <= 48 and k % 16 == 0) else small

@@ -1,0 +1,53 @@
+"""Fold the update into W: out = W + scale * U, U = drop(psi(b h^T)); both stand as [out, in]."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...philox import ROUNDING_STREAM
+from .launch import dropout_arguments, edge, precision, slices
+from .math import matrix_tile, round_up_or_down, update_tile, word_tile
+
+
+@triton.jit
+def _fold(
+    weight, b, h, seed, out, n_out, n_in, k, stride_wo, stride_wi, threshold, keep_scale, stream, rounding, scale,
+    ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr, DROPPED_BITS: tl.constexpr,
+    PRECISION: tl.constexpr, SLICES: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+):  # fmt: skip
+    """out [out, in] = W + scale * U, rounded stochastically where the dtype has fewer bits than float32."""
+    rows = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    columns = tl.program_id(1) * BLOCK_IN + tl.arange(0, BLOCK_IN)
+    key = tl.load(seed)
+    update = update_tile(
+        b, h, key, rows, columns, n_out, n_in, k, threshold, keep_scale, stream,
+        ACTIVATION, DROPOUT, PRECISION, SLICES, BLOCK_OUT, BLOCK_IN,
+    )  # fmt: skip
+    # To the compute dtype first: a float32 W under autocast is the 16-bit W of that dtype.
+    w = matrix_tile(weight, rows, columns, n_out, n_in, stride_wo, stride_wi).to(out.dtype.element_ty).to(tl.float32)
+    exact = w + scale * update
+    if DROPPED_BITS > 0:
+        words = word_tile(key, rounding, rows, columns, n_out, BLOCK_OUT, BLOCK_IN)
+        exact = round_up_or_down(exact, words, DROPPED_BITS)
+    mask = (rows[:, None] < n_out) & (columns[None, :] < n_in)
+    at = rows[:, None].to(tl.int64) * n_in + columns[None, :]
+    tl.store(out + at, exact.to(out.dtype.element_ty), mask=mask)
+
+
+_DROPPED_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
+
+
+def fold(weight, h, b, seed, scale, activation, dropout, stream) -> Tensor:
+    """W + scale * drop(psi(b h^T)) [out, in] in the factors' dtype."""
+    (n_out, n_in), k = weight.shape, h.shape[1]
+    out = h.new_empty((n_out, n_in))
+    seed, threshold, keep_scale = dropout_arguments(dropout, seed, weight.device)
+    block = edge(h)
+    _fold[(triton.cdiv(n_out, block), triton.cdiv(n_in, block))](
+        weight, b.contiguous(), h.contiguous(), seed, out, n_out, n_in, k, *weight.stride(),
+        threshold, keep_scale, stream, ROUNDING_STREAM, scale,
+        ACTIVATION=activation, DROPOUT=dropout > 0, DROPPED_BITS=_DROPPED_BITS[out.dtype],
+        PRECISION=precision(h), SLICES=slices(k), BLOCK_OUT=block, BLOCK_IN=block, num_warps=4,
+    )  # fmt: skip
+    return out
