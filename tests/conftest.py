@@ -8,6 +8,10 @@ import torch
 from genft_kernels.backends.eager import scratch
 from tests import cuda_host
 
+# Beside other workers of pytest-xdist: torch.compile in this process alone, and no more threads than cores.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
 # Deterministic algorithms, which the fixture below turns on, want this of cuBLAS before it starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -39,6 +43,7 @@ def poisoned_memory(monkeypatch):
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)  # the most telling first
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and this machine has none"))
