@@ -65,7 +65,7 @@ demo: env
 
 # The learning rates that the demonstration reads, chosen anew.
 sweep: env
-	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.finetune.sweep $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.finetune --sweep $(ARGS)
 
 # Every provider side by side: minutes on a CPU, the full grid on a GPU. Other packages' LoRA kernels take part where
 # they are installed (pip install --no-deps unsloth nemo-automodel); without them they show as unavailable.

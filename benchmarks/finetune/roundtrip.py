@@ -1,6 +1,5 @@
 """Carry a trained GenFT adapter through a file into a fresh model, merge and unmerge, comparing logits."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,18 +14,13 @@ from .training import logits_of
 MERGE_TOLERANCE = 2e-5
 
 
-@dataclass(frozen=True)
-class Check:
-    """One comparison of logits, in words, and whether it came out as it must."""
+def check_adapter(trained: nn.Module, fresh: nn.Module, data: Encoded, folder: Path) -> dict[str, bool]:
+    """Save the adapter of `trained`, load it into `fresh` (unadapted, with another head) and compare.
 
-    what: str
-    passed: bool
-
-
-def check_adapter(trained: nn.Module, fresh: nn.Module, data: Encoded, folder: Path) -> list[Check]:
-    """Save the adapter of `trained`, load it into `fresh` (unadapted, with another head) and compare."""
-    expected = logits_of(trained, data)
-    untrained = logits_of(fresh, data)
+    Returns:
+        Each comparison in words, and whether it came out as it must.
+    """
+    expected, untrained = logits_of(trained, data), logits_of(fresh, data)
     genft_kernels.save_adapter(trained, folder)
     genft_kernels.load_adapter(fresh, folder)
     loaded = logits_of(fresh, data)
@@ -39,13 +33,10 @@ def check_adapter(trained: nn.Module, fresh: nn.Module, data: Encoded, folder: P
         return ((logits - expected).abs().max() / expected.abs().max()).item()
 
     flips = (merged.argmax(-1) != expected.argmax(-1)).sum().item()
-    merge_gap = f"{apart(merged):.1e} of the largest logit, at most {MERGE_TOLERANCE:g}; {flips} answers differ"
-    return [
-        Check(
-            f"before loading, the fresh model answers otherwise ({apart(untrained):.2f})",
-            apart(untrained) > 0.1,
-        ),
-        Check("adapter saved and loaded: logits equal bit for bit", torch.equal(loaded, expected)),
-        Check(f"merged: logits equal but for rounding ({merge_gap})", apart(merged) <= MERGE_TOLERANCE),
-        Check("unmerged: logits equal bit for bit again", torch.equal(unmerged, expected)),
-    ]
+    gap = f"{apart(merged):.1e} of the largest logit, at most {MERGE_TOLERANCE:g}; {flips} answers differ"
+    return {
+        f"before loading, the fresh model answers otherwise ({apart(untrained):.2f})": apart(untrained) > 0.1,
+        "adapter saved and loaded: logits equal bit for bit": torch.equal(loaded, expected),
+        f"merged: logits equal but for rounding ({gap})": apart(merged) <= MERGE_TOLERANCE,
+        "unmerged: logits equal bit for bit again": torch.equal(unmerged, expected),
+    }

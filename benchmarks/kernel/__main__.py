@@ -6,8 +6,6 @@ Times are medians with a cold L2, of a replayed CUDA graph, so a launch costs no
 benchmarks/results/<device>/kernels.jsonl as they are done.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import itertools
@@ -39,7 +37,7 @@ class Rates:
     multiplications: float
 
     @classmethod
-    def measured(cls, device: torch.device, dtype: torch.dtype, clock: Clock, size: int = 8192) -> Rates:
+    def measured(cls, device: torch.device, dtype: torch.dtype, clock: Clock, size: int = 8192) -> "Rates":
         """By a copy of `8 size^2` bytes and a product of two random matrices [size, size]."""
         left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
         source = torch.randn(2 * size, size, device=device)

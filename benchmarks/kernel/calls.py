@@ -1,7 +1,5 @@
 """The kernels of a backend as calls on random operands, with what each must move and multiply at least."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator

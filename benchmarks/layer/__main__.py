@@ -1,7 +1,5 @@
 """`make bench`: every provider on every case, side by side; rows go to benchmarks/results/<device>/layer.jsonl."""
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import sys

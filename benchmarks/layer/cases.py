@@ -1,7 +1,5 @@
 """What is measured: layers of known models x tokens x dtype x k x form (docs/method.md#what-it-costs)."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Iterator
@@ -27,17 +25,15 @@ class Layer:
     count: int
 
 
-LAYERS = {
-    layer.name: layer
-    for layer in (
-        Layer("roberta-base-qv", 768, 768, 24),
-        Layer("vit-b16-qv", 768, 768, 24),
-        Layer("roberta-large-qv", 1024, 1024, 48),
-        Layer("llama-7b-qv", 4096, 4096, 64),
-        Layer("llama3-8b-v", 4096, 1024, 32),  # grouped-query attention: fewer value heads than query heads
-        Layer("llama-7b-mlp", 4096, 11008, 64),  # gate and up
-    )
-}
+_ALL = (
+    Layer("roberta-base-qv", 768, 768, 24),
+    Layer("vit-b16-qv", 768, 768, 24),
+    Layer("roberta-large-qv", 1024, 1024, 48),
+    Layer("llama-7b-qv", 4096, 4096, 64),
+    Layer("llama3-8b-v", 4096, 1024, 32),  # grouped-query attention: fewer value heads than query heads
+    Layer("llama-7b-mlp", 4096, 11008, 64),  # gate and up
+)
+LAYERS = {layer.name: layer for layer in _ALL}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,13 +91,11 @@ class Case:
 def cpu_cases() -> list[Case]:
     """What two CPU cores do within minutes: encoder sizes in every form, a rectangular v, a decode step."""
     roberta, vit, gqa = LAYERS["roberta-base-qv"], LAYERS["vit-b16-qv"], LAYERS["llama3-8b-v"]
-    sizes = (
-        [Case(roberta, 4096, dtype, 26, form) for form in ("factored", "dropout") for dtype in ("float32", "bfloat16")]
-        + [Case(vit, 4096, dtype, 37, "tiled") for dtype in ("float32", "bfloat16")]
-        + [Case(gqa, 512, "float32", 8, form) for form in ("factored", "tiled")]
-        + [Case(gqa, 16, "bfloat16", 8, "factored"), Case(roberta, 1, "float32", 26, "factored")]
-    )
-    return sizes
+    dtypes = "float32", "bfloat16"
+    cases = [Case(roberta, 4096, dtype, 26, form) for form in ("factored", "dropout") for dtype in dtypes]
+    cases += [Case(vit, 4096, dtype, 37, "tiled") for dtype in dtypes]
+    cases += [Case(gqa, 512, "float32", 8, form) for form in ("factored", "tiled")]
+    return [*cases, Case(gqa, 16, "bfloat16", 8, "factored"), Case(roberta, 1, "float32", 26, "factored")]
 
 
 def gpu_grid() -> Iterator[Case]:

@@ -1,7 +1,5 @@
 """GenFT and its floors as workloads: this package's layer and its two halves, the official way, and bare products."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 

@@ -1,7 +1,5 @@
 """Runs providers on cases: the gate first, then the clocks, then memory and launches. Yields rows as they are done."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 

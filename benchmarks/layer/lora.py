@@ -3,8 +3,6 @@
 A and B are trained; their gradients are compared with those of that formula.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """The tensors of a case: random, equal for every provider, with an update of a chosen size beside W."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import zlib
@@ -41,7 +39,7 @@ class Problem:
         self.params = self._generator_parameters()
         self.config = dataclasses.replace(self.config, scaling=self._scaling(self._delta_norm()))
 
-    def with_ratio(self, ratio: float) -> Problem:
+    def with_ratio(self, ratio: float) -> "Problem":
         """The same tensors with another `ratio`."""
         other = copy.copy(self)
         other.ratio = ratio

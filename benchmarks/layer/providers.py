@@ -1,7 +1,5 @@
 """The registry: everything that is measured side by side, and what each one needs to run."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable

@@ -5,8 +5,6 @@ needed are compiled from their source files by themselves, unchanged, with stand
 use. Whatever fails here makes a provider unavailable, with the reason.
 """
 
-from __future__ import annotations
-
 import ast
 import functools
 import importlib

@@ -1,9 +1,6 @@
 """The command line that the measuring commands share: options, and the loop that stores and prints rows."""
 
-from __future__ import annotations
-
 import argparse
-import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,21 +9,21 @@ import torch
 
 from benchmarks.measure.rows import RESULTS, ResultStore, Row
 
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the profiler warns of memory that is older than itself
-
 INTERRUPTED = 130
 EXIT_STATUS = """
 exit status: 0; 1 if results are wrong or something failed; 2 for bad arguments; 130 if interrupted (finished rows are
 kept)."""
 
 
-def parser_of(module: str, description: str | None, epilog: str = "") -> argparse.ArgumentParser:
+def parser_of(
+    module: str, description: str | None, epilog: str = "", output: Path = RESULTS
+) -> argparse.ArgumentParser:
     """A parser with the options of every measuring command."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {module}", description=description, epilog=epilog + EXIT_STATUS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="default benchmarks/results")
+    parser.add_argument("--output", type=Path, default=output, metavar="DIR", help=f"default {output.name}")
     return parser
 
 

@@ -1,7 +1,5 @@
 """Where a number comes from: the fields that every result row carries."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import importlib.metadata

@@ -3,8 +3,6 @@
 A provider may be off by at most twice what plain PyTorch is off by at that dtype, for each tensor by itself.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import torch
@@ -41,7 +39,7 @@ class Expected:
     plain_error: dict[str, float]
 
     @classmethod
-    def of(cls, workload: Workload, dtype: torch.dtype) -> Expected:
+    def of(cls, workload: Workload, dtype: torch.dtype) -> "Expected":
         workload = workload.checked or workload
         exact = _evaluate(workload, torch.float64)
         plain = _evaluate(workload, dtype)

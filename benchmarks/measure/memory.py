@@ -1,7 +1,5 @@
 """What a call keeps for its backward, the most it holds at once, and how many kernels it launches."""
 
-from __future__ import annotations
-
 import json
 import os
 import tempfile

@@ -4,8 +4,6 @@ What a whole run has in common, `RUN_FIELDS`, is written once, as a line {"run":
 "run": 0. In memory every row has all its fields.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -42,7 +40,7 @@ class ResultStore:
     @classmethod
     def of_command(
         cls, device_name: str, suite: str, key: tuple[str, ...], root: Path, writes: bool = True
-    ) -> ResultStore:
+    ) -> "ResultStore":
         """The store of a command; where it cannot be read, or written, that ends the command with status 2."""
         try:
             store = cls(device_name, suite, key, root)

@@ -3,8 +3,6 @@
 Every time is in seconds.
 """
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import statistics

@@ -1,7 +1,5 @@
 """What a provider hands to the harness: a forward, its backward, and the tensors that get gradients."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 
@@ -34,7 +32,7 @@ class Workload:
     same_as: tuple[str | int, ...]
     frozen: tuple[Tensor, ...] = ()
     projections: int = 1
-    checked: Workload | None = None
+    checked: "Workload | None" = None
 
     def forward(self) -> tuple[Tensor, ...]:
         """The outputs, with their graph."""

@@ -1,7 +1,5 @@
 """`make bench-report`: docs/results.md, its plot and README's figures, from the result files and nothing else."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path
@@ -12,7 +10,6 @@ from benchmarks.measure.rows import RESULTS, Row, read_rows, write_rows
 from benchmarks.report import layer_tables, six_bars, step_tables, tables
 
 BEGIN, END = "<!-- measured: begin (make bench-report writes this) -->", "<!-- measured: end -->"
-TOLERANCE = 0.10  # of a ratio between two runs
 _INTRODUCTION = """\
 # Results
 
@@ -94,40 +91,22 @@ def _summary(devices: dict[str, dict[str, list[Row]]], bars: dict[str, six_bars.
     return "\n".join(parts)
 
 
-def compare(first: Path, second: Path) -> int:
-    """How well two runs of `make bench` agree; written as agreement.jsonl beside the first, where the report finds it.
-
-    Returns:
-        1 where a ratio of forward and backward to PEFT's LoRA is off by more than a tenth.
-
-    Raises:
-        ReportError: a file is missing, or they have no ratio in common.
-    """
-    for path in (first, second):
-        if not path.exists():
-            raise ReportError(f"{path} does not exist")
-    found = layer_tables.differences(read_rows(first), read_rows(second))
-    if not found:
-        raise ReportError("the files have no ratio in common")
-    for key, difference in sorted(found.items(), key=lambda item: -item[1]):
-        if difference > TOLERANCE:
-            print(f"{difference:6.1%}  {' '.join(str(field) for field in key)}")
-    row = layer_tables.agreement(found, TOLERANCE)
-    print(row)
-    write_rows(first.with_name("agreement.jsonl"), [row])
-    return int(row["worst"] > TOLERANCE)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Write everything and say what was written, or compare two runs."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default benchmarks/results")
     parser.add_argument("--root", type=Path, default=REPOSITORY, metavar="DIR", help="of README.md and docs/")
-    parser.add_argument("--compare", nargs=2, type=Path, metavar="FILE", help="two layer.jsonl of one machine")
+    compared = (
+        "two layer.jsonl: how well their ratios agree, for agreement.jsonl beside the first; 1 if not within 10 %"
+    )
+    parser.add_argument("--compare", nargs=2, type=Path, metavar="FILE", help=compared)
     options = parser.parse_args(argv)
     try:
         if options.compare:
-            return compare(*options.compare)
+            row = layer_tables.agreement(*(read_rows(path) for path in options.compare))
+            write_rows(options.compare[0].with_name("agreement.jsonl"), [row])
+            print(row)
+            return int(row["worst"] > layer_tables.TOLERANCE)
         written = write_report(options.results, options.root)
     except (ReportError, OSError, ValueError) as error:
         parser.error(str(error))

@@ -1,7 +1,5 @@
 """Rows of the suite "layer" as Markdown, and how far two runs of it agree."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Iterable
 
@@ -13,6 +11,7 @@ from benchmarks.report.tables import markdown, mebibytes, not_timed, number, rat
 
 SUITE = "layer"
 CASE = KEY[:-1]
+TOLERANCE = 0.10  # of a ratio between two runs
 INTRODUCTION = """\
 `make bench`: times are medians of milliseconds, of one layer; "both" is a forward and its backward, gradients for x and
 all that trains. A CPU's providers take turns, two calls each of which the faster counts, and a ratio is the median over
@@ -121,25 +120,24 @@ def _fraction(row: Row) -> str | None:
     return None if row["floor_fraction"] is None else f"{row['floor_fraction']:.0%}"
 
 
-# --- two runs -------------------------------------------------------------------------------------------------------
+def agreement(first: Iterable[Row], second: Iterable[Row]) -> Row:
+    """How far the ratios to PEFT's LoRA of two runs lie apart, relative to the smaller.
 
-
-def differences(first: list[Row], second: list[Row]) -> dict[tuple, float]:
-    """By row, how far the median ratios to PEFT's LoRA of two runs lie apart, relative to the smaller."""
+    Raises:
+        ValueError: they have no ratio in common.
+    """
     mine, other = (
-        {
-            tuple(row[field] for field in KEY): row["ratios"][BASELINE][1]
-            for row in rows
-            if BASELINE in row.get("ratios", ()) and row["provider"] != BASELINE
-        }
+        {tuple(row[field] for field in KEY): row["ratios"][BASELINE][1] for row in rows if _has_ratio(row)}
         for rows in (first, second)
     )
-    return {key: max(mine[key], other[key]) / min(mine[key], other[key]) - 1 for key in mine if key in other}
-
-
-def agreement(found: dict[tuple, float], tolerance: float) -> Row:
-    """The differences of two runs in a row."""
+    apart = [max(mine[key], other[key]) / min(mine[key], other[key]) - 1 for key in mine if key in other]
+    if not apart:
+        raise ValueError("the files have no ratio in common")
+    within = sum(each <= TOLERANCE for each in apart) / len(apart)
     return {
-        "ratios": len(found), "median": statistics.median(found.values()), "worst": max(found.values()),
-        "within_10_percent": sum(each <= tolerance for each in found.values()) / len(found),
+        "ratios": len(apart), "median": statistics.median(apart), "worst": max(apart), "within_10_percent": within
     }  # fmt: skip
+
+
+def _has_ratio(row: Row) -> bool:
+    return row["provider"] != BASELINE and BASELINE in row.get("ratios", ())

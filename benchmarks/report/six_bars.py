@@ -1,7 +1,5 @@
 """Six figures that matter to a user, good and bad: what GenFT costs relative to PEFT's LoRA of the same k."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Rows of the suite "model_step" as Markdown."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from benchmarks.measure.rows import Row

@@ -1,7 +1,5 @@
 """Markdown tables, and what every suite's tables share."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 from benchmarks.measure.rows import RUN_FIELDS, Row

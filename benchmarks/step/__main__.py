@@ -4,10 +4,7 @@ A step is the forward and backward of its micro-batches and AdamW's update; q an
 to benchmarks/results/<device>/model_step.jsonl.
 """
 
-from __future__ import annotations
-
 import argparse
-import dataclasses
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,9 +25,6 @@ SUITE = "model_step"
 KEY = ("model", "batch", "sequence", "accumulation", "dtype", "method")
 # What the others' time is divided by, turn by turn, where it ran.
 BASELINES = tuple(name for name in METHODS if name.startswith(("lora-", "official-")))
-EPILOG = """\
---model, --dtype and --accumulation choose among the default cases, --batch and --sequence change the size of those.
-"""
 
 
 def run(methods: Sequence[Method], cases: Sequence[StepCase], device: torch.device, seconds: float) -> Iterator[Row]:
@@ -135,14 +129,12 @@ def line(row: Row) -> str:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = command.parser_of("benchmarks.step", __doc__, EPILOG)
+    parser = command.parser_of("benchmarks.step", __doc__)
     command.add_device_option(parser)
     parser.add_argument("--method", nargs="+", choices=METHODS, metavar="NAME", help=f"default: {', '.join(METHODS)}")
     parser.add_argument("--model", nargs="+", choices=MODELS)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES)
     parser.add_argument("--accumulation", nargs="+", type=command.positive(int), metavar="N", help="micro-batches")
-    parser.add_argument("--batch", type=command.positive(int), metavar="N", help="sequences of a micro-batch")
-    parser.add_argument("--sequence", type=command.positive(int), metavar="N", help="tokens of a sequence")
     parser.add_argument(
         "--seconds", type=command.positive(float), default=8.0,
         help="clock time of a case, in which each method has at least three steps (default %(default)s)",
@@ -153,29 +145,16 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("transformers is not installed (pip install transformers)")
     # In the registry's order, whatever the order asked for.
     options.methods = [method for name, method in METHODS.items() if not options.method or name in options.method]
-    options.cases = _cases(options)
-    if not options.cases:
-        chosen = ", ".join(str(case) for case in default_cases(options.device))
-        parser.error(f"--model, --dtype and --accumulation match none of the cases: {chosen}")
-    fixed = [case.model.name for case in options.cases if case.model.fixed_sequence]
-    if options.sequence and fixed:
-        parser.error(f"--sequence: {fixed[0]} has {MODELS[fixed[0]].sequence} tokens an image")
-    return options
-
-
-def _cases(options: argparse.Namespace) -> list[StepCase]:
-    wanted = {
-        "model": options.model and [MODELS[name] for name in options.model],
-        "dtype_name": options.dtype, "accumulation": options.accumulation,
-    }  # fmt: skip
-    sizes = {"batch": options.batch, "sequence": options.sequence}
-    changes = {field: value for field, value in sizes.items() if value is not None}
-    cases = [
-        dataclasses.replace(case, **changes)
-        for case in default_cases(options.device)
-        if all(getattr(case, field) in values for field, values in wanted.items() if values)
+    wanted = {"model": options.model and [MODELS[name] for name in options.model]}
+    wanted |= {"dtype_name": options.dtype, "accumulation": options.accumulation}
+    cases = default_cases(options.device)
+    options.cases = [
+        case for case in cases if all(getattr(case, field) in values for field, values in wanted.items() if values)
     ]
-    return list(dict.fromkeys(cases))
+    if not options.cases:
+        known = "; ".join(str(case) for case in cases)
+        parser.error(f"--model, --dtype and --accumulation match none of the cases: {known}")
+    return options
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
 """The ways to fine-tune a whole model, each with the plain weights that it stands for."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +28,7 @@ class Method:
         k: hidden units of an adapted layer; None where none is adapted.
         context: what a step's micro-batches run in.
         micro_batches: the least number of them that it is meant for.
-        obstacle: why it cannot run, or None.
+        package: what must be installed.
     """
 
     name: str
@@ -40,7 +38,11 @@ class Method:
     k: int | None = None
     context: Callable[[nn.Module], contextlib.AbstractContextManager] = contextlib.nullcontext
     micro_batches: int = 1
-    obstacle: Callable[[], str | None] = lambda: None
+    package: str = "torch"
+
+    def obstacle(self) -> str | None:
+        """Why it cannot run, or None."""
+        return None if version(self.package) else f"{self.package} is not installed (pip install {self.package})"
 
     def build(self, base: nn.Module, dropout: bool = True) -> nn.Module:
         """`base` adapted. Frozen weights are shared with it; what trains is random, so that no gradient is zero."""
@@ -61,15 +63,9 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-# --- full fine-tuning and LoRA --------------------------------------------------------------------------------------
-
-
-def _all_trains(model: nn.Module, dropout: bool) -> None:
-    model.requires_grad_(True)
-
-
-def _weights_themselves(model: nn.Module) -> dict[str, Tensor]:
-    return dict(model.named_parameters())
+def _in_dtype_of_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    for parameter in trained(model).values():
+        parameter.data = parameter.data.to(dtype)
 
 
 def _lora(model: nn.Module, dropout: bool, rank: int) -> None:
@@ -78,8 +74,7 @@ def _lora(model: nn.Module, dropout: bool, rank: int) -> None:
 
     dtype = next(model.parameters()).dtype
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS), model)
-    for parameter in trained(model).values():
-        parameter.data = parameter.data.to(dtype)
+    _in_dtype_of_weights(model, dtype)
 
 
 def _lora_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -94,13 +89,6 @@ def _lora_weights(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _peft_missing() -> str | None:
-    return None if version("peft") else "PEFT is not installed (pip install peft)"
-
-
-# --- GenFT ----------------------------------------------------------------------------------------------------------
-
-
 def _genft(model: nn.Module, dropout: bool, preset: str) -> None:
     # Specific units that start at zero, as vtab's do, would not train; they cost the same.
     settings = {"init_specific_down": "kaiming_uniform", **({} if dropout else {"dropout": 0.0})}
@@ -112,9 +100,7 @@ def _official(model: nn.Module, dropout: bool, preset: str) -> None:
     _genft(model, dropout, preset)
     for layer in adapted_layers(model).values():
         layer.forward = functools.partial(_official_forward, layer)
-    dtype = layer.weight.dtype
-    for parameter in trained(model).values():
-        parameter.data = parameter.data.to(dtype)
+    _in_dtype_of_weights(model, layer.weight.dtype)
 
 
 def _official_forward(layer: GenFTLinear, x: Tensor) -> Tensor:
@@ -130,34 +116,28 @@ def _genft_weights(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-# --- the registry ---------------------------------------------------------------------------------------------------
-
-
-def _registry() -> list[Method]:
-    ranks = {preset: GenFTConfig.preset(preset, init_specific_down="kaiming_uniform").hidden_dim for preset in _FORMS}
-    methods = [Method("full", "full fine-tuning", _all_trains, _weights_themselves)]
+def _registry() -> Iterator[Method]:
+    forms = {"fast": "fast (factored)", "vtab": "vtab (tiled, dropout)"}
+    ranks = {preset: GenFTConfig.preset(preset, init_specific_down="kaiming_uniform").hidden_dim for preset in forms}
+    partial = functools.partial
+    yield Method(
+        "full", "full fine-tuning", lambda model, dropout: model.requires_grad_(True),
+        lambda model: dict(model.named_parameters()),
+    )  # fmt: skip
     for k in ranks.values():
-        adapt = functools.partial(_lora, rank=k)
-        methods.append(Method(lora_of(k), f"PEFT LoRA, rank {k}", adapt, _lora_weights, k, obstacle=_peft_missing))
-    for preset, form in _FORMS.items():
-        adapt = functools.partial(_official, preset=preset)
-        methods.append(Method(f"official-{preset}", f"official way, {form}", adapt, _genft_weights, ranks[preset]))
-    for preset, form in _FORMS.items():
-        adapt = functools.partial(_genft, preset=preset)
-        methods.append(Method(f"genft-{preset}", f"GenFT, {form}", adapt, _genft_weights, ranks[preset]))
-        methods.append(
-            Method(
-                f"genft-{preset}-accumulate", f"GenFT, {form}, accumulate", adapt, _genft_weights, ranks[preset],
-                accumulate, 2,
-            )
-        )  # fmt: skip
-    return methods
+        yield Method(lora_of(k), f"PEFT LoRA, rank {k}", partial(_lora, rank=k), _lora_weights, k, package="peft")
+    for preset, form in forms.items():
+        adapt = partial(_official, preset=preset)
+        yield Method(f"official-{preset}", f"official way, {form}", adapt, _genft_weights, ranks[preset])
+    for preset, form in forms.items():
+        name, rest = f"genft-{preset}", (partial(_genft, preset=preset), _genft_weights, ranks[preset])
+        yield Method(name, f"GenFT, {form}", *rest)
+        yield Method(f"{name}-accumulate", f"GenFT, {form}, accumulate", *rest, accumulate, 2)
 
 
-def lora_of(k: int) -> str:
+def lora_of(k: int | None) -> str:
     """The name of the LoRA of rank k."""
     return f"lora-{k}"
 
 
-_FORMS = {"fast": "fast (factored)", "vtab": "vtab (tiled, dropout)"}
 METHODS = {method.name: method for method in _registry()}

@@ -1,7 +1,5 @@
 """One training step of a model: its clock, and the gate that it passes first."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import statistics
@@ -65,16 +63,18 @@ class Step:
 def clock(step: Step, device: torch.device) -> Callable[[], timing.Sample]:
     """Times a step, and of that what the generator takes, forward and backward, in seconds."""
 
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
     def once() -> timing.Sample:
         generations = step.generations
-        _synchronise(device)
+        synchronize()
         start = time.perf_counter()
         with _generator_spans(device) as spans:
             step.run()
-        _synchronise(device)
+        synchronize()
         seconds = time.perf_counter() - start
-        in_generator = sum(_seconds(*span) for span in spans)
-        return {"step": seconds, "generator": in_generator, "generations": step.generations - generations}
+        times = (1e-3 * begin.elapsed_time(end) if device.type == "cuda" else end - begin for begin, end in spans)
+        return {"step": seconds, "generator": sum(times), "generations": step.generations - generations}
 
     return once
 
@@ -107,15 +107,6 @@ def _now(device: torch.device):
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
-
-
-def _seconds(begin, end) -> float:
-    return end - begin if isinstance(begin, float) else 1e-3 * begin.elapsed_time(end)
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 # --- the gate -------------------------------------------------------------------------------------------------------
