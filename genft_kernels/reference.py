@@ -90,9 +90,21 @@ def factored_linear(
     """
     check_linear(x, weight, bias)
     check_factors(h, b, weight)
-    update = activate(activation, b.to(weight) @ h.to(weight).T)  # [out, in]
-    update = update * _mask(weight, ROW_STREAM, dropout if training else 0.0, seed)
+    update = _factored_update(weight, h, b, activation, ROW_STREAM, dropout if training else 0.0, seed)
     return F.linear(x, weight + scale * update, bias)
+
+
+def _factored_update(
+    weight: torch.Tensor,
+    h: torch.Tensor,
+    b: torch.Tensor,
+    activation: str,
+    stream: int,
+    dropout: float,
+    seed: int | torch.Tensor | None,
+) -> torch.Tensor:
+    """drop(psi(b h^T))  [out, in], in the weight's dtype."""
+    return activate(activation, b.to(weight) @ h.to(weight).T) * _mask(weight, stream, dropout, seed)
 
 
 def _bottleneck(

@@ -1,0 +1,107 @@
+"""`PeftGenFTConfig`: this package's settings and PEFT's common ones in one configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import InitVar, dataclass
+from typing import Any
+
+from peft import PeftConfig
+
+from ...config import PRESETS, GenFTConfig
+from .types import GENFT
+
+# What the names of all of an adapter's parts begin with.
+PREFIX = "genft_"
+
+# The fields here that are GenFTConfig's, under other names where PEFT has taken theirs.
+_RENAMED = {"bias": "generator_bias"}
+# Those that choose modules: PEFT's own matching reads them.
+_CHOICES = ("target_modules", "exclude_modules", "modules_to_save")
+SETTINGS = tuple(field.name for field in dataclasses.fields(GenFTConfig) if field.name not in _CHOICES)
+
+
+@dataclass
+class PeftGenFTConfig(PeftConfig):
+    """Settings of a GenFT adapter in PEFT.
+
+    Args:
+        preset: "glue", "vtab", "llama" or "fast", for all settings that are not given (docs/method.md#settings).
+        shared_dim, specific_dim, inner_activation, outer_activation, dropout, weight_ratio, ratio_scope, scaling,
+            transform, tie_specific, delta_layout, init_shared, init_specific_down, init_specific_up, zero_delta,
+            fused_blocks: as in `genft_kernels.GenFTConfig`; None is the preset's, or the default there.
+        generator_bias: `GenFTConfig`'s `bias`.
+        target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as in PEFT's
+            `LoraConfig`; None targets the query and value projections of the model types that PEFT knows.
+        init_weights: False draws all units, also those that `zero_delta` would start at zero.
+        fan_in_fan_out: ignored, because layers tell by themselves (transformers' `Conv1D`).
+        bias: only "none": the frozen layers' biases do not train.
+        target_parameters: not supported.
+        fingerprints: of the weights that the adapter was trained on, in files; loading it onto others raises.
+
+    Raises:
+        ValueError: a bad value; the message names the field.
+    """
+
+    preset: str | None = None
+    shared_dim: int | None = None
+    specific_dim: int | None = None
+    inner_activation: str | None = None
+    outer_activation: str | None = None
+    dropout: float | None = None
+    generator_bias: bool | None = None
+    weight_ratio: float | str | None = None
+    ratio_scope: str | None = None
+    scaling: float | None = None
+    transform: str | None = None
+    tie_specific: bool | None = None
+    delta_layout: str | None = None
+    init_shared: str | None = None
+    init_specific_down: str | None = None
+    init_specific_up: str | None = None
+    zero_delta: bool | None = None
+    fused_blocks: dict[str, Any] | None = None
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    init_weights: bool = True
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    target_parameters: list[str] | None = None
+    fingerprints: dict[str, Any] | None = dataclasses.field(default=None, repr=False)
+    # The rest of a file of save_adapter's.
+    config: InitVar[dict[str, Any] | None] = None
+    format: InitVar[str | None] = None
+    format_version: InitVar[int | None] = None
+    genft_kernels_version: InitVar[str | None] = None
+    tensors_sha256: InitVar[str | None] = None
+
+    def __post_init__(self, config: dict[str, Any] | None, *rest: Any) -> None:
+        super().__post_init__()
+        self.peft_type = GENFT
+        if self.bias != "none":
+            raise ValueError(f"bias must be 'none', got {self.bias!r}: the frozen layers' biases do not train")
+        if self.target_parameters:
+            raise ValueError("target_parameters is not supported: name modules in target_modules")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern has a meaning only with layers_to_transform")
+        if self.preset is not None and self.preset not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {self.preset!r}")
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+        settings = GenFTConfig().to_dict() | PRESETS.get(self.preset or "", {}) | (config or {})
+        for name in SETTINGS:
+            field = _RENAMED.get(name, name)
+            if getattr(self, field) is None:
+                setattr(self, field, settings[name])
+        self.native()
+
+    def native(self) -> GenFTConfig:
+        """The settings of the update alone, which know of no modules."""
+        settings = {name: getattr(self, _RENAMED.get(name, name)) for name in SETTINGS}
+        if not self.init_weights:
+            settings["zero_delta"] = False
+        return GenFTConfig(**settings)

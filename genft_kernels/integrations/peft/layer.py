@@ -1,0 +1,181 @@
+"""`GenFTLayer`: a frozen linear layer within a PEFT model, with one update for each of its adapters."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from ...generator import GenFTGenerator
+from ...modules import check_adaptable, is_conv1d
+from ...sharing.source import is_tensor_subclass
+from ...together import updated_linear
+from ...units import GenFTUpdate
+
+BASE = "__base__"  # PEFT's name for the model without an adapter
+
+
+class StoredGenerator(GenFTGenerator):
+    """A generator whose tensors are in a container of PEFT's, `{in}x{out}_{name}` each.
+
+    PEFT takes an adapter's name out of a key only beside the key's last part, so a tensor's key ends right after it.
+    """
+
+    def __init__(self, shape: tuple[int, int], config: Any, container: nn.ParameterDict) -> None:
+        super().__init__(*shape, config)
+        for name in self.tensor_names:
+            container[self._key(name)] = self._parameters.pop(name)
+        self.__dict__["container"] = container  # not registered: the tuner has it
+
+    def forward(self) -> dict[str, Tensor]:
+        return {name: self.container[self._key(name)] for name in self.tensor_names}
+
+    @property
+    def sharded(self) -> bool:
+        return any(is_tensor_subclass(tensor) for tensor in self().values())
+
+    def _key(self, name: str) -> str:
+        return f"{self.in_features}x{self.out_features}_{name}"
+
+
+class AdapterUpdate(GenFTUpdate):
+    """One adapter's own units in one layer, which holds the weight."""
+
+    def __init__(self, layer: GenFTLayer, generator: GenFTGenerator, blocks: tuple[int, tuple[int, ...]] | None):
+        super().__init__()
+        self.__dict__.update(layer=layer, generator=generator)  # not registered: they have owners
+        self._fan_in_fan_out = layer.fan_in_fan_out
+        out_features, in_features = self.frozen_weight.shape
+        self.join(generator, "auto", (in_features, out_features), blocks)
+
+    @property
+    def stored_weight(self) -> Tensor:
+        return self.layer.stored_weight
+
+
+class GenFTLayer(nn.Module, BaseTunerLayer):
+    """A frozen `nn.Linear` or transformers `Conv1D` with GenFT adapters.
+
+    Raises:
+        TypeError, ValueError: the layer cannot be adapted; the message says why.
+    """
+
+    # The adapters' units here, and what the tuner holds for all layers: PEFT switches both on and off.
+    adapter_layer_names = ("genft_own", "genft_shared")
+    other_param_names = ()
+
+    def __init__(self, base_layer: nn.Module, shared: nn.ModuleDict) -> None:
+        super().__init__()
+        check_adaptable(base_layer)
+        # The same dictionaries, so that hooks on the base layer go on working. Its forward is called, never itself.
+        self.__dict__.update({name: value for name, value in vars(base_layer).items() if "_hooks" in name})
+        self._is_full_backward_hook = base_layer._is_full_backward_hook
+        self.base_layer = base_layer
+        self.fan_in_fan_out = is_conv1d(base_layer)
+        self.genft_own = nn.ModuleDict()
+        self.__dict__["genft_shared"] = shared  # not registered: one key in a state dict, and it is the tuner's
+        self._frozen: dict[str, nn.Parameter] = {}  # "weight" while it is merged; a dict, so that it is not registered
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.train(base_layer.training)
+
+    def update_layer(
+        self, adapter_name: str, generator: GenFTGenerator, blocks: tuple[int, tuple[int, ...]] | None = None
+    ) -> None:
+        """Add an adapter."""
+        update = AdapterUpdate(self, generator, blocks)
+        self.genft_own[adapter_name] = update.train(self.training)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters)
+
+    @property
+    def stored_weight(self) -> Tensor:
+        """W as the base layer stores it, merged or not."""
+        return self._frozen.get("weight", self.base_layer.weight)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """dW in the orientation in which W is stored, without dropout."""
+        delta = self.genft_own[adapter].delta_weight()
+        return delta.t() if self.fan_in_fan_out else delta
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Rebind the base layer's weight to W with the adapters' updates, rounded once; W itself is kept.
+
+        Raises:
+            ValueError: `safe_merge`, and the merged weight would hold NaN or infinity.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.genft_own]
+        if not names:
+            return
+        merged = self.stored_weight
+        for name in (*self.merged_adapters, *names):
+            merged = merged + self.get_delta_weight(name)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
+        self._frozen.setdefault("weight", self.base_layer.weight)
+        merged = merged.to(self.stored_weight.dtype).contiguous()
+        self.base_layer.weight = nn.Parameter(merged, requires_grad=False)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Give the base layer the very W that it had."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.base_layer.weight = self._frozen.pop("weight")
+        self.merged_adapters.clear()
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        if adapter_names is not None:
+            return self._mixed(x, adapter_names)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
+            return self.base_layer.forward(x, *args, **kwargs)
+        return self._updated(x, self.active_adapters)
+
+    def _updated(self, x: Tensor, adapters: list[str]) -> Tensor:
+        updates = [self.genft_own[name] for name in adapters if name in self.genft_own]
+        if not updates:
+            return self.base_layer.forward(x)
+        weight = self.stored_weight
+        x = x if torch.is_autocast_enabled(x.device.type) else self._cast_input_dtype(x, weight.dtype)
+        return updated_linear(x, weight.t() if self.fan_in_fan_out else weight, self.base_layer.bias, updates)
+
+    def _mixed(self, x: Tensor, adapter_names: list[str]) -> Tensor:
+        """A batch whose samples [batch, ...] have an adapter each, `__base__` for none."""
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        if self.disable_adapters:
+            return self.base_layer.forward(x)
+        places, outputs = [], []
+        for name in dict.fromkeys(adapter_names):
+            samples = [index for index, wanted in enumerate(adapter_names) if wanted == name]
+            places += samples
+            outputs.append(self._updated(x[samples], [name]))
+        order = torch.tensor(places, device=x.device).argsort()
+        return torch.cat(outputs)[order]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> GenFTLayer:
+        super()._apply(fn, recurse)
+        for frozen in self._frozen.values():  # not registered, so it is moved by hand
+            frozen.data = fn(frozen.data)
+        return self
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the update is an addition to W: PEFT's `convert_to_lora` takes the largest singular values of it."""
+        return True
+
+    def __repr__(self) -> str:
+        return "genft." + super().__repr__()

@@ -1,0 +1,147 @@
+"""`PeftGenFTModel`: the tuner that PEFT makes for a `PeftGenFTConfig`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from ...config import GenFTConfig
+from ...generator import GenFTGenerator
+from ...matching import ends
+from .config import PREFIX, PeftGenFTConfig
+from .layer import BASE, GenFTLayer, StoredGenerator
+
+
+class PeftGenFTModel(BaseTuner):
+    """GenFT for all targeted layers of a model; layers of one weight shape share a generator in each adapter.
+
+    `genft_shared` has each adapter's shared tensors, under one key each.
+    """
+
+    uses_shared_state = True
+    prefix = PREFIX
+    tuner_layer_cls = GenFTLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As ever; and the adapter gets its place for shared tensors."""
+        if "genft_shared" not in self._modules:
+            self.genft_shared = nn.ModuleDict()
+            self._generators: dict[str, dict[tuple[int, int], GenFTGenerator]] = {}
+        # PEFT looks after those within `model`; an adapter that is added must not make others train.
+        trains = [(parameter, parameter.requires_grad) for parameter in self.genft_shared.parameters()]
+        self.genft_shared[adapter_name] = nn.ParameterDict()
+        self._generators[adapter_name] = {}
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except BaseException:
+            self._forget(adapter_name)
+            raise
+        for parameter, train in trains:
+            parameter.requires_grad_(train)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As ever, with the adapter's shared tensors."""
+        super().delete_adapter(adapter_name)
+        self._forget(adapter_name)
+
+    def _forget(self, adapter_name: str) -> None:
+        if adapter_name in self.genft_shared:  # else its last layer has taken it away
+            del self.genft_shared[adapter_name]
+        self._generators.pop(adapter_name, None)
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftGenFTConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        layer = target
+        if not isinstance(target, GenFTLayer):
+            if isinstance(target, BaseTunerLayer):
+                raise TypeError(f"{current_key!r} has an adapter of another kind: {type(target).__name__}")
+            try:
+                layer = GenFTLayer(target, self.genft_shared)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"Target module {current_key!r} is not supported. {error}") from None
+        native = peft_config.native()
+        blocks = _blocks(native, current_key)
+        generator = self._generator(adapter_name, native, layer, blocks)
+        layer.update_layer(adapter_name, generator, blocks)
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _generator(
+        self, adapter_name: str, native: GenFTConfig, layer: GenFTLayer, blocks: tuple[int, tuple[int, ...]] | None
+    ) -> GenFTGenerator:
+        """The adapter's generator for the layer's shape, made if this is the first such layer."""
+        weight = layer.stored_weight
+        out_features, in_features = weight.shape[::-1] if layer.fan_in_fan_out else weight.shape
+        shape = in_features, out_features // (blocks[0] if blocks else 1)
+        generators = self._generators[adapter_name]
+        if shape not in generators:
+            generators[shape] = StoredGenerator(shape, native, self.genft_shared[adapter_name])
+        return generators[shape]
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            for parameter in self.genft_shared[adapter_name].parameters():
+                if parameter.dtype in (torch.float16, torch.bfloat16):
+                    parameter.data = parameter.data.float()
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Within the context, `adapter_names` of a call reach the layers."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        known = {name for module in self.modules() if isinstance(module, GenFTLayer) for name in module.genft_own}
+        unknown = sorted(set(names) - known - {BASE})
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        beams = kwargs.get("num_beams")
+        repeated = names
+        if isinstance(beams, int) and beams > 1:  # each sample is repeated so often, but not in an encoder
+            repeated = [name for name in names for _ in range(beams)]
+        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
+        within_encoder = set() if encoder is None or encoder is self.model else set(encoder.modules())
+        handles = [
+            module.register_forward_pre_hook(
+                partial(_pass_names, names=names if module in within_encoder else repeated), with_kwargs=True
+            )
+            for module in self.modules()
+            if isinstance(module, (GenFTLayer, AuxiliaryTrainingWrapper))
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _pass_names(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], names: list[str]) -> Any:
+    return args, {**kwargs, "adapter_names": names}
+
+
+def _blocks(native: GenFTConfig, path: str) -> tuple[int, tuple[int, ...]] | None:
+    """The entry of `fused_blocks` for a module, if it has one."""
+    fused = native.fused_blocks or {}
+    return next((fused[end] for end in ends(path) if end in fused), None)

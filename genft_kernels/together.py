@@ -1,0 +1,109 @@
+"""A frozen linear layer with several updates at once: y = x (W + dW_1 + dW_2 + ...)^T + bias, in one accumulator.
+
+A rounded output never has another one added to it (docs/method.md#precision): factored updates put their factors side
+by side, which is one update again; others are folded into one transient W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _torch_private, backends, reference
+from .checks import check_linear, check_transforms
+from .config import GenFTConfig, is_factored
+from .parameters import GeneratorParameters
+from .units import GenFTUpdate
+from .update import Factors, apply_factors, compute_dtype, forward_seed, generate_factors
+
+
+class _Part(NamedTuple):
+    """One update of one block of W, generated."""
+
+    factors: Factors
+    config: GenFTConfig
+    dropout: float  # in effect
+    seed: Tensor | None
+
+    @property
+    def factored(self) -> bool:
+        return is_factored(self.config.outer_activation, self.dropout)
+
+
+def updated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[GenFTUpdate]) -> Tensor:
+    """y [..., out] in x's dtype, or in autocast's, from the frozen W [out, in] and its updates, one at least.
+
+    Raises:
+        ValueError: the updates are of different blocks of W; an argument does not fit.
+    """
+    check_linear(x, weight, bias)
+    count, adapted = updates[0].blocks
+    for update in updates[1:]:
+        if update.blocks != (count, adapted):
+            raise ValueError(
+                f"updates of different blocks of one weight cannot act together: blocks {list(adapted)} of {count}, "
+                f"and {list(update.blocks[1])} of {update.blocks[0]}"
+            )
+    dtype = compute_dtype(x)
+    backend = backends.choose(updates[0].backend, x.device, dtype)
+    check_transforms(backend)
+    generated = [_generated(update, x, dtype, backend) for update in updates]
+    if count == 1:
+        return _applied(x, weight, bias, [parts[0] for parts in generated], backend)
+    biases: Sequence[Tensor | None] = (None,) * count if bias is None else bias.chunk(count)
+    outputs = []
+    for index, (block, part_of_bias) in enumerate(zip(weight.chunk(count), biases, strict=True)):
+        if index in adapted:
+            parts = [parts[adapted.index(index)] for parts in generated]
+            outputs.append(_applied(x, block, part_of_bias, parts, backend))
+        else:
+            outputs.append(F.linear(x, block, part_of_bias))
+    return torch.cat(outputs, -1)
+
+
+def _generated(update: GenFTUpdate, x: Tensor, dtype: torch.dtype, backend: str) -> list[_Part]:
+    """The update of each adapted block; with those of the other layers of its shape where that can be."""
+    config, training = update.config, update.training
+    dropout = config.dropout if training else 0.0
+    seeds = [
+        forward_seed(None, x.device, training, dropout, config.outer_activation, dtype, backend)
+        for _ in update.blocks[1]
+    ]
+    # A compiled graph cannot hold what outlives it, and sharded parameters cannot be watched.
+    if torch.compiler.is_compiling() or update.sharded or _torch_private.tensors_are_fake():
+        of_layer = (t if t is None or t.dim() == 1 else t[None] for t in update.parameters_of_generator())
+        params = GeneratorParameters(*of_layer)
+        options = dict(dtype=dtype, dropout=dropout, backend=backend)
+        blocks = update.source().blocks
+        factors = [
+            generate_factors([block], params, config, seed=seed, **options).unbind()[0]
+            for block, seed in zip(blocks, seeds, strict=True)
+        ]
+    else:
+        factors = update.generator.group.factors_for(update, dtype, backend, seeds)
+    return [_Part(each, config, dropout, seed) for each, seed in zip(factors, seeds, strict=True)]
+
+
+def _applied(x: Tensor, weight: Tensor, bias: Tensor | None, parts: list[_Part], backend: str) -> Tensor:
+    if len(parts) == 1:
+        factors, config, dropout, seed = parts[0]
+        return apply_factors(x, weight, bias, factors, config.scaling, config.outer_activation, dropout, seed, backend)
+    if all(part.factored for part in parts):
+        scales = {part.config.scaling for part in parts}
+        scale = scales.pop() if len(scales) == 1 else 1.0
+        h = torch.cat([part.factors.h for part in parts], 1)  # [in, k1 + k2 + ...]
+        b = torch.cat([part.factors.b * (part.config.scaling / scale) for part in parts], 1)
+        stream = parts[0].factors.stream
+        return apply_factors(x, weight, bias, Factors(h, b, stream), scale, "identity", 0.0, parts[0].seed, backend)
+    dtype = compute_dtype(x)
+    wide = torch.promote_types(dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        folded = weight.to(wide)
+        for (h, b, stream), config, dropout, seed in parts:
+            update = reference._factored_update(folded, h, b, config.outer_activation, stream, dropout, seed)
+            folded = folded + config.scaling * update
+        return F.linear(x.to(wide), folded, None if bias is None else bias.to(wide)).to(dtype)
