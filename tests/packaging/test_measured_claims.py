@@ -103,5 +103,9 @@ def test_learning_rates():
         failing = min(rate for rate, value in mine.items() if rate > good[-1] and value < 0.816)
         low, high, fails = (f"{rate:.0e}".replace("e-0", "e-") for rate in (good[0], good[-1], failing))
         said(f"| {title} | {low} to {high} | {fails} |", "docs/using.md")
+    said("| `fast` | tanh, identity, 0 | factored | no update | 1e-3 to 2e-3 |")
+    said("| `glue` | identity, identity, 0.1 | tiled | a random update | 2e-3 to 1e-2 |")
+    said("five times the upper one fails for `fast`")
+    assert accuracy["fast", 5 * 2e-3] < 0.25
     probe = max(value for (name, _), value in accuracy.items() if name == "probe")
     assert round(probe, 3) == 0.816
