@@ -19,6 +19,7 @@ from tests.helpers.cases import (
     relative_error,
     run,
     runnable,
+    slow_if_interpreted,
     with_seed,
 )
 
@@ -60,8 +61,8 @@ def generated(weights, layers, shared, case, backend):
 @pytest.mark.parametrize("on", RUNNERS)
 @pytest.mark.parametrize("strides", ["equal", "different"])
 @pytest.mark.parametrize(
-    "name", ["factored-wide-bias", "tiled-tall-bias", "dropout-tiled-bias-out_in", "ratio-all-rms-tiled", "row-tiled",
-             "column-tiled-bias"]
+    "name", ["factored-wide-bias", pytest.param("tiled-tall-bias", marks=slow_if_interpreted), "row-tiled",
+             "dropout-tiled-bias-out_in", "ratio-all-rms-tiled", "column-tiled-bias"]
 )  # fmt: skip
 def test_layers_in_one_call_equal_each_alone(name, strides, on):
     case = case_of(name)
@@ -89,7 +90,10 @@ def test_layers_in_one_call_equal_each_alone(name, strides, on):
 
 
 @pytest.mark.parametrize("on", RUNNERS)
-@pytest.mark.parametrize("name", ["dropout-square", "dropout-tiled-bias-out_in", "column-tiled-bias", "row-tiled"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("dropout-square", marks=slow_if_interpreted), "dropout-tiled-bias-out_in",
+             "column-tiled-bias", "row-tiled"]
+)  # fmt: skip
 def test_dropout_follows_the_seed(name, on):
     case = case_of(name)
     data = make_data(case, torch.float32).to(on.device)

@@ -9,7 +9,7 @@ from genft_kernels import reference
 from genft_kernels.backends.eager import rounding as stochastic_rounding
 from genft_kernels.backends.eager.rounding import round_stochastically
 from genft_kernels.functional import genft_linear
-from tests.helpers.cases import Case, Runner, make_data, runnable
+from tests.helpers.cases import Case, Runner, make_data, runnable, slow_if_interpreted
 
 PATHS = {
     "factored": dict(inner_activation="tanh"),
@@ -29,9 +29,9 @@ def gain(actual: torch.Tensor, without: torch.Tensor, update: torch.Tensor) -> f
     return ((actual.double() - without) * update).sum().item() / update.square().sum().item()
 
 
-def gains(settings: dict, dtype: torch.dtype, tokens: int, biased: bool, on: Runner, seed: int) -> torch.Tensor:
+def gains(settings: dict, dtype: torch.dtype, biased: bool, on: Runner, seed: int) -> torch.Tensor:
     """Delta gain of y and of dx at |dW| = |W| / 1000, [2], in a layer with or without a bias."""
-    case = Case("gain", 200, 150, settings, leading=(tokens,), seed=seed)
+    case = Case("gain", 200, 150, settings, leading=(140,), seed=seed)
     data = make_data(case).to(dtype)
     exact = data.to(torch.float64)
     delta = reference.delta_weight(exact.weight, exact.params, case.config, training=True, seed=seed).detach()
@@ -47,13 +47,15 @@ def gains(settings: dict, dtype: torch.dtype, tokens: int, biased: bool, on: Run
 
 
 @pytest.mark.parametrize("on", runnable())
-# Few and many tokens, with a bias and without: a backend may take different paths.
-@pytest.mark.parametrize("tokens, biased", [(100, True), (140, False), (140, True)], ids=["few", "many", "many-biased"])
+# With a bias and without, a backend may take different paths.
+@pytest.mark.parametrize(
+    "biased", [pytest.param(False, id="unbiased", marks=slow_if_interpreted), pytest.param(True, id="biased")]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, *(pytest.param(t, marks=pytest.mark.slow) for t in WIDER)], ids=str)
 @pytest.mark.parametrize("settings", PATHS.values(), ids=PATHS)
-def test_delta_gain_at_a_thousandth(settings, dtype, tokens, biased, on):
+def test_delta_gain_at_a_thousandth(settings, dtype, biased, on):
     seeds = 4 if dtype == torch.bfloat16 else 1  # one bfloat16 gain of this size has a standard deviation of 0.026
-    values = sum(gains(settings, dtype, tokens, biased, on, seed) for seed in range(seeds)) / seeds
+    values = sum(gains(settings, dtype, biased, on, seed) for seed in range(seeds)) / seeds
     assert ((values >= 0.95) & (values <= 1.05)).all(), values
 
 
