@@ -45,22 +45,22 @@ FAULTS = [
     Fault(
         "contraction: dh from the untransposed tile",
         BACKENDS + "triton/contract.py",
-        "part = tl.dot(tl.trans(p.to(right.dtype)), right",
-        "part = tl.dot(p.to(right.dtype), right",
+        "part = tl.dot(tl.trans(p), right",
+        "part = tl.dot(p, right",
         INTERPRETED,
     ),
     Fault(
         "contraction: slope forgotten",
         BACKENDS + "triton/contract.py",
-        "p = scale * g * activation_slope(s, ACTIVATION)",
-        "p = scale * g",
+        "g *= scale * activation_slope(s, ACTIVATION)",
+        "g *= scale",
         INTERPRETED,
     ),
     Fault(
         "contraction: dropout forgotten in backward",
         BACKENDS + "triton/contract.py",
-        "        p *= keep_tile(",
-        "        p += 0 * keep_tile(",
+        "        g *= keep_tile(",
+        "        g += 0 * keep_tile(",
         INTERPRETED,
     ),
     Fault(
@@ -72,9 +72,9 @@ FAULTS = [
     ),
     Fault(
         "row: every layer draws the first one's mask",
-        BACKENDS + "triton/row.py",
-        "key = tl.load(seed + layer)",
-        "key = tl.load(seed)",
+        BACKENDS + "triton/math.py",
+        "return tl.load(seeds + layer)",
+        "return tl.load(seeds)",
         GROUPED,
     ),
     Fault(
@@ -87,8 +87,8 @@ FAULTS = [
     Fault(
         "row: last tile of out not summed",
         BACKENDS + "triton/row.py",
-        "for start in range(0, n_out, BLOCK_OUT):",
-        "for start in range(0, n_out - BLOCK_OUT + 1, BLOCK_OUT):",
+        "n_out, BLOCK_OUT):\n        rows = start + tl.arange(0, BLOCK_OUT)\n        s =",
+        "n_out - BLOCK_OUT + 1, BLOCK_OUT):\n        rows = start + tl.arange(0, BLOCK_OUT)\n        s =",
         INTERPRETED,
     ),
     Fault(
@@ -107,7 +107,7 @@ FAULTS = [
     ),
     Fault(
         "fold: rounded to nearest",
-        BACKENDS + "triton/contract.py",
+        BACKENDS + "triton/fold.py",
         "if DROPPED_BITS > 0:",
         "if DROPPED_BITS > 99:",
         ["tests/backends/test_triton.py", "tests/ops/test_precision.py", "-k", "triton"],
@@ -115,8 +115,8 @@ FAULTS = [
     Fault(
         "eager: update added to a rounded y",
         BACKENDS + "eager/operations.py",
-        "    if not _is_16_bit(weight):\n        return F.linear(tokens",
-        "    if True:\n        return F.linear(tokens",
+        "    y.addmm_(tokens, weight.t())",
+        "    y.add_(tokens @ weight.t())",
         EAGER,
     ),
     Fault(
