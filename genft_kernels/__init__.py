@@ -2,7 +2,7 @@
 
 from . import reference
 from ._version import __version__ as __version__
-from .adapt import apply_genft, disabled, explain, merge, remove_genft, trainable_summary, unmerge
+from .adapt import apply_genft, disabled, explain, merge, remove_genft, unmerge
 from .config import GenFTConfig
 from .fidelity import fidelity_report
 from .files.adapter import load_adapter, save_adapter
@@ -10,6 +10,7 @@ from .files.lora import export_lora
 from .modules import GenFTGenerator, GenFTLinear
 from .parameters import GeneratorParameters
 from .sharing.accumulate import accumulate
+from .summary import trainable_summary
 
 __all__ = [
     "GenFTConfig",

@@ -11,12 +11,15 @@ from typing import NamedTuple
 from torch import nn
 
 from . import backends
-from .arguments import check_type
+from .arguments import check_flag, check_type, warn
 from .config import GenFTConfig, check_config
+from .first_forward import FirstForward
 from .generator import GenFTGenerator
+from .instance_forward import carry_instance_forward, return_instance_forward
 from .matching import FullMatch, full_matches
 from .modules import GenFTLinear, adapter_dtype
 from .parameters import shared_shapes, specific_shapes
+from .saved_modules import beside, check_can_return, keep_untied, let_tie, tied_again, trained_copies
 from .targets import Target, find_modules_to_save, find_targets
 
 GENERATORS = "genft_generators"
@@ -30,6 +33,8 @@ class AdapterState:
     config: GenFTConfig
     required_grad: dict[str, bool]  # by parameter name, as it was before
     saved_modules: dict[str, nn.Module]  # the originals of `modules_to_save`, by path
+    layers: tuple[str, ...]  # the adapted ones, by path
+    first_forward: FirstForward
 
 
 def apply_genft(model: nn.Module, config: GenFTConfig, *, backend: str = "auto") -> nn.Module:
@@ -87,9 +92,8 @@ def adapt_as_planned(model: nn.Module, config: GenFTConfig, plan: Plan, backend:
     required_grad = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     # What can fail is done before the model is touched, but that adapting freezes a weight.
     generators = _make_generators(targets, config)
+    trained = trained_copies(model, to_save)
     saved = {name: model.get_submodule(name) for name in to_save}
-    memo = {}  # what the saved modules share, their copies share
-    trained = {name: copy.deepcopy(module, memo).requires_grad_(True) for name, module in saved.items()}
     try:
         layers = [_make_layer(target, generators, backend) for target in targets]
     except BaseException:
@@ -103,7 +107,10 @@ def adapt_as_planned(model: nn.Module, config: GenFTConfig, plan: Plan, backend:
     for name, module in trained.items():
         _set_submodule(model, name, module)
     setattr(model, GENERATORS, generators)
-    setattr(model, _STATE, AdapterState(config, required_grad, saved))
+    keep_untied(model, to_save)
+    by_name = {target.name: layer for target, layer in zip(targets, layers, strict=True)}
+    watch = FirstForward(model, by_name, warn_if_tied_again)
+    setattr(model, _STATE, AdapterState(config, required_grad, saved, tuple(by_name), watch))
 
 
 def remove_genft(model: nn.Module, *, keep_update: bool = False) -> nn.Module:
@@ -116,19 +123,23 @@ def remove_genft(model: nn.Module, *, keep_update: bool = False) -> nn.Module:
     Raises:
         RuntimeError: the model is not adapted, or within `disabled`.
     """
+    check_flag("keep_update", keep_update)
     state = adapter_state(model)
     check_enabled(model)
     if keep_update:
         _merge_layers([layer for layer in adapted_layers(model).values() if not layer.merged])
-    for name, layer in adapted_layers(model, remove_duplicate=False).items():
-        if layer.merged and not keep_update:
-            layer.unmerge()
-        original = layer.__dict__["_original"]
-        original.weight, original.bias = layer.weight, layer.bias
-        _set_submodule(model, name, original.train(layer.training))
+    else:
+        check_can_return(state.saved_modules, model)
+    state.first_forward.stop()
+    layers = adapted_layers(model, remove_duplicate=False)
+    present = {id(module) for module in model.modules()}
+    plain = {layer: _plain(layer, keep_update, present) for layer in dict.fromkeys(layers.values())}
+    for name, layer in layers.items():
+        _set_submodule(model, name, plain[layer])
     saved = {} if keep_update else state.saved_modules
     for name, original in saved.items():
-        _set_submodule(model, name, _beside(original, model.get_submodule(name)))
+        _set_submodule(model, name, beside(original, model.get_submodule(name)))
+    let_tie(model)
     delattr(model, GENERATORS)
     delattr(model, _STATE)
     _restore_required_grad(model, state.required_grad)
@@ -167,7 +178,7 @@ def merge(model: nn.Module) -> nn.Module:
     Raises:
         RuntimeError: the model has no adapter, or a layer is merged already; the message names it.
     """
-    layers = _layers_of_an_adapted_model(model)
+    layers = layers_of_an_adapted_model(model)
     for name, layer in layers.items():
         if layer.merged:
             raise RuntimeError(f"{name!r} is merged already: call unmerge(model) first")
@@ -181,7 +192,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     Raises:
         RuntimeError: the model has no adapter, or a layer is not merged; the message names it.
     """
-    layers = _layers_of_an_adapted_model(model)
+    layers = layers_of_an_adapted_model(model)
     for name, layer in layers.items():
         if not layer.merged:
             raise RuntimeError(f"{name!r} is not merged")
@@ -197,15 +208,16 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         RuntimeError: the model has no adapter.
     """
-    layers = _layers_of_an_adapted_model(model).values()
+    layers = layers_of_an_adapted_model(model).values()
     saved = adapter_state(model).saved_modules
+    check_can_return(saved, model)
     enabled = [layer._enabled for layer in layers]
     trained = {name: model.get_submodule(name) for name in saved}
     try:
         for layer in layers:
             layer._enabled = False
         for name, original in saved.items():
-            _set_submodule(model, name, _beside(original, trained[name]))
+            _set_submodule(model, name, beside(original, trained[name]))
         yield model
     finally:
         for layer, was in zip(layers, enabled, strict=True):
@@ -220,45 +232,9 @@ def explain(model: nn.Module) -> str:
     Raises:
         RuntimeError: the model has no adapter.
     """
-    layers = list(_layers_of_an_adapted_model(model).values())
+    layers = list(layers_of_an_adapted_model(model).values())
     groups = {id(layer.generator.group): layer.generator.group for layer in layers}
     return backends.explain(layers[0].weight.device, layers[0].weight.dtype, groups.values())
-
-
-class TrainableSummary(dict):
-    """Numbers of parameters: "generators", "specific", "modules_to_save", "other", "trainable" and "total"."""
-
-    def __str__(self) -> str:
-        share = 100 * self["trainable"] / max(self["total"], 1)
-        parts = ", ".join(
-            f"{self[part]:,} {part}" for part in ("generators", "specific", "modules_to_save", "other") if self[part]
-        )
-        return f"trainable {self['trainable']:,} of {self['total']:,} parameters ({share:.3f} %): {parts}"
-
-
-def trainable_summary(model: nn.Module) -> TrainableSummary:
-    """How many parameters of an adapted model train, and where they are.
-
-    Raises:
-        RuntimeError: the model has no adapter.
-    """
-    saved = tuple(name + "." for name in adapter_state(model).saved_modules)
-    layers = tuple(name + "." for name in adapted_layers(model))
-    summary = TrainableSummary.fromkeys(("generators", "specific", "modules_to_save", "other", "trainable", "total"), 0)
-    for name, parameter in model.named_parameters():
-        summary["total"] += parameter.numel()
-        if not parameter.requires_grad:
-            continue
-        summary["trainable"] += parameter.numel()
-        if name.startswith(GENERATORS + "."):
-            summary["generators"] += parameter.numel()
-        elif name.startswith(layers):
-            summary["specific"] += parameter.numel()
-        elif saved and name.startswith(saved):
-            summary["modules_to_save"] += parameter.numel()
-        else:
-            summary["other"] += parameter.numel()
-    return summary
 
 
 class _Generators(nn.ModuleDict):
@@ -285,9 +261,11 @@ def _make_generators(targets: list[Target], config: GenFTConfig) -> nn.ModuleDic
 
 def _make_layer(target: Target, generators: nn.ModuleDict, backend: str) -> GenFTLinear:
     generator = generators[_shape_key(target)]
-    return GenFTLinear.from_linear(
+    layer = GenFTLinear.from_linear(
         target.module, generator, blocks=target.blocks, backend=backend, register_generator=False
     )
+    carry_instance_forward(target.module, layer)
+    return layer
 
 
 def _block_shape(target: Target) -> tuple[int, int]:
@@ -315,9 +293,41 @@ def _merge_layers(layers: Iterable[GenFTLinear]) -> None:
         raise
 
 
-def _layers_of_an_adapted_model(model: nn.Module) -> dict[str, GenFTLinear]:
-    adapter_state(model)
-    return adapted_layers(model)
+def layers_of_an_adapted_model(model: nn.Module) -> dict[str, GenFTLinear]:
+    state, layers = adapter_state(model), adapted_layers(model)
+    lost = [name for name in state.layers if name not in layers or _has_grown(layers[name])]
+    if lost:
+        raise RuntimeError(
+            f"the adapted layer {lost[0]!r} has been replaced or resized (as resize_token_embeddings does to an output "
+            "layer), and its update does not fit: call remove_genft(model), then apply_genft anew"
+        )
+    return layers
+
+
+def _has_grown(layer: GenFTLinear) -> bool:
+    rows, columns = layer.frozen_weight.shape
+    generator = layer.generator
+    return columns == generator.in_features and rows != generator.out_features * layer.blocks[0]
+
+
+def warn_if_tied_again(model: nn.Module) -> None:
+    """Warn of trained modules whose parameters have been replaced by frozen ones, in whatever way."""
+    for name, other in tied_again(model, adapter_state(model).saved_modules).items():
+        warn(f"modules_to_save: {name!r} is tied to {other!r} again, so what was trained is gone, and it is frozen")
+
+
+def _plain(layer: GenFTLinear, keep_update: bool, present: set[int]) -> nn.Module:
+    """The layer that `apply_genft` found, with W or with W + dW."""
+    if layer.merged and not keep_update:
+        layer.unmerge()
+    original = layer.__dict__["_original"]
+    return_instance_forward(layer, original)
+    if keep_update and id(original) in present:
+        # It is also at a path that was not adapted, which keeps W.
+        original = copy.copy(original)
+        original._parameters = dict(original._parameters)
+    original.weight, original.bias = layer.weight, layer.bias
+    return original.train(layer.training)
 
 
 def _set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -329,13 +339,3 @@ def _set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
 def _restore_required_grad(model: nn.Module, required_grad: dict[str, bool]) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(required_grad.get(name, parameter.requires_grad))
-
-
-def _beside(original: nn.Module, trained: nn.Module) -> nn.Module:
-    """The original of a saved module, with the devices, dtypes and modes of the copy that took its place."""
-    for tensors in (nn.Module.parameters, nn.Module.buffers):
-        for mine, theirs in zip(tensors(original), tensors(trained), strict=True):
-            mine.data = mine.data.to(theirs)
-    for mine, theirs in zip(original.modules(), trained.modules(), strict=True):
-        mine.training = theirs.training
-    return original

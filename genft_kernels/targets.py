@@ -11,6 +11,7 @@ from torch import nn
 
 from .arguments import warn
 from .config import ALL_LINEAR, QUERY_AND_VALUE_NAMES, GenFTConfig
+from .instance_forward import check_instance_forward
 from .matching import FullMatch, Names, full_matches, upwards
 from .modules import GenFTLinear, check_adaptable, is_conv1d
 
@@ -69,14 +70,16 @@ def find_targets(model: nn.Module, config: GenFTConfig, full_matches: FullMatch 
     if not paths:
         raise ValueError(_nothing_matched(model, config, wanted, names))
     for field in ("target_modules", "exclude_modules"):
-        for entry in _entries(getattr(config, field)):
-            if not names.ending_in(entry):
-                warn(f"{field}: {entry!r} matches no module of the model. {_linear_layers(model)}")
+        unmatched = [entry for entry in _entries(getattr(config, field)) if not names.ending_in(entry)]
+        if unmatched:
+            verb = "matches" if len(unmatched) == 1 else "match"
+            warn(f"{field}: {_listing(map(repr, unmatched))} {verb} no module of the model. {_linear_layers(model)}")
     blocks_of = {name: entry for entry in config.fused_blocks or {} for name in names.ending_in(entry)}
     targets = []
     for module, held_at in paths.items():
         try:
             check_adaptable(module)
+            check_instance_forward(module)
             for name in held_at:
                 _check_called(model, name)
         except (TypeError, ValueError) as error:
@@ -87,7 +90,8 @@ def find_targets(model: nn.Module, config: GenFTConfig, full_matches: FullMatch 
     used = {blocks_of.get(target.name) for target in targets}
     unused = [entry for entry in config.fused_blocks or {} if entry not in used]
     if unused:
-        raise ValueError(f"fused_blocks[{unused[0]!r}] names no target module; targets are {_listing(targets)}")
+        listed = _listing(target.name for target in targets)
+        raise ValueError(f"fused_blocks[{unused[0]!r}] names no target module; targets are {listed}")
     return targets
 
 
@@ -173,6 +177,6 @@ def _linear_layers(model: nn.Module) -> str:
     return f"The model's linear layers are: {listed}"
 
 
-def _listing(targets: list[Target]) -> str:
-    names = [target.name for target in targets]
+def _listing(names: Iterable[str]) -> str:
+    names = list(names)
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

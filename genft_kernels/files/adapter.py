@@ -18,6 +18,7 @@ from ..adapt import (
     adapter_state,
     check_enabled,
     is_adapted,
+    layers_of_an_adapted_model,
     plan,
     remove_genft,
 )
@@ -25,6 +26,7 @@ from ..arguments import check_type, warn
 from ..checks import SUPPORTED_DTYPES
 from ..config import GenFTConfig
 from ..matching import full_matches_in_time
+from ..saved_modules import tied_again, unsavable
 from ..targets import frozen_weight
 from .fingerprint import Fingerprint
 from .format import MODULES_TO_SAVE, AdapterFile, is_ours, read_adapter_file, write_adapter_file
@@ -47,6 +49,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     check_type("model", model, nn.Module)
     check_type("directory", directory, (str, os.PathLike))
     config, tensors = adapter_state(model).config, _adapter_tensors(model) | _saved_tensors(model)
+    for name, other in tied_again(model, adapter_state(model).saved_modules).items():
+        raise RuntimeError(f"modules_to_save: {name!r} is tied to {other!r} again, so what was trained is gone")
     for name, tensor in tensors.items():
         problem = _not_finite(name, tensor)
         if problem:
@@ -125,10 +129,10 @@ def _read(directory: Path) -> AdapterFile:
 
 def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What trains in the generators and the layers of `model`, by its name in a file; no copies."""
-    adapter_state(model)
+    layers = layers_of_an_adapted_model(model)
     check_enabled(model)
     tensors = dict(getattr(model, GENERATORS).named_parameters(prefix=GENERATORS))
-    for path, layer in adapted_layers(model).items():
+    for path, layer in layers.items():
         tensors |= {f"{path}.{name}": getattr(layer, name) for name in layer.specific_names}
     _check_resident(tensors)
     return tensors
@@ -147,14 +151,12 @@ def _saved_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _state_of(path: str, module: nn.Module) -> dict[str, Tensor]:
     """The tensors of a module's state dict, without an extra state that is None."""
-    state = {name: value for name, value in module.state_dict(keep_vars=True).items() if value is not None}
-    for name, value in state.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(
-                f"modules_to_save: {path}.{name} is of type {type(value).__name__}, and only tensors can be saved: "
-                "let get_extra_state return a tensor or None"
-            )
-    return state
+    for name, kind in unsavable(module).items():
+        raise TypeError(
+            f"modules_to_save: {path}.{name} is of type {kind}, and only tensors can be saved: "
+            "let get_extra_state return a tensor or None"
+        )
+    return {name: value for name, value in module.state_dict(keep_vars=True).items() if value is not None}
 
 
 def _check_resident(tensors: Mapping[str, Tensor]) -> None:

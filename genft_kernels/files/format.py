@@ -13,13 +13,13 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors
 import safetensors.torch
 import torch
 
 from ..config import GenFTConfig
 from . import folder
 from .fingerprint import Fingerprint
+from .untrusted import parse_tensors, read_json
 
 TENSORS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -29,7 +29,6 @@ MODULES_TO_SAVE = "modules_to_save."
 
 # The description of a tensor file that is about to take its place, within that of the one before.
 _NEXT = "next"
-_JSON_BYTES = 64 * 2**20  # 2,000 layers have a fingerprint of 3 MB
 _ATTEMPTS = 100
 
 
@@ -115,34 +114,6 @@ def is_ours(directory: Path) -> bool:
         return False
     description = read_json(path)
     return description.get("format") == FORMAT or (_NEXT in description and (directory / TENSORS_FILE).exists())
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; ValueError, with the path, if there is none in it."""
-    try:
-        value = json.loads(read_limited(path, _JSON_BYTES).decode())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {str(error)[:200]}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} does not hold a JSON object")
-    return value
-
-
-def read_limited(path: Path, limit: int) -> bytes:
-    """The content of `path`; ValueError if it is longer than `limit`."""
-    with open(path, "rb") as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
-        raise ValueError(f"it is longer than {limit >> 20} MiB")
-    return content
-
-
-def parse_tensors(payload: bytes, path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file; ValueError, with the path, if it is damaged."""
-    try:
-        return safetensors.torch.load(payload)
-    except (safetensors.SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged or truncated: {str(error)[:200]}") from None
 
 
 def _parsed(description: dict[str, Any], payload: bytes, config_path: Path, tensors_path: Path) -> AdapterFile:

@@ -7,8 +7,6 @@ do not say so reliably.
 
 from __future__ import annotations
 
-import math
-import numbers
 import os
 import re
 from collections import Counter
@@ -19,9 +17,11 @@ from typing import Any, NamedTuple
 import torch
 
 from ..adapt import GENERATORS
+from ..arguments import is_finite, is_integer, shown
 from ..checks import SUPPORTED_DTYPES
 from ..config import GenFTConfig
-from .format import CONFIG_FILE, MODULES_TO_SAVE, TENSORS_FILE, AdapterFile, parse_tensors, read_json
+from .format import CONFIG_FILE, MODULES_TO_SAVE, TENSORS_FILE, AdapterFile
+from .untrusted import load_checkpoint, parse_tensors, read_json, read_yaml
 
 VIT_TENSORS_FILE = "best_model.pt"
 VIT_CONFIG_FILE = "args.yaml"
@@ -69,11 +69,11 @@ def _read_peft(directory: Path) -> AdapterFile:
     settings = _Settings(directory / CONFIG_FILE, read_json(directory / CONFIG_FILE), dropout_key="drop")
     kind = settings.values.get("peft_type")
     if kind not in (None, "GENFT"):
-        raise ValueError(f"{settings.path}: peft_type is {kind!r}, not 'GENFT'")
+        raise ValueError(f"{settings.path}: peft_type is {shown(kind)}, not 'GENFT'")
     if settings.values.get("fan_in_fan_out"):
         # The official code resets it over nn.Linear, so it stands for Conv1D, on which that code fails.
         raise ValueError(
-            f"{settings.path}: fan_in_fan_out={settings.values['fan_in_fan_out']!r} (Conv1D) is not supported"
+            f"{settings.path}: fan_in_fan_out={shown(settings.values['fan_in_fan_out'])} (Conv1D) is not supported"
         )
     r = settings.count("individual_features")
     if settings.count("generator_share_dim") == 0:
@@ -119,7 +119,10 @@ def _modules_to_save(keys: Iterable[str], settings: _Settings) -> dict[str, str]
     The settings name these modules by the ends of their paths; where they name none, the owner of the tensor is it.
     """
     names = settings.values.get("modules_to_save") or ()
-    names = (names,) if isinstance(names, str) else tuple(names)
+    names = (names,) if isinstance(names, str) else names
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{settings.path}: modules_to_save must be a list of names, got {shown(names)}")
+    names = tuple(names)
     parents = {}
     for key in keys:
         parts = key.removeprefix(_PEFT_BASE).split(".")[:-1]
@@ -138,7 +141,7 @@ def _modules_to_save(keys: Iterable[str], settings: _Settings) -> dict[str, str]
 def _read_vit(directory: Path) -> AdapterFile:
     path = directory / VIT_TENSORS_FILE
     settings = _Settings(directory / VIT_CONFIG_FILE, _read_yaml(directory), dropout_key="dpr")
-    tensors = _load_vit_tensors(path)
+    tensors = load_checkpoint(path)
 
     layout = _Layout.of(path, settings, tensors)
     expected = {f"{_VIT_GENERATOR}.{key}": shape for key, (_, shape) in layout.shared.items()}
@@ -183,33 +186,7 @@ def _read_yaml(directory: Path) -> dict[str, Any]:
             f"{path} is missing, so these settings of {VIT_TENSORS_FILE} are unknown: {', '.join((*_NEEDED, 'dpr'))}; "
             f"put the {VIT_CONFIG_FILE} of its training beside it"
         )
-    try:
-        import yaml  # of use here only
-    except ImportError as error:
-        raise ImportError(f"reading {path} needs PyYAML: pip install pyyaml") from error
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} does not hold a mapping of settings")
-    return values
-
-
-def _load_vit_tensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what torch.load raises on a damaged file is not documented
-        raise ValueError(f"{path} is damaged, truncated or holds more than plain tensors") from error
-    tensors = checkpoint.get("model") if isinstance(checkpoint, dict) else None
-    if not isinstance(tensors, dict):
-        raise ValueError(f"{path} does not hold the tensors of a model under 'model'")
-    others = [
-        str(key) for key, value in tensors.items() if not (isinstance(key, str) and isinstance(value, torch.Tensor))
-    ]
-    if others:
-        raise ValueError(f"{path}: not tensors: {', '.join(others)}")
-    return {key: tensor.detach() for key, tensor in tensors.items()}
+    return read_yaml(path)
 
 
 class _Settings:
@@ -223,21 +200,23 @@ class _Settings:
 
     def count(self, key: str) -> int:
         value = self.values[key]
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ValueError(f"{self.path}: {key} must be an integer of at least 0, got {value!r}")
+        if not is_integer(value) or not 0 <= value < 2**31:
+            raise ValueError(
+                f"{self.path}: {key} must be an integer of at least 0, and below 2**31, got {shown(value)}"
+            )
         return value
 
     def number(self, key: str) -> float:
         value = self.values[key]
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-            raise ValueError(f"{self.path}: {key} must be a finite number, got {value!r}")
+        if not is_finite(value):
+            raise ValueError(f"{self.path}: {key} must be a finite number, got {shown(value)}")
         return float(value)
 
     def config(self, **fields: Any) -> GenFTConfig:
         """The configuration that these settings and `fields` amount to."""
         dropout = self.number(self.dropout_key)
         if not 0 <= dropout < 1:
-            raise ValueError(f"{self.path}: {self.dropout_key} must be in [0, 1), got {dropout!r}")
+            raise ValueError(f"{self.path}: {self.dropout_key} must be in [0, 1), got {dropout}")
         fields |= {
             field: _INITS[self.values[key]]
             for field, key in (("init_specific_down", "individual_init_a"), ("init_specific_up", "individual_init_b"))

@@ -158,6 +158,121 @@ def test_parameters_keep_their_own_dtype(trained, used, tmp_path):
             assert p.dtype == expected and torch.equal(p, dict(model.named_parameters())[name].to(expected))
 
 
+def test_tensors_of_any_strides_are_saved_and_loaded(tmp_path):
+    def make():
+        torch.manual_seed(3)
+        model = nn.ModuleDict({"query": nn.Linear(8, 8), "conv": nn.Conv2d(2, 2, 3), "head": nn.Linear(4, 6)})
+        model["head"].weight.data = model["head"].weight.data.t().contiguous().t()
+        return model.to(memory_format=torch.channels_last)
+
+    settings = config(modules_to_save=["conv", "head"])
+    model = randomise(apply_genft(make(), settings))
+    assert not model["conv"].weight.is_contiguous() and not model["head"].weight.is_contiguous()
+    save_adapter(model, tmp_path)
+    loaded = load_adapter(make(), tmp_path)
+    assert snapshot(loaded)["bits"] == snapshot(model)["bits"]
+    assert loaded["conv"].weight.stride() == model["conv"].weight.stride()
+
+
+class WithExtraState(nn.Linear):
+    """Keeps something beside its parameters, which may not be a tensor."""
+
+    def __init__(self, extra=None):
+        super().__init__(8, 3)
+        self.extra = extra
+
+    def get_extra_state(self):
+        return self.extra
+
+    def set_extra_state(self, state):
+        if isinstance(state, torch.Tensor) and state.numel() == 0:
+            raise RuntimeError("no such state")
+        self.extra = state
+
+
+def with_extra_state(extra):
+    torch.manual_seed(7)
+    return nn.ModuleDict({"query": nn.Linear(8, 8), "head": nn.ModuleDict({"last": WithExtraState(extra)})})
+
+
+HEAD = dict(modules_to_save=["head"])
+
+
+@pytest.mark.parametrize("loaded", [torch.zeros(2), torch.zeros(5)], ids=["same shape", "another shape"])
+def test_an_extra_state_that_is_a_tensor_travels(loaded, tmp_path):
+    extra = torch.arange(5.0)
+    save_adapter(apply_genft(with_extra_state(extra), config(**HEAD)), tmp_path)
+    model = load_adapter(with_extra_state(loaded), tmp_path)
+    assert torch.equal(model["head"]["last"].extra, extra)
+
+
+def test_no_extra_state_is_none(tmp_path):
+    save_adapter(apply_genft(with_extra_state(None), config(**HEAD)), tmp_path)
+    assert load_adapter(with_extra_state(None), tmp_path)["head"]["last"].extra is None
+
+
+@pytest.mark.parametrize("extra", [{"scale": 2.0}, 3, "text"], ids=str)
+def test_an_extra_state_that_cannot_be_saved_is_told_before_training(extra, tmp_path):
+    with pytest.warns(UserWarning, match="head.last._extra_state is of type .*only tensors can be saved"):
+        model = apply_genft(with_extra_state(extra), config(**HEAD))
+    with pytest.raises(TypeError, match="modules_to_save: head.last._extra_state is of type"):
+        save_adapter(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_a_module_refuses_while_loading_changes_nothing(tmp_path):
+    model = randomise(apply_genft(with_extra_state(torch.zeros(0)), config(**HEAD)))
+    save_adapter(model, tmp_path)
+    for fresh in (True, False):
+        other = with_extra_state(torch.ones(2))
+        if not fresh:
+            randomise(apply_genft(other, config(**HEAD)))
+        before = snapshot(other)
+        with pytest.raises(RuntimeError, match="no such state"):
+            load_adapter(other, tmp_path)
+        assert snapshot(other) == before and torch.equal(other["head"]["last"].extra, torch.ones(2))
+
+
+def test_a_used_model_takes_in_all_tensors_or_none(folder):
+    model = adapted(**SAVED)
+    with torch.inference_mode():  # which can't be written to outside of it; it comes last
+        model.layers[1].attention.value.specific_up = nn.Parameter(torch.zeros(8, 1))
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="[Ii]nference"):
+        load_adapter(model, folder)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize(
+    "name, number", [("query", float("nan")), ("query", float("inf")), ("classifier", float("nan"))]
+)
+def test_what_cannot_be_loaded_again_is_saved_with_a_warning(name, number, tmp_path):
+    model = adapted(**SAVED)
+    parameter = model.layers[0].attention.query.specific_up if name == "query" else model.classifier[1].weight
+    with torch.no_grad():
+        parameter[0, 0] = number
+    with pytest.warns(UserWarning, match=f"{name}.*holds NaN.*load_adapter will refuse it"):
+        save_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match=f"{name}.*holds NaN"):
+        load_adapter(base(), tmp_path)
+
+
+def test_buffers_may_hold_infinities(tmp_path):
+    model = adapted(**SAVED)
+    model.classifier[0].running_mean[0] = float("-inf")  # as masks do
+    save_adapter(model, tmp_path)
+    assert load_adapter(base(), tmp_path).classifier[0].running_mean[0] == float("-inf")
+
+
+def test_an_adapter_of_a_broken_base_model_is_not_saved(tmp_path):
+    model = adapted()
+    with torch.no_grad():
+        model.layers[1].attention.query.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=f"frozen weight of '{QUERY}' holds NaN"):
+        save_adapter(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 # --- the fingerprint ------------------------------------------------------------------------------------------------
 
 

@@ -218,6 +218,7 @@ def test_what_peft_cannot_name_is_refused(tmp_path):
         export_lora(adapted(lambda: model, modules_to_save=["classifier"]), tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:modules_to_save")
 def test_what_is_not_finite_or_no_tensor_is_refused(tmp_path):
     model = adapted(bias=True)
     model.genft_generators["8x8"].row_up_bias.data[3] = torch.nan
@@ -354,6 +355,7 @@ def test_command_exports_checks_and_names_the_servers_rank(saved, tmp_path, monk
     assert (tmp_path / "lora" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.filterwarnings("ignore:modules_to_save")
 def test_command_says_in_a_sentence_what_does_not_fit(tmp_path, monkeypatch):
     base, adapter = saved_bert(tmp_path, outer_activation="gelu", modules_to_save=["predictions"])
     with pytest.raises(SystemExit, match="error: .*rank= or energy="):

@@ -58,3 +58,23 @@ def test_update_that_cannot_be_kept_changes_nothing(monkeypatch):
         remove_genft(model, keep_update=True)
     monkeypatch.undo()
     assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["", "merged"])
+@pytest.mark.filterwarnings("ignore:adapted, but not called")
+def test_a_layer_at_a_second_path_that_was_not_adapted_keeps_its_weight(merged):
+    settings = GenFTConfig(shared_dim=2, specific_dim=1, target_modules=["first"])
+    model = TiedModel().eval()
+    linear, bits = model.first, model.first.weight.detach().clone()
+    randomise(apply_genft(model, settings))
+    updated = model.first.weight + model.first.delta_weight()
+    if merged:
+        merge(model)
+    remove_genft(model, keep_update=True)
+    assert torch.allclose(model.first.weight, updated) and not torch.allclose(model.first.weight, bits, atol=1e-3)
+    assert model.second is linear and torch.equal(model.second.weight, bits) and type(model.first) is type(linear)
+
+    model = TiedModel().eval()
+    before = snapshot(model)
+    randomise(apply_genft(model, settings))
+    assert snapshot(remove_genft(model)) == before and model.first is model.second

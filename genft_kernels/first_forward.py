@@ -1,0 +1,65 @@
+"""What the first forward of an adapted model shows: layers that did not run, and trained modules that do not train.
+
+Some models read the weight of a layer without calling it (fused kernels do), and an update of it is ignored. Which ones
+cannot be known beforehand, so the first forward is watched; later ones are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from .arguments import warn
+
+_NAMED = 3  # in a warning
+
+
+class FirstForward:
+    """Watches until the model's forward has run once outside of `torch.compile`; then it is gone."""
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], warn_of_ties) -> None:
+        self.waiting = dict(layers)
+        self._warn_of_ties = warn_of_ties
+        self._handles = [layer.register_forward_pre_hook(_Note(self, name)) for name, layer in layers.items()]
+        self._handles.append(model.register_forward_hook(self))
+
+    def __call__(self, model: nn.Module, args, output) -> None:
+        """The model's forward has run."""
+        if torch.compiler.is_compiling():
+            return
+        self.stop()
+        if self.waiting and not _is_compiled(model):
+            names = [repr(name) for name in self.waiting]
+            listed = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+            warn(
+                f"adapted, but not called in the model's first forward: {listed}. If the model reads a layer's weight "
+                "past the layer, its update is ignored there and does not train: leave it out by exclude_modules"
+            )
+        self._warn_of_ties(model)
+
+    def stop(self) -> None:
+        """Watch no more."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+class _Note:
+    """A hook of one layer."""
+
+    def __init__(self, watch: FirstForward, name: str) -> None:
+        self.watch, self.name = watch, name
+
+    def __call__(self, layer: nn.Module, args) -> None:
+        if not torch.compiler.is_compiling():
+            self.watch.waiting.pop(self.name, None)
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether parts of it may have run without a trace."""
+    return any(
+        module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
+        for module in model.modules()
+    )

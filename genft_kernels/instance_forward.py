@@ -1,0 +1,45 @@
+"""A layer whose forward was replaced on the instance: accelerate's hooks go along, anything else is refused."""
+
+from __future__ import annotations
+
+import functools
+
+from torch import nn
+
+# Where accelerate's `add_hook_to_module` keeps its hook, and the forward that it wraps.
+_HOOK, _WRAPPED = "_hf_hook", "_old_forward"
+
+
+def check_instance_forward(module: nn.Module) -> None:
+    """Raise TypeError where the instance has a forward of its own, which an adapted layer would drop."""
+    own = vars(module).get("forward")
+    if own is None or _is_class_forward(module, own):
+        return
+    if isinstance(own, functools.partial) and own.args == (module,) and _HOOK in vars(module):
+        wrapped = vars(module).get(_WRAPPED)
+        if wrapped is not None and _is_class_forward(module, wrapped):
+            return
+    raise TypeError(
+        "its forward was replaced on the instance, which an update would bypass: adapt the model first, then patch it"
+    )
+
+
+def carry_instance_forward(original: nn.Module, layer: nn.Module) -> None:
+    """Give `layer`, which takes the place of `original`, the hook that accelerate has put there."""
+    if _HOOK in vars(original):
+        own = vars(original)["forward"]
+        forward = functools.partial(own.func, layer)
+        layer.__dict__.update({_HOOK: vars(original)[_HOOK], _WRAPPED: layer.forward})
+        layer.__dict__["forward"] = functools.update_wrapper(forward, layer.forward)
+
+
+def return_instance_forward(layer: nn.Module, original: nn.Module) -> None:
+    """Take the hook from `original` again if `layer` has lost it meanwhile."""
+    if _HOOK in vars(original) and _HOOK not in vars(layer):
+        for name in (_HOOK, _WRAPPED, "forward"):
+            original.__dict__.pop(name, None)
+
+
+def _is_class_forward(module: nn.Module, forward: object) -> bool:
+    """Whether it is the method of the class after all, as `remove_hook_from_module` leaves it on the instance."""
+    return getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module

@@ -1,0 +1,116 @@
+"""Modules that are trained in full (`modules_to_save`): copies take their places while the originals wait."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor, nn
+
+from .arguments import warn
+from .matching import upwards
+
+
+def trained_copies(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
+    """A copy of each of these modules, all of which trains; what they share, their copies share.
+
+    Warns of what will not be as before: a tie to another module ends, and a state that is no tensor cannot be saved.
+
+    Raises:
+        ValueError: a parameter cannot train.
+    """
+    originals = {path: model.get_submodule(path) for path in paths}
+    for path, original in originals.items():
+        for name, parameter in original.named_parameters():
+            if not (parameter.is_floating_point() or parameter.is_complex()):
+                raise ValueError(f"modules_to_save: '{path}.{name}' has dtype {parameter.dtype} and cannot train")
+        for name, kind in unsavable(original).items():
+            warn(f"modules_to_save: {path}.{name} is of type {kind}, and only tensors can be saved by save_adapter")
+    for name, other in _ties(model, originals).items():
+        warn(f"modules_to_save: {name!r} is tied to {other!r}, and its trained copy is not: they go separate ways")
+    memo = {}
+    return {path: copy.deepcopy(original, memo).requires_grad_(True) for path, original in originals.items()}
+
+
+def unsavable(module: nn.Module) -> dict[str, str]:
+    """The kinds of what is in a module's state dict, by `get_extra_state`, and neither a tensor nor None."""
+    state = module.state_dict(keep_vars=True)
+    return {
+        name: type(value).__name__
+        for name, value in state.items()
+        if value is not None and not isinstance(value, Tensor)
+    }
+
+
+def check_can_return(originals: Mapping[str, nn.Module], model: nn.Module) -> None:
+    """Raise RuntimeError unless each original still fits where its copy is: the vocabulary may have grown."""
+    for path, original in originals.items():
+        for (name, mine), theirs in zip(
+            original.named_parameters(), model.get_submodule(path).parameters(), strict=True
+        ):
+            if mine.shape != theirs.shape:
+                raise RuntimeError(
+                    f"modules_to_save: '{path}.{name}' was {list(mine.shape)} and is {list(theirs.shape)} now, so the "
+                    "original cannot come back: remove_genft(model, keep_update=True) leaves what was trained"
+                )
+
+
+def beside(original: nn.Module, trained: nn.Module) -> nn.Module:
+    """The original of a saved module, with the devices, dtypes and modes of the copy that took its place."""
+    for tensors in (nn.Module.parameters, nn.Module.buffers):
+        for mine, theirs in zip(tensors(original), tensors(trained), strict=True):
+            mine.data = mine.data.to(theirs)
+    for mine, theirs in zip(original.modules(), trained.modules(), strict=True):
+        mine.training = theirs.training
+    return original
+
+
+def tied_again(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
+    """Frozen parameters that have taken the place of trained ones, by name, and where else the model has them."""
+    saved = {path: model.get_submodule(path) for path in paths}
+    return {name: other for name, other in _ties(model, saved).items() if not model.get_parameter(name).requires_grad}
+
+
+def keep_untied(model: nn.Module, paths: Iterable[str]) -> None:
+    """Let `tie_weights` of transformers models, which `resize_token_embeddings` calls, leave trained copies alone."""
+    for name, module in model.named_modules():
+        within = any(name in ("", *upwards(path)) for path in paths)
+        if within and callable(getattr(type(module), "tie_weights", None)):
+            module.__dict__["tie_weights"] = _TieTheRest(module, model, tuple(paths))
+
+
+def let_tie(model: nn.Module) -> None:
+    """Undo `keep_untied`."""
+    for module in model.modules():
+        if isinstance(vars(module).get("tie_weights"), _TieTheRest):
+            del module.__dict__["tie_weights"]
+
+
+class _TieTheRest:
+    """Stands in for a model's `tie_weights`."""
+
+    def __init__(self, owner: nn.Module, root: nn.Module, paths: tuple[str, ...]) -> None:
+        self.owner, self.root, self.paths = owner, root, paths
+
+    def __call__(self, *args, **options):
+        trained = [
+            (module, name, parameter)
+            for path in self.paths
+            for module in self.root.get_submodule(path).modules()
+            for name, parameter in module._parameters.items()
+        ]
+        result = type(self.owner).tie_weights(self.owner, *args, **options)
+        for module, name, parameter in trained:
+            module._parameters[name] = parameter
+        return result
+
+
+def _ties(model: nn.Module, saved: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Parameters within the saved modules that the model also has elsewhere, by name."""
+    elsewhere, within = {}, []
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if any(path in saved for path in upwards(name)):
+            within.append((name, parameter))
+        else:
+            elsewhere.setdefault(parameter, name)
+    return {name: elsewhere[parameter] for name, parameter in within if parameter in elsewhere}

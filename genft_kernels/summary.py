@@ -1,0 +1,44 @@
+"""How many parameters of an adapted model train, and where they are."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .adapt import GENERATORS, adapter_state, layers_of_an_adapted_model, warn_if_tied_again
+
+
+class TrainableSummary(dict):
+    """Numbers of parameters: "generators", "specific", "modules_to_save", "other", "trainable" and "total"."""
+
+    def __str__(self) -> str:
+        share = 100 * self["trainable"] / max(self["total"], 1)
+        parts = ", ".join(
+            f"{self[part]:,} {part}" for part in ("generators", "specific", "modules_to_save", "other") if self[part]
+        )
+        return f"trainable {self['trainable']:,} of {self['total']:,} parameters ({share:.3f} %): {parts}"
+
+
+def trainable_summary(model: nn.Module) -> TrainableSummary:
+    """How many parameters of an adapted model train, and where they are.
+
+    Raises:
+        RuntimeError: the model has no adapter.
+    """
+    layers = tuple(name + "." for name in layers_of_an_adapted_model(model))
+    saved = tuple(name + "." for name in adapter_state(model).saved_modules)
+    warn_if_tied_again(model)
+    summary = TrainableSummary.fromkeys(("generators", "specific", "modules_to_save", "other", "trainable", "total"), 0)
+    for name, parameter in model.named_parameters():
+        summary["total"] += parameter.numel()
+        if not parameter.requires_grad:
+            continue
+        summary["trainable"] += parameter.numel()
+        if name.startswith(GENERATORS + "."):
+            summary["generators"] += parameter.numel()
+        elif name.startswith(layers):
+            summary["specific"] += parameter.numel()
+        elif saved and name.startswith(saved):
+            summary["modules_to_save"] += parameter.numel()
+        else:
+            summary["other"] += parameter.numel()
+    return summary
