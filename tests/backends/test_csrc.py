@@ -1,5 +1,6 @@
-"""The C++ header draws the same words as the Python module."""
+"""The C++ sources: the header draws the words of the Python module, and a kernel compiles for a card."""
 
+import dataclasses
 import pathlib
 import shutil
 import subprocess
@@ -8,6 +9,8 @@ import pytest
 import torch
 
 from genft_kernels import philox
+from genft_kernels.backends.compiled import build
+from tests.helpers.tiny_kernels import NVCC, needs_nvcc
 
 ROOT = pathlib.Path(__file__).parents[2]
 COMPILER = shutil.which("g++") or shutil.which("clang++")
@@ -38,3 +41,11 @@ def test_header_and_module_agree(philox_words, stream, seed):
     assert torch.equal(found[..., 0], words)
     keep = philox.keep_mask(key, stream, in_features, out_features, p).t()
     assert torch.equal(found[..., 1].bool(), keep)
+
+
+@needs_nvcc
+def test_kernel_compiles_for_a_card_without_a_warning(tmp_path):
+    """One source for one card; tests/benchmarks/test_cuda_report.py compiles all of them for all."""
+    recipe = dataclasses.replace(build.Recipe.read(ROOT / "csrc"), kernels=("fold.cu",))
+    manifest = build.build(recipe, NVCC, ["sm_90a"], tmp_path / "build", strict=True)
+    assert (tmp_path / "build" / manifest["module"]).is_file()

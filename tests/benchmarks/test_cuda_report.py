@@ -34,6 +34,7 @@ def compiled(tmp_path_factory):
 
 
 @needs_nvcc
+@pytest.mark.slow
 def test_every_source_compiles_without_warnings_spills_or_too_much_shared_memory(compiled):
     _, rows = compiled
     listed = set(build.Recipe.read(cuda_report.SOURCES).kernels)
@@ -52,6 +53,7 @@ def test_every_source_is_in_the_recipe():
 
 
 @needs_nvcc
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_the_module_imports_and_a_launch_without_a_gpu_is_an_error(compiled):
     # In a process of its own: this one has the same kernels for the CPU, under the same names.
