@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-import numbers
-
 import torch
-from torch.autograd import forward_ad
 
+from . import _torch_private
+from .arguments import check_type, described, is_integer, shown
 from .config import GenFTConfig, check_config
 from .parameters import GeneratorParameters, expected_shapes
 
 SUPPORTED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
+def check_sizes(**sizes: object) -> None:
+    """Raise unless each of them is an integer of at least 1."""
+    for name, value in sizes.items():
+        if not is_integer(value):
+            raise TypeError(f"{name} must be an integer, got {described(value)}")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {shown(value)}")
+
+
+def check_floating_dtype(name: str, dtype: object) -> None:
+    """Raise TypeError unless it is None or one that can train."""
+    if dtype is not None and dtype not in SUPPORTED_DTYPES:
+        raise TypeError(f"{name} must be None or one of {_names(SUPPORTED_DTYPES)}, got {shown(dtype)}")
+
+
 def check_frozen_weight(weight: torch.Tensor, name: str = "weight") -> None:
     """Raise unless `weight` is a dense, resident, frozen floating-point matrix."""
+    check_type(name, weight, torch.Tensor)
     if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(f"{name} must be a matrix [out, in], neither of them 0, got shape {tuple(weight.shape)}")
     if weight.device.type == "meta":
@@ -31,7 +46,9 @@ def check_frozen_weight(weight: torch.Tensor, name: str = "weight") -> None:
 
 def check_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     """Raise unless `x [..., in]`, `weight [out, in]` and `bias [out]` make a linear layer with a frozen weight."""
+    check_type("x", x, torch.Tensor)
     check_frozen_weight(weight)
+    check_type("bias", bias, torch.Tensor, optional=True)
     out_features, in_features = weight.shape
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(f"x must be [..., in] with in = {in_features} as in weight, got shape {tuple(x.shape)}")
@@ -50,6 +67,8 @@ def check_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 def check_factors(h: torch.Tensor, b: torch.Tensor, weight: torch.Tensor) -> None:
     """Raise unless `h [in, k]` and `b [out, k]` are the factors of an update of `weight [out, in]`."""
+    check_type("h", h, torch.Tensor)
+    check_type("b", b, torch.Tensor)
     out_features, in_features = weight.shape
     if h.dim() != 2 or h.shape[0] != in_features:
         raise ValueError(f"h must be [in, k] with in = {in_features} as in weight, got shape {tuple(h.shape)}")
@@ -62,6 +81,7 @@ def check_factors(h: torch.Tensor, b: torch.Tensor, weight: torch.Tensor) -> Non
 
 def check_parameters(params: GeneratorParameters, config: GenFTConfig, out_features: int, in_features: int) -> None:
     """Raise unless `params` has exactly the tensors that `config` calls for, in the shapes of the layer."""
+    check_type("params", params, GeneratorParameters)
     check_config(config)
     if config.delta_layout == "out_in" and in_features != out_features:
         raise ValueError(
@@ -74,6 +94,8 @@ def check_parameters(params: GeneratorParameters, config: GenFTConfig, out_featu
                 raise ValueError(f"params.{name} must be None: the configuration has no such tensor")
         elif tensor is None:
             raise ValueError(f"params.{name} is missing: the configuration needs it as {list(shape)}")
+        elif not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"params.{name} must be a Tensor, got {described(tensor)}")
         elif tuple(tensor.shape) != shape:
             raise ValueError(f"params.{name} must have shape {list(shape)}, got {list(tensor.shape)}")
         else:
@@ -92,7 +114,7 @@ def check_transforms(backend: str) -> None:
     """
     if torch.compiler.is_compiling():
         return
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if _torch_private.differentiates_forward():
         raise NotImplementedError(
             f"backend {backend!r} has no forward-mode derivatives and no torch.func transforms: "
             'use backend="reference", which has them all'
@@ -105,8 +127,8 @@ def seed_tensor(seed: int | torch.Tensor, device: torch.device) -> torch.Tensor:
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise ValueError(f"seed must be one int64 value, got {seed.dtype} of shape {tuple(seed.shape)}")
         return seed.reshape(1).to(device)
-    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**64:
-        raise ValueError(f"seed must be an integer in [0, 2**64) or an int64 tensor, got {seed!r}")
+    if not is_integer(seed) or not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be an integer in [0, 2**64) or an int64 tensor, got {shown(seed)}")
     seed = int(seed)
     return torch.tensor([seed - 2**64 if seed >= 2**63 else seed], dtype=torch.int64, device=device)
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-import warnings
 
 import torch
 from torch import nn
 
+from .arguments import warn
+from .checks import check_floating_dtype, check_sizes
 from .config import GenFTConfig, check_config
 from .parameters import expected_shapes
-from .sharing.cache import LayerGroup, is_tensor_subclass
+from .sharing.cache import LayerGroup
+from .sharing.source import is_tensor_subclass
 
 
 class GenFTGenerator(nn.Module):
@@ -43,6 +45,7 @@ class GenFTGenerator(nn.Module):
         super().__init__()
         check_config(config)
         check_layer_shape(in_features, out_features, config)
+        check_floating_dtype("dtype", dtype)
         self.group = LayerGroup()
         self.in_features = in_features
         self.out_features = out_features
@@ -52,7 +55,10 @@ class GenFTGenerator(nn.Module):
             absent = shape is None or 0 in shape
             parameter = None if absent else nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
             self.register_parameter(name, parameter)
+        self.tensor_names = tuple(name for name, parameter in self._parameters.items() if parameter is not None)
         self.reset_parameters()
+
+    sharded = False
 
     def reset_parameters(self) -> None:
         """Draw initial values: U(±1/sqrt(fan in)) or trunc_normal(0.02), and zeros where `zero_delta` asks."""
@@ -71,19 +77,14 @@ class GenFTGenerator(nn.Module):
                 if parameter is not None:
                     nn.init.zeros_(parameter)
 
-    def shared_parameters(self) -> dict[str, torch.Tensor]:
-        """Those that exist, by the names of `GeneratorParameters`."""
-        return {name: parameter for name, parameter in self._parameters.items() if parameter is not None}
+    def forward(self) -> dict[str, torch.Tensor]:
+        """The shared tensors by name. A call rather than attributes, so that hooks run: pruning's, offloading's."""
+        return {name: getattr(self, name) for name in self.tensor_names}
 
     def __setattr__(self, name, value) -> None:
         super().__setattr__(name, value)
-        if isinstance(value, torch.Tensor):  # FSDP gathers and shards so, without a trace in a version
-            self.group.sharded |= is_tensor_subclass(value)
-            self.group.forget()
-
-    def _apply(self, fn, recurse=True):
-        self.group.forget()
-        return super()._apply(fn, recurse)
+        if isinstance(value, torch.Tensor):  # FSDP shards so, and in a forward the parameters are plain ones
+            self.__dict__["sharded"] = self.sharded or is_tensor_subclass(value)
 
     def extra_repr(self) -> str:
         config = self.config
@@ -98,25 +99,21 @@ class GenFTGenerator(nn.Module):
 
 def check_layer_shape(in_features: int, out_features: int, config: GenFTConfig) -> None:
     """Raise, or warn, where `config` does not suit layers of this shape."""
-    for name, value in (("in_features", in_features), ("out_features", out_features)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    check_sizes(in_features=in_features, out_features=out_features)
     if config.delta_layout == "out_in" and in_features != out_features:
         raise ValueError(
             f"delta_layout='out_in' needs a square weight, got [{out_features}, {in_features}]: use 'in_out'"
         )
     if config.hidden_dim > min(in_features, out_features):
-        warnings.warn(
+        warn(
             f"k = shared_dim + specific_dim = {config.hidden_dim} exceeds min(in, out) = "
-            f"{min(in_features, out_features)}: the update is not low-rank",
-            stacklevel=3,
+            f"{min(in_features, out_features)}: the update is not low-rank"
         )
     tied_up_is_all = config.shared_dim == 0 and not config.bias and config.ties_specific(in_features, out_features)
     if config.zero_delta and tied_up_is_all:
-        warnings.warn(
-            "the specific units can never train: with shared_dim=0, tied specific units and zero_delta=True both "
-            "stages start at zero; set tie_specific=False or zero_delta=False",
-            stacklevel=3,
+        warn(
+            "the specific units can never train: with shared_dim=0, tied specific units and zero_delta=True "
+            "both stages start at zero; set tie_specific=False or zero_delta=False"
         )
 
 

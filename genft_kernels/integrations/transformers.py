@@ -7,6 +7,7 @@ from accelerate.state import GradientState
 from torch.utils import _pytree
 from transformers import TrainerCallback
 
+from .. import _torch_private
 from ..sharing.accumulate import Accumulation
 
 
@@ -57,7 +58,7 @@ class AccumulateCallback(TrainerCallback):
     def _queue_flush(self, grad: torch.Tensor) -> None:
         if not self._queued:
             self._queued = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._accumulation.flush)
+            _torch_private.when_backward_ends(self._accumulation.flush)
 
     def _detach(self) -> None:
         if self._hook is not None:

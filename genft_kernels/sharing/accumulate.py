@@ -1,20 +1,22 @@
 """`accumulate`: one generation for all micro-batches of an optimizer step.
 
 Within it the layers get leaves that hold the factors' values. The micro-batches' gradients add up in the leaves, and
-when it ends the sums go through the generator in one backward.
+when it ends the sums go through the generator in one backward. Until then parameters without a gradient have zeros as a
+mark: what `zero_grad` does to them tells that the sums so far are not wanted.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from ..modules import GenFTLinear
+from ..units import GenFTUpdate
 from ..update import Factors
-from .cache import LayerGroup, Settings, Share
+from .cache import Layer, LayerGroup, Settings, Share
+from .source import Source
 
 
 @contextlib.contextmanager
@@ -27,7 +29,8 @@ def accumulate(model: nn.Module) -> Iterator[nn.Module]:
         optimizer.step()
 
     The gradients are those of the same passes without it: they add to `.grad`, but only when the context ends, so
-    clip, unscale and step after it. What the updates' gradients sum up in is float32 or wider. Dropout of the column
+    clip, unscale and step after it. `zero_grad` within it drops what came before, as ever. What the updates' gradients
+    sum up in is float32 or wider. Dropout of the column
     stage draws one mask for the whole context, that of the row stage a new one in each forward.
 
     Sharded layers, and what `torch.compile` has compiled, generate in every forward as ever. Under
@@ -56,12 +59,13 @@ class Accumulation:
 
     def __init__(self, model: nn.Module) -> None:
         """ValueError if `model` has no layer with an adapter."""
-        layers = [module for module in model.modules() if isinstance(module, GenFTLinear)]
+        layers = [module for module in model.modules() if isinstance(module, GenFTUpdate)]
         if not layers:
             raise ValueError("accumulate(model) needs a model with GenFT layers: call apply_genft(model, config) first")
         self.active = False
         self._groups = list({id(layer.generator.group): layer.generator.group for layer in layers}.values())
-        self._held: dict[tuple[nn.Module, Settings], _Held] = {}
+        self._held: dict[tuple[Layer, Settings], _Held] = {}
+        self._marks = _Marks()
 
     def start(self) -> None:
         """From now on the layers get leaves; RuntimeError if they do so already."""
@@ -73,11 +77,13 @@ class Accumulation:
 
     def flush(self) -> None:
         """Send the sums on to the parameters and stop; RuntimeError if a parameter has changed since."""
+        if self._marks.cleared():
+            self._drop_sums()
         held = dict(self._held)
         self.stop()
         roots, grads = [], []
         for (layer, _), each in held.items():
-            each.check_unchanged(layer)
+            each.check_unchanged(layer.source())
             for root, leaf in each.pairs():
                 if leaf.grad is not None:
                     roots.append(root)
@@ -91,10 +97,11 @@ class Accumulation:
             if group.accumulation is self:
                 group.accumulation = None
         self._held.clear()
+        self._marks.remove()
         self.active = False
 
     def factors_for(
-        self, group: LayerGroup, layer: nn.Module, settings: Settings, seeds: list[Tensor]
+        self, group: LayerGroup, layer: Layer, source: Source, settings: Settings, seeds: list[Tensor]
     ) -> list[Factors]:
         """As `LayerGroup.factors_for`, of leaves where gradients are recorded."""
         gradients = settings.gradients
@@ -102,32 +109,77 @@ class Accumulation:
         settings = settings._replace(gradients=True)
         held = self._held.get((layer, settings))
         if held is None:
-            layers = [each for each in group.together_with(layer) if (each, settings) not in self._held]
+            together = group.together_with(layer, source)
+            sources = {each: one for each, one in together.items() if (each, settings) not in self._held}
             with torch.enable_grad():
-                shares = group.generate(layers, settings, seeds)
-            self._held.update({(each, settings): _Held(share, self) for each, share in shares.items()})
+                shares = group.generate(sources, settings, seeds, values=True)
+                self._held.update({(each, settings): _Held(share, self._arrives) for each, share in shares.items()})
+            for one in sources.values():
+                self._marks.plant(one.thin)
             held = self._held[layer, settings]
         return held.given if gradients else [f._replace(h=f.h.detach(), b=f.b.detach()) for f in held.given]
 
-    def check_active(self, grad: Tensor) -> None:
-        """A hook of the leaves: they must not take in what nobody will fetch."""
-        if not self.active:
+    def _arrives(self, grad: Tensor) -> None:
+        """A hook of the leaves, before they take a gradient in."""
+        if not self.active:  # nobody will fetch it
             raise RuntimeError(
                 "a backward came after the end of the accumulate(model) in which its forward ran: move it inside"
             )
+        if self._marks.cleared():
+            self._drop_sums()
+
+    def _drop_sums(self) -> None:
+        for each in self._held.values():
+            for _, leaf in each.pairs():
+                leaf.grad = None
+        self._marks.renew()
+
+
+class _Marks:
+    """Gradients of zeros on parameters that have none, by which to tell whether `zero_grad` was called."""
+
+    def __init__(self) -> None:
+        self._marks: dict[nn.Parameter, tuple[Tensor, int, bool]] = {}  # the gradient, its version, whether planted
+
+    def plant(self, parameters: Iterable[Tensor]) -> None:
+        """Mark those that train and are not marked yet."""
+        for parameter in parameters:
+            if parameter.requires_grad and parameter not in self._marks:
+                planted = parameter.grad is None
+                if planted:
+                    parameter.grad = torch.zeros_like(parameter)
+                self._marks[parameter] = parameter.grad, parameter.grad._version, planted
+
+    def cleared(self) -> bool:
+        """Whether a gradient was taken away, or overwritten by zeros."""
+        return any(
+            parameter.grad is None or (parameter.grad is grad and grad._version != version and not grad.any())
+            for parameter, (grad, version, _) in self._marks.items()
+        )
+
+    def renew(self) -> None:
+        """Mark the same parameters anew."""
+        parameters = list(self._marks)
+        self.remove()
+        self.plant(parameters)
+
+    def remove(self) -> None:
+        """Take away the zeros that are still there."""
+        for parameter, (grad, version, planted) in self._marks.items():
+            if planted and parameter.grad is grad and (grad._version == version or not grad.any()):
+                parameter.grad = None
+        self._marks.clear()
 
 
 class _Held:
     """One layer's factors and their stand-ins."""
 
-    def __init__(self, share: Share, accumulation: Accumulation) -> None:
+    def __init__(self, share: Share, arrives: Callable[[Tensor], None]) -> None:
         self._share = share
         self._factors = share.factors
         self._leaves = [Factors(_leaf(f.h), _leaf(f.b), f.stream) for f in self._factors]
-        for leaf in self._leaves:  # one of the pair is enough: their gradients come together
-            trained = leaf.h if leaf.h.requires_grad else leaf.b
-            if trained.requires_grad:
-                trained.register_hook(accumulation.check_active)
+        for _, leaf in self.pairs():
+            leaf.register_hook(arrives)
         # The cast back is part of a graph that keeps nothing, so every micro-batch's backward can run through it.
         self.given = [
             leaf._replace(h=leaf.h.to(f.h.dtype), b=leaf.b.to(f.b.dtype))
@@ -141,8 +193,8 @@ class _Held:
                 if factor.requires_grad:
                     yield factor, leaf
 
-    def check_unchanged(self, layer: nn.Module) -> None:
-        if not self._share.holds(layer):
+    def check_unchanged(self, source: Source) -> None:
+        if not self._share.holds(source):
             raise RuntimeError(
                 "a parameter changed within accumulate(model), whose gradients it has not received yet: "
                 "step the optimizer after the context"

@@ -1,154 +1,155 @@
 """Generation for all layers of a shape at once, kept for as long as it holds.
 
 The factors of a layer do not depend on its input, so the first layer that is asked generates for its whole group, the
-layers that share its generator; the others find theirs at hand. They hold until
-
-- a parameter or W changes, is moved or replaced, or the dtype, the gradient mode or the training mode changes;
-- an optimizer steps on a parameter: the fused ones leave no trace in its version;
-- a backward pass has consumed them;
-- where the column stage has dropout, a layer asks again: each forward has masks of its own.
-
-So without gradients they hold until a parameter changes. A change through `parameter.data` cannot be seen, but each
-`eval()` has them generated anew.
+layers that share its generator; the others find theirs at hand. The table in genft_kernels/sharing/README.md has each
+reason for which factors cease to hold.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch import Tensor
 
+from .. import _torch_private
 from ..update import Factors
 from .node import Generation
+from .snapshot import Snapshot, Watch, compared, compares_at_once
+from .source import Source
+
+
+class Layer(Protocol):
+    """What has factors: all that sharing reads of it is one value."""
+
+    def source(self) -> Source:
+        """What its factors are generated from, as it is now."""
+        ...
 
 
 class Settings(NamedTuple):
-    """What factors are generated under. Only layers that agree in the first four are generated together."""
+    """What factors are generated under."""
 
-    device: torch.device
-    weight_dtype: torch.dtype
     backend: str
-    dropout: float  # of the column stage, in effect
     dtype: torch.dtype
+    dropout: float  # of the column stage, in effect
     gradients: bool
     inference: bool
     stream: tuple[int, bool] | None  # on CUDA, the stream and whether it is being captured
 
 
-class Tensors:
-    """Which tensors there were, and in which state; it keeps none of them alive."""
-
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self._states = [(weakref.ref(tensor), _state(tensor)) for tensor in tensors]
-
-    def unchanged(self, tensors: Iterable[Tensor]) -> bool:
-        """Whether `tensors` are the same ones, and as they were; False where that cannot be seen."""
-        for tensor, (reference, state) in zip(tensors, self._states, strict=True):
-            if state is None or reference() is not tensor or _state(tensor) != state:
-                return False
-        return True
-
-
-def _state(tensor: Tensor) -> tuple | None:
-    """None for a tensor made in inference mode: it has no version."""
-    return None if tensor.is_inference() else (tensor._version, tensor.data_ptr(), tensor.requires_grad)
-
-
 class Share:
     """One layer's part of a generation."""
 
-    def __init__(self, generation: Generation, blocks: slice, settings: Settings, layer: nn.Module) -> None:
-        self.generation, self.settings, self.taken = generation, settings, False
-        self._blocks = blocks
-        self._common = Tensors(layer.generator.shared_parameters().values())
-        self._own = Tensors(layer.generation_inputs())
-        self._steps = layer.generator.group.steps
+    def __init__(self, batch: Batch, source: Source, settings: Settings, start: int) -> None:
+        self._batch, self._settings = batch, settings
+        self._blocks = slice(start, start + len(source.blocks))
+        self._own = Snapshot(list(source.own.values()), source.weight, values=batch.values)
+        self._readers: set[int] = set()  # the threads that have taken it
 
     @property
     def factors(self) -> list[Factors]:
         """Those of the layer's adapted blocks, of a fresh generation."""
-        return self.generation.factors[self._blocks]
+        return self._batch.generation.factors[self._blocks]
 
-    def holds(self, layer: nn.Module) -> bool:
+    def holds(self, source: Source) -> bool:
         """Whether what the factors were generated from is as it was."""
-        generator = layer.generator
-        return (
-            self._steps == generator.group.steps
-            and self._own.unchanged(layer.generation_inputs())
-            and self._common.unchanged(generator.shared_parameters().values())
-        )
+        shared = list(source.shared.values())
+        return self._own.same(list(source.own.values()), source.weight) and self._batch.shared.same(shared)
 
-    def take(self, layer: nn.Module, settings: Settings) -> list[Factors] | None:
-        """The factors for a forward of `layer`, or None if they do not hold for it."""
-        factors = self.generation.factors  # read once: the backward of another thread may consume them meanwhile
-        if factors is None or self.settings != settings or (self.taken and settings.dropout > 0):
+    def take(self, layer: Layer, source: Source, settings: Settings, repeats: bool) -> list[Factors] | None:
+        """The factors for a forward of `layer`, or None if they do not hold for it.
+
+        In training a layer takes them once, but for the repetition of a checkpointed region.
+        """
+        factors = self._batch.generation.factors  # read once: the backward of another thread may consume them meanwhile
+        reader = threading.get_ident()
+        spent = source.training and reader in self._readers and not repeats
+        if factors is None or spent or self._settings != settings or not self.holds(source):
             return None
-        if not self.holds(layer):
-            return None
-        self.taken = True
+        self._batch.look(layer, settings)
+        self._readers.add(reader)
         return factors[self._blocks]
+
+
+class Batch:
+    """A generation, and what tells whether the layers that it was made for may still use it."""
+
+    def __init__(self, generation: Generation, sources: Mapping[Layer, Source], values: bool) -> None:
+        self.generation, self.values = generation, values
+        first = next(iter(sources.values()))
+        self.shared = Snapshot(list(first.shared.values()), values=values)
+        self._layers = [weakref.ref(layer) for layer in sources]
+        self._seen: weakref.WeakSet[Layer] = weakref.WeakSet()  # in this round
+        watched = values and not (first.training or compares_at_once(first.weight.device))
+        self._watch = Watch(_watched(sources.values())) if watched else None
+
+    def look(self, layer: Layer, settings: Settings) -> None:
+        """Have a device compare all values once a round, which ends when a layer asks again.
+
+        Raises:
+            RuntimeError: it has found a change in the round before.
+        """
+        if self._watch is None or (settings.stream is not None and settings.stream[1]):
+            return
+        if layer not in self._seen:
+            self._seen.add(layer)
+            return
+        self._seen = weakref.WeakSet([layer])
+        layers = [reference() for reference in self._layers]
+        changed = self._watch.changed()
+        if changed or None in layers:
+            self.generation.factors = None
+        else:
+            self._watch.look(_watched([each.source() for each in layers]))
+        if changed:
+            raise RuntimeError(
+                "the last forward used updates that were out of date: a parameter or W was changed where no version "
+                "tells (through .data, a view of its memory, another process); change it under torch.no_grad(), or "
+                "call genft_kernels.refresh(model) after the change"
+            )
 
 
 _groups: weakref.WeakSet[LayerGroup] = weakref.WeakSet()
 
 
-def _after_step(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
-    stepped = {id(parameter) for part in optimizer.param_groups for parameter in part["params"]}
-    for group in list(_groups):
-        if any(id(parameter) in stepped for parameter in group.parameters()):
-            group.steps += 1
-            group.forget()
-
-
-register_optimizer_step_post_hook(_after_step)
-
-
 class LayerGroup:
     """The layers that share a generator, and the factors last generated for each.
 
-    `generations` counts the calls of the generator, `steps` those of optimizers that train it. A copy of the group, as
-    in a copied model, is empty: the copied layers join the group of their own generator.
+    `generations` counts the calls of the generator. A copy of the group, as in a copied model, is empty: the copied
+    layers join the group of their own generator.
     """
 
     def __init__(self) -> None:
-        self.generations = self.steps = 0
-        self.accumulation = None  # an `accumulation.Accumulation` while one is under way
-        self.sharded = False
-        self._shares: weakref.WeakKeyDictionary[nn.Module, Share | None] = weakref.WeakKeyDictionary()
-        self._lock = threading.Lock()
+        self.generations = 0
+        self.accumulation = None  # an `accumulate.Accumulation` while one is under way
+        self._shares: weakref.WeakKeyDictionary[Layer, Share | None] = weakref.WeakKeyDictionary()
+        self.lock = threading.Lock()
         _groups.add(self)
 
     def __reduce__(self):
         return LayerGroup, ()
 
     @property
-    def layers(self) -> list[nn.Module]:
+    def layers(self) -> list[Layer]:
         """The layers, in the order in which they joined."""
         return list(self._shares)
 
-    def join(self, layer: nn.Module) -> None:
+    def join(self, layer: Layer) -> None:
         """Make `layer` one of the group."""
         self._shares[layer] = None
 
-    def forget(self, layer: nn.Module | None = None) -> None:
-        """Drop the factors of `layer`, or of all layers."""
-        for each in self.layers if layer is None else [layer]:
-            if each in self._shares:
-                self._shares[each] = None
+    def forget(self, layer: Layer) -> None:
+        """Drop the factors of `layer`."""
+        if layer in self._shares:
+            self._shares[layer] = None
 
-    def parameters(self) -> list[nn.Parameter]:
-        """All that is trained in the generator and the layers."""
-        layers = self.layers
-        own = [parameter for layer in layers for parameter in layer.specific_parameters()]
-        return [*layers[0].generator.shared_parameters().values(), *own] if layers else []
-
-    def factors_for(self, layer: nn.Module, dtype: torch.dtype, backend: str, seeds: list[Tensor]) -> list[Factors]:
+    def factors_for(self, layer: Layer, dtype: torch.dtype, backend: str, seeds: list[Tensor]) -> list[Factors]:
         """The factors of the layer's adapted blocks in `dtype`.
 
         Args:
@@ -156,109 +157,106 @@ class LayerGroup:
             seeds: of this forward, int64 [1] for each adapted block. Where the layer makes the generation, they are
                 its seeds in the column stage too. Unused where that has no dropout.
         """
-        device = layer.weight.device
-        settings = Settings(
-            device,
-            layer.weight.dtype,
-            backend,
-            layer.column_dropout,
-            dtype,
-            torch.is_grad_enabled(),
-            torch.is_inference_mode_enabled(),
-            _stream(device),
-        )
-        with self._lock:
-            if self.accumulation is not None and not settings.inference:
-                return self.accumulation.factors_for(self, layer, settings, seeds)
+        source = layer.source()
+        gradients, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        settings = Settings(backend, dtype, source.dropout, gradients, inference, _stream(source.weight.device))
+        with self.lock:
+            if self.accumulation is not None and not inference and source.reason_to_stay_alone() is None:
+                return self.accumulation.factors_for(self, layer, source, settings, seeds)
             if settings.dropout > 0 and _may_be_repeated():
                 # The repetition draws this forward's seeds again, but nothing that a group drew.
-                return self.generate([layer], settings, seeds)[layer].factors
+                return self.generate({layer: source}, settings, seeds, values=False)[layer].factors
+            repeats = _torch_private.in_backward()
             share = self._shares.get(layer)
-            factors = None if share is None else share.take(layer, settings)
-            return self._renew(layer, settings, seeds) if factors is None else factors
+            factors = None if share is None else share.take(layer, source, settings, repeats)
+            return self._renew(layer, source, settings, seeds, repeats) if factors is None else factors
 
-    def together_with(self, layer: nn.Module) -> list[nn.Module]:
+    def together_with(self, layer: Layer, source: Source) -> dict[Layer, Source]:
         """The layers to generate when `layer` asks, itself first."""
-        if layer not in self._shares or obstacle(layer) is not None:  # a replica is in no group
-            return [layer]
-        cell = _cell(layer)
-        others = [each for each in self.layers if each is not layer and _cell(each) == cell]
-        return [layer, *(each for each in others if obstacle(each) is None)]
+        together = {layer: source}
+        if layer in self._shares and source.reason_to_stay_alone() is None:  # a replica is in no group
+            for each in self.layers:
+                other = source if each is layer else each.source()
+                if other.cell == source.cell and other.reason_to_stay_alone() is None:
+                    together[each] = other
+        return together
 
-    def generate(self, layers: list[nn.Module], settings: Settings, seeds: list[Tensor]) -> dict[nn.Module, Share]:
-        """One generation for `layers`; `seeds` are those of the first one, the others' follow from them."""
-        counts = [len(layer.blocks[1]) for layer in layers]
-        seed = None
-        if settings.dropout > 0:
-            # Nothing is drawn: the repetition of a checkpointed region would not draw it. Keys that differ by one give
-            # Philox streams that have nothing in common.
-            others = torch.arange(1, 1 + sum(counts[1:]), device=settings.device)
-            seed = torch.cat([*seeds, seeds[0] + others])
+    def generate(
+        self, sources: Mapping[Layer, Source], settings: Settings, seeds: list[Tensor], *, values: bool
+    ) -> dict[Layer, Share]:
+        """One generation for some layers.
+
+        Args:
+            seeds: of the first one; the others' follow from them.
+            values: whether those of all tensors are to be compared before the factors are used again.
+        """
+        counts = [len(source.blocks) for source in sources.values()]
         self.generations += 1
-        generation = Generation(layers, settings.dtype, settings.dropout, seed, settings.backend)
-        shares, start = {}, 0
-        for layer, count in zip(layers, counts, strict=True):
-            shares[layer] = Share(generation, slice(start, start + count), settings, layer)
-            start += count
-        return shares
+        with _torch_private.hidden_from_selective_checkpointing():
+            seed = None
+            if settings.dropout > 0:
+                # Nothing is drawn: the repetition of a checkpointed region would not draw it. Keys that differ by one
+                # give Philox streams that have nothing in common.
+                others = torch.arange(1, 1 + sum(counts[1:]), device=seeds[0].device)
+                seed = torch.cat([*seeds, seeds[0] + others])
+            options = dict(dtype=settings.dtype, dropout=settings.dropout, seed=seed, backend=settings.backend)
+            batch = Batch(Generation(list(sources.values()), **options), sources, values)
+            starts = (sum(counts[:index]) for index in range(len(counts)))
+            return {
+                layer: Share(batch, source, settings, start)
+                for (layer, source), start in zip(sources.items(), starts, strict=True)
+            }
 
     def explain(self) -> list[str]:
         """A line for each set of layers that are generated together, and for each reason to generate alone."""
-        layers = self.layers
-        if not layers:
+        sources = [layer.source() for layer in self.layers]
+        if not sources:
             return []
-        generator = layers[0].generator
-        shape = f"{generator.in_features}x{generator.out_features}"
-        reasons = {layer: obstacle(layer) for layer in layers}
-        together = Counter(_cell(layer) for layer, reason in reasons.items() if reason is None)
-        alone = Counter(reason for reason in reasons.values() if reason is not None)
+        shape = "{1}x{0}".format(*sources[0].blocks[0].shape)
+        together = Counter(source.cell for source in sources if source.reason_to_stay_alone() is None)
+        reasons = Counter(source.reason_to_stay_alone() for source in sources)
+        del reasons[None]
         return [f"{shape}: {_layers(n)} on {cell[0]} in one generation" for cell, n in together.items()] + [
-            f"{shape}: {_layers(n)} each in a generation of its own: {reason}" for reason, n in alone.items()
+            f"{shape}: {_layers(n)} each in a generation of its own: {reason}" for reason, n in reasons.items()
         ]
 
-    def _renew(self, layer: nn.Module, settings: Settings, seeds: list[Tensor]) -> list[Factors]:
-        in_backward = torch._C._current_graph_task_id() != -1
+    def _renew(
+        self, layer: Layer, source: Source, settings: Settings, seeds: list[Tensor], repeats: bool
+    ) -> list[Factors]:
         # In a backward (reentrant checkpointing) the gradient of a whole group would be computed for each region.
-        shares = self.generate([layer] if in_backward else self.together_with(layer), settings, seeds)
-        if not in_backward and layer in self._shares:
+        sources = {layer: source} if repeats else self.together_with(layer, source)
+        kept = not repeats and layer in self._shares and source.reason_to_stay_alone() is None
+        # A single layer that trains never takes them again.
+        shares = self.generate(sources, settings, seeds, values=kept and (len(sources) > 1 or not source.training))
+        if kept:
             self._shares.update(shares)
-        shares[layer].taken = True
+            shares[layer].take(layer, source, settings, repeats)
         return shares[layer].factors
 
 
-def obstacle(layer: nn.Module) -> str | None:
-    """Why a layer is neither generated together with others nor its factors kept; None if it can be."""
-    if layer.merged:
-        return "it is merged"
-    if layer.sharded or layer.generator.group.sharded:
-        return "its parameters are sharded, quantised or of another tensor class"
-    if layer.frozen_weight.shape != (layer.out_features, layer.in_features):
-        return "its weight is not resident"
-    for tensor in (*layer.generation_inputs(), *layer.generator.shared_parameters().values()):
-        if tensor.device.type == "meta":
-            return "its parameters are on the meta device (offloaded)"
-        if tensor.is_inference():
-            return "its parameters were made in inference mode, where changes cannot be seen"
-    return None
+def _renew_locks() -> None:
+    """In a process that was forked while another thread generated, nobody would ever release the lock."""
+    for group in list(_groups):
+        group.lock = threading.Lock()
 
 
-def is_tensor_subclass(tensor: Tensor) -> bool:
-    """Whether a parameter is more than a plain tensor in memory: sharded, quantised, fake."""
-    return type(tensor) not in (Tensor, nn.Parameter)
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
-def _cell(layer: nn.Module) -> tuple:
-    """What layers must agree in to be generated together."""
-    weight = layer.weight
-    return weight.device, weight.dtype, layer.backend, layer.column_dropout
+def _watched(sources: Iterable[Source]) -> list[Tensor]:
+    """All whose values count, of layers that share a generator."""
+    sources = list(sources)
+    own = [part for source in sources for part in compared(list(source.own.values()), source.weight)]
+    return [*sources[0].shared.values(), *own]
 
 
 def _may_be_repeated() -> bool:
     """Whether this forward may be one of a checkpointed region, or is its repetition."""
     return (
         not torch.is_grad_enabled()  # as reentrant checkpointing runs the region first
-        or torch._C._current_graph_task_id() != -1  # within a backward
-        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # as the other kind does
+        or _torch_private.in_backward()
+        or _torch_private.saved_tensors_are_hooked()  # as the other kind does
     )
 
 

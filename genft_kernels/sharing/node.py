@@ -7,6 +7,7 @@ Factors are few and thin, and many layers' outputs hang on them, so the node ask
 - It can be run backward more than once, as losses that share nothing but a generator ask. The first time frees the
   inner graph, a further one makes it anew, as long as the parameters are the same.
 - A layer that had no part in the loss gets no gradient, rather than zeros.
+- Hooks keep autograd from seeing that W or a parameter changed in place before the backward, so the node looks itself.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ import weakref
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..config import GenFTConfig
 from ..ops import first_order
 from ..parameters import GeneratorParameters
 from ..update import Factors, generate_factors
+from .source import Source
 
 
 class Generation:
@@ -32,23 +33,18 @@ class Generation:
     factors: list[Factors] | None
 
     def __init__(
-        self,
-        layers: Sequence[nn.Module],
-        dtype: torch.dtype,
-        dropout: float,
-        seed: Tensor | None,
-        backend: str,
+        self, sources: Sequence[Source], *, dtype: torch.dtype, dropout: float, seed: Tensor | None, backend: str
     ) -> None:
-        """Generate for `layers`, which share a generator; differentiable where gradients are recorded.
+        """Generate; differentiable where gradients are recorded.
 
         Args:
-            layers: `GenFTLinear`s on one device.
+            sources: of layers on one device that share a generator.
             dtype: of the factors.
             dropout, seed: of the column stage; int64 [blocks], or None without dropout.
             backend: an operation backend by name.
         """
-        recipe = _Recipe(layers, dtype, dropout, seed, backend)
-        parameters = recipe.parameters_of(layers)
+        recipe = _Recipe(sources, dict(dtype=dtype, dropout=dropout, seed=seed, backend=backend))
+        parameters = [*sources[0].shared.values(), *(tensor for source in sources for tensor in source.own.values())]
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
             flat = _Generate.apply(recipe, weakref.ref(self), *parameters)
         else:
@@ -62,25 +58,23 @@ class _Recipe:
 
     stream: int  # known after the first call of `factors`
 
-    def __init__(self, layers: Sequence[nn.Module], dtype, dropout, seed, backend) -> None:
-        generator = layers[0].generator
-        self.config: GenFTConfig = generator.config
-        self.options = dict(dtype=dtype, dropout=dropout, seed=seed, backend=backend)
-        self.weights = [weight for layer in layers for weight in layer.adapted_weights()]
-        self.shared_names = tuple(generator.shared_parameters())
-        self.specific_names = layers[0].specific_names
+    def __init__(self, sources: Sequence[Source], options: dict) -> None:
+        self.config, self.options = sources[0].config, options
+        self.weights = [block for source in sources for block in source.blocks]
+        self.shared_names, self.specific_names = tuple(sources[0].shared), tuple(sources[0].own)
         # The layer of each block.
-        self.owners = [index for index, layer in enumerate(layers) for _ in layer.blocks[1]]
-
-    def parameters_of(self, layers: Sequence[nn.Module]) -> list[Tensor]:
-        """The shared ones, then each layer's own."""
-        own = [parameter for layer in layers for parameter in layer.specific_parameters()]
-        return [*layers[0].generator.shared_parameters().values(), *own]
+        self.owners = [index for index, source in enumerate(sources) for _ in source.blocks]
 
     def owner(self, position: int) -> int | None:
         """The layer whose parameter it is, None for a shared one."""
         position -= len(self.shared_names)
         return None if position < 0 else position // len(self.specific_names)
+
+    def name(self, position: int) -> str:
+        """The parameter's name in its generator or layer."""
+        names = self.shared_names
+        owned = position - len(names)
+        return names[position] if owned < 0 else self.specific_names[owned % len(self.specific_names)]
 
     def factors(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """h [in, k] of each block, then b [out, k] of each block."""
@@ -103,6 +97,10 @@ class _Recipe:
             return leaves, self.factors(leaves)
 
 
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
 def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor.detach()  # an operation that saves its own output would otherwise keep itself alive
 
@@ -113,7 +111,7 @@ class _Generate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, recipe: _Recipe, generation: weakref.ref[Generation], *parameters: Tensor):
         ctx.recipe, ctx.generation, ctx.parameters = recipe, generation, parameters
-        ctx.versions = [parameter._version for parameter in parameters]
+        ctx.versions = [[_version(tensor) for tensor in tensors] for tensors in (parameters, recipe.weights)]
         ctx.graphs = [recipe.graph(parameters)]  # a list, because taking from it is atomic
         ctx.set_materialize_grads(False)
         _, outputs = ctx.graphs[0]
@@ -128,29 +126,41 @@ class _Generate(torch.autograd.Function):
         generation = ctx.generation()
         if generation is not None:
             generation.factors = None
-        leaves, outputs = _Generate._take_graph(ctx)
-        used = [i for i, grad in enumerate(grads) if grad is not None and outputs[i].requires_grad]
-        owners = {ctx.recipe.owners[i % len(ctx.recipe.owners)] for i in used} | {None}
-        wanted = [i for i, leaf in enumerate(leaves) if leaf.requires_grad and used and ctx.recipe.owner(i) in owners]
+        recipe, parameters = ctx.recipe, ctx.parameters
+        blocks = len(recipe.weights)
+        graded = [i for i, grad in enumerate(grads) if grad is not None]
+        owners = {recipe.owners[i % blocks] for i in graded} | {None}
+        _Generate._check_unchanged(ctx, owners)
+        try:
+            leaves, outputs = ctx.graphs.pop()
+        except IndexError:  # a further backward
+            leaves, outputs = recipe.graph(parameters)
+        used = [i for i in graded if outputs[i].requires_grad]
+        wanted = [i for i, leaf in enumerate(leaves) if leaf.requires_grad and used and recipe.owner(i) in owners]
         results = [None] * len(leaves)
-        found = (
-            torch.autograd.grad(
+        if wanted:
+            found = torch.autograd.grad(
                 [outputs[i] for i in used], [leaves[i] for i in wanted], [grads[i] for i in used], allow_unused=True
             )
-            if wanted
-            else ()
-        )
-        for i, grad in zip(wanted, found, strict=True):
-            results[i] = grad
+            for i, grad in zip(wanted, found, strict=True):
+                results[i] = grad
         return None, None, *results
 
     @staticmethod
-    def _take_graph(ctx):
-        try:
-            return ctx.graphs.pop()
-        except IndexError:  # a further backward
-            if [parameter._version for parameter in ctx.parameters] != ctx.versions:
-                raise RuntimeError(
-                    "a parameter of the adapter changed between two backward passes through the same generation"
-                ) from None
-            return ctx.recipe.graph(ctx.parameters)
+    def _check_unchanged(ctx, owners: set[int | None]) -> None:
+        """RuntimeError if what the factors of these layers come of has changed since."""
+        recipe, (of_parameters, of_weights) = ctx.recipe, ctx.versions
+        changed = [
+            f"a parameter of the adapter, {recipe.name(i)}"
+            for i, (tensor, version) in enumerate(zip(ctx.parameters, of_parameters, strict=True))
+            if _version(tensor) != version and recipe.owner(i) in owners
+        ] + [
+            "a frozen weight"
+            for owner, tensor, version in zip(recipe.owners, recipe.weights, of_weights, strict=True)
+            if _version(tensor) != version and owner in owners
+        ]
+        if changed:
+            raise RuntimeError(
+                f"{changed[0]}, was changed in place between the forward in which updates were generated from it and "
+                "their backward"
+            )

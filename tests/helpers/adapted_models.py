@@ -51,5 +51,5 @@ def one_by_one(model):
     """The same model, each layer generated alone."""
     twin = copy.deepcopy(model)
     for group in groups(twin):
-        group.together_with = lambda layer: [layer]
+        group.together_with = lambda layer, source: {layer: source}
     return twin

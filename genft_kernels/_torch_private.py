@@ -1,0 +1,105 @@
+"""Every private part of torch that the package uses, each looked up at its first use.
+
+A version of torch that lacks one raises an error which says so, where it is needed and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from ._version import __version__
+
+TESTED = "2.11 to 2.13"
+
+
+@functools.cache
+def _private(module: str, name: str) -> Any:
+    """`name` of a module of torch; RuntimeError if this version has none."""
+    try:
+        return functools.reduce(getattr, name.split("."), importlib.import_module(module))
+    except (ImportError, AttributeError):
+        raise RuntimeError(
+            f"torch {torch.__version__} has no {module}.{name}, which genft_kernels {__version__} relies on: install a "
+            f"version of torch that it is tested with ({TESTED}), or a newer genft_kernels"
+        ) from None
+
+
+# --- autograd -------------------------------------------------------------------------------------------------------
+
+
+def in_backward() -> bool:
+    """Whether this thread is within a backward pass."""
+    return _private("torch._C", "_current_graph_task_id")() != -1
+
+
+def saved_tensors_are_hooked() -> bool:
+    """Whether somebody listens to what is saved for backward, as a checkpointed region does."""
+    return _private("torch._C._autograd", "_top_saved_tensors_default_hooks")(True) is not None
+
+
+def when_backward_ends(callback: Callable[[], None]) -> None:
+    """Have the backward pass that is under way call `callback` as its last act."""
+    _private("torch.autograd", "Variable._execution_engine").queue_callback(callback)
+
+
+def differentiates_forward() -> bool:
+    """Whether a level of forward-mode differentiation or a transform of `torch.func` is active."""
+    _private("torch.autograd.forward_ad", "_current_level")  # a number that changes: looked up, and read anew
+    level = torch.autograd.forward_ad._current_level
+    return level >= 0 or _private("torch._C", "_are_functorch_transforms_active")()
+
+
+# --- dispatch modes -------------------------------------------------------------------------------------------------
+
+
+def dispatch_modes_active() -> bool:
+    """Whether something listens to the dispatcher: counters, fake tensors, selective checkpointing."""
+    return _private("torch._C", "_len_torch_dispatch_stack")() > 0
+
+
+def tensors_are_fake() -> bool:
+    """Whether a mode is active under which tensors have no values of their own: fake ones, tracing."""
+    return dispatch_modes_active() and any(mode.is_infra_mode() for mode in _mode_stack())
+
+
+@contextlib.contextmanager
+def hidden_from_selective_checkpointing() -> Iterator[None]:
+    """Within the context a region's selective checkpointing sees no operation; other modes do as before.
+
+    It counts operations, and takes the n-th of the repetition for the n-th of the first run. What is computed once and
+    found at hand later has no place in that count.
+    """
+    removed = []
+    if dispatch_modes_active():
+        selective = _selective_modes()
+        while any(isinstance(mode, selective) for mode in _mode_stack()):
+            removed.append(_private("torch.utils._python_dispatch", "_pop_mode")())
+        kept = [mode for mode in reversed(removed) if not isinstance(mode, selective)]
+        _push(kept)
+    try:
+        yield
+    finally:
+        if removed:
+            for _ in kept:
+                _private("torch.utils._python_dispatch", "_pop_mode")()
+            _push(reversed(removed))
+
+
+def _mode_stack() -> list:
+    return _private("torch.utils._python_dispatch", "_get_current_dispatch_mode_stack")()
+
+
+def _selective_modes() -> tuple[type, ...]:
+    names = ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode")
+    return tuple(_private("torch.utils.checkpoint", name) for name in names)
+
+
+def _push(modes) -> None:
+    for mode in modes:
+        _private("torch.utils._python_dispatch", "_push_mode")(mode)

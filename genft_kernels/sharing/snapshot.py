@@ -1,0 +1,115 @@
+"""Whether tensors are what they were: the same objects in the same state, with the same values.
+
+Versions tell of changes that go through autograd. Only the values tell of the others: through `.data`, by fused
+optimizers, by views of the memory, by other processes. Thin tensors are compared in full, W by its diagonal, which a
+change of the whole touches, and one of a row as far as W is square. On a CPU that is done in each forward, and takes
+about as long as reading them. On a device the answer would have to be waited for, so it is read a forward later
+(`Watch`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _torch_private
+
+# torch.equal takes eight times as long.
+_memcmp = ctypes.PyDLL("msvcrt" if os.name == "nt" else None).memcmp
+_memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+
+
+class Snapshot:
+    """Tensors as they were. None is kept alive, and none referred to: `torch.utils.swap_tensors` forbids it."""
+
+    def __init__(self, thin: Sequence[Tensor], weight: Tensor | None = None, *, values: bool) -> None:
+        """Of `thin` tensors, and of a frozen `weight`; with `values`, where they can be compared at once."""
+        self._states = [_state(tensor) for tensor in _with(thin, weight)]
+        self._copies = []
+        if values:
+            self._copies = [_Bytes(part) for part in compared(thin, weight) if compares_at_once(part.device)]
+
+    def same(self, thin: Sequence[Tensor], weight: Tensor | None = None) -> bool:
+        """Whether they are the same ones, as they were."""
+        if [_state(tensor) for tensor in _with(thin, weight)] != self._states:
+            return False
+        if not self._copies:
+            return True
+        parts = [part for part in compared(thin, weight) if compares_at_once(part.device)]
+        return all(copy.equals(part) for copy, part in zip(self._copies, parts, strict=True))
+
+
+class Watch:
+    """Tensors on a device, whose values are compared in one forward, and the answer read in the next."""
+
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        self._copies = [joined.clone() for joined in _joined(parts)]
+        self._answers: list[tuple[Tensor, torch.cuda.Event | None]] = []
+
+    def look(self, parts: Sequence[Tensor]) -> None:
+        """Have the values compared with those at the beginning."""
+        for now, then in zip(_joined(parts), self._copies, strict=True):
+            differs = (now != then).any()
+            event = None
+            if differs.is_cuda:
+                differs = differs.to("cpu", non_blocking=True)
+                event = torch.cuda.current_stream(now.device).record_event()
+            self._answers.append((differs, event))
+
+    def changed(self) -> bool:
+        """Whether a comparison so far has found a difference; waits for it."""
+        answers, self._answers = self._answers, []
+        for _, event in answers:
+            if event is not None:
+                event.synchronize()
+        return any(bool(differs) for differs, _ in answers)
+
+
+def compares_at_once(device: torch.device) -> bool:
+    """Whether the answer to a comparison need not be waited for."""
+    return device.type == "cpu"
+
+
+def _with(thin: Sequence[Tensor], weight: Tensor | None) -> list[Tensor]:
+    return [*thin] if weight is None else [*thin, weight]
+
+
+def compared(thin: Sequence[Tensor], weight: Tensor | None) -> list[Tensor]:
+    """What of them is compared: all of the thin ones, the diagonal of W."""
+    if weight is None:
+        return [*thin]
+    if not _torch_private.dispatch_modes_active():
+        return [*thin, weight.diagonal()]
+    with _torch_private.hidden_from_selective_checkpointing():
+        return [*thin, weight.diagonal()]
+
+
+def _state(tensor: Tensor) -> tuple:
+    # An object that takes the place of another at its address has other values.
+    version = None if tensor.is_inference() else tensor._version
+    return (id(tensor), version, tensor.data_ptr(), tensor.requires_grad, tensor.dtype, tensor.shape)
+
+
+class _Bytes:
+    """A copy of a tensor in memory."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._copy = tensor.detach().clone(memory_format=torch.contiguous_format)
+        self._address, self._size = self._copy.data_ptr(), self._copy.nbytes
+
+    def equals(self, tensor: Tensor) -> bool:
+        """Whether `tensor`, of the same shape and dtype, holds the same bytes."""
+        dense = tensor.detach().contiguous() if not tensor.is_contiguous() else tensor
+        return _memcmp(dense.data_ptr(), self._address, self._size) == 0
+
+
+def _joined(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Their values in one tensor for each device: two launches for any number of them."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for part in parts:
+        by_device.setdefault(part.device, []).append(part.detach().reshape(-1))
+    return [torch.cat(flat) for flat in by_device.values()]

@@ -1,0 +1,56 @@
+"""`Source`: all that a layer's factors are generated from, as one value."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from ..config import GenFTConfig
+
+
+class Source(NamedTuple):
+    """What the factors of one layer are generated from, as it is now; and what decides for how long they hold."""
+
+    config: GenFTConfig
+    weight: Tensor  # W, as it is stored
+    blocks: list[Tensor]  # its adapted blocks, each [out, in] of the generator; views
+    shared: dict[str, Tensor]  # the generator's tensors
+    own: dict[str, Tensor]  # the layer's
+    backend: str  # as the layer was told, "auto" included
+    dropout: float  # of the column stage, in effect
+    training: bool
+    obstacle: str | None  # what the layer knows against sharing
+
+    @property
+    def cell(self) -> tuple:
+        """What layers must agree in to be generated together.
+
+        In what trains, too: a factor has a gradient here if it has one in a generation of the layer alone, as the
+        repetition of a checkpointed region may make.
+        """
+        trained = tuple(tensor.requires_grad for tensor in self.own.values())
+        return self.weight.device, self.weight.dtype, self.backend, self.dropout, trained
+
+    @property
+    def thin(self) -> list[Tensor]:
+        """All that trains: the shared tensors, then the layer's own."""
+        return [*self.shared.values(), *self.own.values()]
+
+    def reason_to_stay_alone(self) -> str | None:
+        """Why the layer is neither generated together with others nor its factors kept; None if it can be."""
+        if self.obstacle is not None:
+            return self.obstacle
+        for tensor in (self.weight, *self.thin):
+            if tensor.device.type == "meta":
+                return "its parameters are on the meta device (offloaded)"
+            if tensor.is_inference():
+                return "its parameters were made in inference mode, where changes cannot be seen"
+            if not isinstance(tensor, nn.Parameter):
+                return "its parameters are computed (pruned, parametrized, a replica)"
+        return None
+
+
+def is_tensor_subclass(tensor: Tensor) -> bool:
+    """Whether a parameter is more than a plain tensor in memory: sharded, quantised, fake."""
+    return type(tensor) not in (Tensor, nn.Parameter)

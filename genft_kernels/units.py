@@ -1,0 +1,178 @@
+"""`GenFTUpdate`: one layer's share in generated updates: its own units, and all that its factors are generated from."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from . import backends, reference
+from .config import GenFTConfig, check_blocks
+from .generator import GenFTGenerator, last_stage_names
+from .parameters import GeneratorParameters, specific_shapes
+from .sharing.source import Source, is_tensor_subclass
+
+
+class GenFTUpdate(nn.Module):
+    """The units of one layer's own, beside a generator that it shares and a frozen weight that somebody else holds.
+
+    `GenFTLinear` is one that holds the weight itself. The units are `specific_down [r, in]` and `specific_up [out, r]`
+    where both stages share them, else `column_specific_down [r, in]`, `column_specific_up [in, r]`,
+    `row_specific_down [r, out]`, `row_specific_up [out, r]`, as far as the stages exist.
+    """
+
+    merged = False
+    _fan_in_fan_out = False
+    _sharded = False
+
+    @property
+    def stored_weight(self) -> Tensor:
+        """W as it is stored, merged or not: [in, out] in a transformers `Conv1D`, else [out, in]."""
+        raise NotImplementedError
+
+    def join(
+        self,
+        generator: GenFTGenerator,
+        backend: str,
+        shape: tuple[int, int],
+        blocks: tuple[int, tuple[int, ...]] | None = None,
+    ) -> None:
+        """Make the units for a weight of `shape` (in, out), and become one of the layers that share `generator`.
+
+        Raises:
+            ValueError: the generator is of another shape than the adapted blocks.
+        """
+        backends.check_name(backend)
+        in_features, out_features = shape
+        count, _ = self._blocks = (1, (0,)) if blocks is None else check_blocks("blocks", blocks)
+        if out_features % count:
+            raise ValueError(f"out_features={out_features} cannot be cut into {count} equal blocks")
+        has, wanted = (generator.in_features, generator.out_features), (in_features, out_features // count)
+        if has != wanted:
+            raise ValueError(f"the generator is for in x out = {has[0]}x{has[1]}, the layer is {wanted[0]}x{wanted[1]}")
+        self.backend = backend
+        weight = self.stored_weight
+        shapes = specific_shapes(generator.config, *wanted)
+        for name, matrix_shape in shapes.items():
+            data = torch.empty(matrix_shape, device=weight.device, dtype=adapter_dtype(weight.dtype))
+            self.register_parameter(name, nn.Parameter(data))
+        self.__dict__["specific_names"] = tuple(shapes)
+        self.reset_specific_parameters()
+        generator.group.join(self)
+
+    def __setstate__(self, state) -> None:
+        super().__setstate__(state)
+        self.generator.group.join(self)  # a copied layer that of its copied generator
+
+    def __setattr__(self, name, value) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, Tensor):  # FSDP shards so, and in a forward the parameters are plain ones
+            self.__dict__["_sharded"] = self._sharded or is_tensor_subclass(value)
+
+    def reset_specific_parameters(self) -> None:
+        """Draw the layer's own units anew, zero where `zero_delta` asks."""
+        config = self.config
+        last_up = last_stage_names(config)[0]
+        zeroed = {"specific_up", last_up.replace("_up", "_specific_up")} if config.zero_delta else set()
+        for name in self.specific_names:
+            init = config.init_specific_up if name.endswith("up") else config.init_specific_down
+            _initialise(getattr(self, name), "zeros" if name in zeroed else init)
+
+    @property
+    def config(self) -> GenFTConfig:
+        return self.generator.config
+
+    @property
+    def blocks(self) -> tuple[int, tuple[int, ...]]:
+        """(number of equal row blocks in the weight, those that are adapted)."""
+        return self._blocks
+
+    @property
+    def frozen_weight(self) -> Tensor:
+        """W [out, in], merged or not; a view where it is stored transposed."""
+        return self.stored_weight.t() if self._fan_in_fan_out else self.stored_weight
+
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters are, or have been, of a tensor class of their own, as FSDP's outside of a forward."""
+        return self._sharded or self.generator.sharded or is_tensor_subclass(self.stored_weight)
+
+    def specific_parameters(self) -> dict[str, Tensor]:
+        """The layer's own trained tensors by name."""
+        return {name: getattr(self, name) for name in self.specific_names}
+
+    def source(self) -> Source:
+        """All that the layer's factors are generated from, as it is now."""
+        config, frozen, (count, adapted) = self.config, self.frozen_weight, self._blocks
+        blocks = [frozen]
+        if count > 1:
+            cut = frozen.chunk(count)
+            blocks = [cut[index] for index in adapted]
+        return Source(
+            config,
+            self.stored_weight,
+            blocks,
+            self.generator(),
+            self.specific_parameters(),
+            self.backend,
+            config.dropout if self.training and config.transform == "both" else 0.0,
+            self.training,
+            self._obstacle(blocks[0]),
+        )
+
+    def _obstacle(self, block: Tensor) -> str | None:
+        """What `Source.obstacle` says."""
+        if self.merged:
+            return "it is merged"
+        if self.sharded:
+            return "its parameters are sharded, quantised or of another tensor class"
+        if block.shape != (self.generator.out_features, self.generator.in_features):
+            return "its weight is not resident"
+        return None
+
+    def parameters_of_generator(self) -> GeneratorParameters:
+        """The layer's trained tensors on its device, shared and specific units concatenated; differentiable."""
+        return GeneratorParameters.concatenated(self.generator(), self.specific_parameters(), self.stored_weight.device)
+
+    def delta_weight(self) -> Tensor:
+        """dW [out, in] without dropout, generated from the frozen W, in float32 or wider; differentiable.
+
+        Rows of blocks that are not adapted are zero.
+        """
+        weight = self.frozen_weight
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        params, (count, adapted) = self.parameters_of_generator(), self.blocks
+        updates = [
+            reference.delta_weight(block, params, self.config) if index in adapted else torch.zeros_like(block)
+            for index, block in enumerate(weight.chunk(count))
+        ]
+        return updates[0] if count == 1 else torch.cat(updates)
+
+
+def refresh(model: nn.Module) -> nn.Module:
+    """Drop all factors that are held for layers of `model`, and return it: the next forward generates anew.
+
+    Needed only after a change of W that neither its version nor its diagonal tells of (docs/using.md#training).
+    """
+    for module in model.modules():
+        if isinstance(module, GenFTUpdate):
+            module.generator.group.forget(module)
+    return model
+
+
+def adapter_dtype(weight_dtype: torch.dtype) -> torch.dtype:
+    """Trained parameters are float32 over a 16-bit weight, else of its dtype (docs/method.md#precision)."""
+    return torch.promote_types(weight_dtype, torch.float32)
+
+
+@torch.no_grad()
+def _initialise(parameter: nn.Parameter, init: str) -> None:
+    if init == "zeros":
+        nn.init.zeros_(parameter)
+    elif init == "kaiming_uniform":
+        nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+    elif init == "xavier_uniform":
+        nn.init.xavier_uniform_(parameter)
+    else:
+        nn.init.normal_(parameter, std=0.01)
