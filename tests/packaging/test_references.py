@@ -1,5 +1,6 @@
 """What comments, docstrings and documents cite is in the tree."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,16 @@ def tree(root: Path, **changed: str) -> Path:
 
 
 def test_references_of_this_tree_all_lead_somewhere():
-    assert wrong_references(ROOT) == []
+    wrong = wrong_references(ROOT)
+    assert not wrong, "\n".join(wrong)
+
+
+def test_architecture_names_every_module():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    paths = [path for path in (ROOT / "genft_kernels").iterdir() if re.fullmatch(r"_?[a-z]\w*(\.py)?", path.name)]
+    names = {path.name if path.is_file() else f"{path.name}/" for path in paths} - {"_version.py", "prebuilt/"}
+    missing = sorted(name for name in names if f"`{name}`" not in text)
+    assert len(names) > 10 and not missing, f"docs/architecture.md#layers needs a word on {', '.join(missing)}"
 
 
 def test_references_that_lead_somewhere_and_words_that_only_look_so_are_left_alone(tmp_path):
