@@ -11,11 +11,11 @@ from typing import NamedTuple
 from torch import nn
 
 from . import backends
-from .arguments import check_flag, check_type, warn
+from .arguments import about, check_flag, check_type, warn
 from .config import GenFTConfig, check_config
 from .first_forward import FirstForward
 from .generator import GenFTGenerator
-from .instance_forward import carry_instance_forward, return_instance_forward
+from .instance_forward import return_instance_forward
 from .matching import FullMatch, full_matches
 from .modules import GenFTLinear, adapter_dtype
 from .parameters import shared_shapes, specific_shapes
@@ -251,21 +251,17 @@ def _make_generators(targets: list[Target], config: GenFTConfig) -> nn.ModuleDic
         key, weight = _shape_key(target), target.module.weight
         if key in generators:
             continue
-        try:
+        with about(f"target module {target.name!r}"):
             dtype = adapter_dtype(weight.dtype)
             generators[key] = GenFTGenerator(*_block_shape(target), config, weight.device, dtype)
-        except ValueError as error:
-            raise ValueError(f"target module {target.name!r}: {error}") from None
     return generators
 
 
 def _make_layer(target: Target, generators: nn.ModuleDict, backend: str) -> GenFTLinear:
     generator = generators[_shape_key(target)]
-    layer = GenFTLinear.from_linear(
+    return GenFTLinear.from_linear(
         target.module, generator, blocks=target.blocks, backend=backend, register_generator=False
     )
-    carry_instance_forward(target.module, layer)
-    return layer
 
 
 def _block_shape(target: Target) -> tuple[int, int]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import math
 import numbers
 import sys
 import warnings
+from collections.abc import Iterator
 
 _SHOWN = 80  # characters of a value in a message
+_about = contextvars.ContextVar("_about", default="")
 
 
 def check_type(name: str, value: object, wanted: type | tuple[type, ...], optional: bool = False) -> None:
@@ -56,9 +60,21 @@ def is_finite(value: object) -> bool:
         return False
 
 
+@contextlib.contextmanager
+def about(subject: str) -> Iterator[None]:
+    """Within the context a ValueError, a TypeError or a warning begins with what it is about."""
+    token = _about.set(f"{subject}: ")
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{subject}: {error}") from None
+    finally:
+        _about.reset(token)
+
+
 def warn(message: str) -> None:
     """A UserWarning at the first line outside this package."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, stacklevel=level)
+    warnings.warn(_about.get() + message, stacklevel=level)

@@ -11,7 +11,6 @@ from torch import nn
 
 from .arguments import warn
 from .config import ALL_LINEAR, QUERY_AND_VALUE_NAMES, GenFTConfig
-from .instance_forward import check_instance_forward
 from .matching import FullMatch, Names, full_matches, upwards
 from .modules import GenFTLinear, check_adaptable, is_conv1d
 
@@ -79,7 +78,6 @@ def find_targets(model: nn.Module, config: GenFTConfig, full_matches: FullMatch 
     for module, held_at in paths.items():
         try:
             check_adaptable(module)
-            check_instance_forward(module)
             for name in held_at:
                 _check_called(model, name)
         except (TypeError, ValueError) as error:
