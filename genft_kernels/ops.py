@@ -65,18 +65,17 @@ def first_order(backward: Callable) -> Callable:
     return checked
 
 
-def _differentiable(op: Callable, backward_op: Callable, setup: Callable, gradients: Callable) -> Callable[..., Tensor]:
-    """Give `op` its gradient, and make what takes its arguments and returns its first result by a plain node.
+def _differentiable(op: Callable, setup: Callable, gradients: Callable) -> Callable[..., Tensor]:
+    """Give `op` its gradient by `<op>_backward`, and make what takes its arguments and returns its first result.
 
     Args:
         setup: saves in a context what `gradients` will need, given the op's inputs and outputs.
-        gradients: (context, gradient of the first result, the backward op or what computes the same) -> the gradient
-            of each input.
+        gradients: (context, gradient of the first result, `<op>_backward`) -> the gradient of each input.
     """
     name, inputs = op._qualname.removeprefix("genft::"), len(op._opoverload._schema.arguments)
 
     def of_op(ctx, grad, _):
-        grads = (None,) * inputs if grad is None else gradients(ctx, grad, backward_op)
+        grads = (None,) * inputs if grad is None else gradients(ctx, grad, globals()[f"{name}_backward"])
         # An op wants a list for a list.
         lists = ([None] * len(need) if isinstance(need, (list, tuple)) else None for need in ctx.needs_input_grad)
         return tuple(each if grad is None else grad for each, grad in zip(lists, grads, strict=True))
@@ -156,7 +155,7 @@ def _column_gradients(ctx, grad, backward):
     return None, *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
 
 
-column_node = _differentiable(column, column_backward, _column_setup, _column_gradients)
+column_node = _differentiable(column, _column_setup, _column_gradients)
 
 
 # --- row ------------------------------------------------------------------------------------------------------------
@@ -207,7 +206,7 @@ def _row_gradients(ctx, grad, backward):
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None, None
 
 
-row_node = _differentiable(row, row_backward, _row_setup, _row_gradients)
+row_node = _differentiable(row, _row_setup, _row_gradients)
 
 
 # --- linear ---------------------------------------------------------------------------------------------------------
@@ -285,4 +284,4 @@ def _linear_gradients(ctx, grad, backward):
     return dx, None, dbias, dh, db, None, None, None, None, None, None
 
 
-linear_node = _differentiable(linear, linear_backward, _linear_setup, _linear_gradients)
+linear_node = _differentiable(linear, _linear_setup, _linear_gradients)

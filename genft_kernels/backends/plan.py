@@ -29,7 +29,7 @@ class KernelOperations:
     def column_backward(self, grad: Tensor, weights: list[Tensor], pre: Tensor, activation: str, needs: list[bool]):
         """dA = dZ^T W  [L, k, in], da = sum of dZ  [k]."""
         need_down, need_bias = needs
-        ddown = self._kernels.thin_transposed(grad, weights, pre, activation).to(grad.dtype) if need_down else None
+        ddown = self._kernels.thin_transposed(grad, weights, pre, activation) if need_down else None
         if not need_bias:
             return ddown, None
         return ddown, eager.column_backward(grad, weights, pre, activation, [False, True])[1]

@@ -7,7 +7,6 @@ import os
 import pathlib
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -200,58 +199,90 @@ def test_compile_has_no_graph_break(name):
         torch.testing.assert_close(compiled[key], expected[key])
 
 
-@compiled
-def test_pipeline_is_measured_where_it_can_matter_and_kept_on_disk(monkeypatch):
-    from genft_kernels.backends.triton.contract import _contract as kernel
+class Launches:
+    """Stands for a kernel (operand, size), and for the clock and the stream of a card: what was run, and how deep."""
 
-    ran = []
-    monkeypatch.setattr(kernel.kernel, "run", lambda *args, **kwargs: ran.append(kwargs["num_stages"]))
-    monkeypatch.setattr(kernel.measured, "run", lambda *args, **kwargs: ran.append("measured"))
-    for shape, dtype in (((1024, 1024), torch.bfloat16), ((64, 64), torch.bfloat16), ((1024, 1024), torch.float32)):
-        kernel[(1,)](torch.empty(shape, dtype=dtype), 5)
-    assert ran == ["measured", 3, 3]
-    assert kernel.measured.cache_results
+    arg_names = ("operand", "size", "BLOCK")
 
+    def __init__(self, monkeypatch, deepest=4, capturing=False):
+        from genft_kernels.backends.triton import tuned
 
-@compiled
-def test_pipeline_that_does_not_fit_a_card_becomes_a_shorter_one(monkeypatch):
-    from triton.runtime.errors import OutOfResources
+        self.depths, self.timed, self.deepest = [], [], deepest
+        monkeypatch.setattr(tuned.triton.testing, "do_bench", self.time)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+        self.tuned = tuned.Tuned(self, ("size", "BLOCK"))
 
-    from genft_kernels.backends.triton.contract import _contract as kernel
+    def run(self, operand, size, *, num_stages, grid, warmup, BLOCK):
+        from triton.runtime.errors import OutOfResources
 
-    ran = []
-
-    def run(*args, num_stages, **kwargs):
-        ran.append(num_stages)
-        if num_stages > 2:
+        if num_stages > self.deepest:
             raise OutOfResources(135_168, 101_376, "shared memory")
+        self.depths.append(num_stages)
 
-    monkeypatch.setattr(kernel.kernel, "run", run)
-    kernel[(1,)](torch.empty(64, 64, dtype=torch.bfloat16))
-    assert ran == [3, 2]
+    def time(self, launch, **settings):
+        launch()
+        self.timed.append(self.depths.pop())
+        return {3: 2.0, 4: 1.0, 2: 3.0}[self.timed[-1]]
 
-
-@compiled
-def test_tuner_takes_one_call_at_a_time(monkeypatch):
-    """Triton's tuner keeps the arguments of a call in itself, and backward has a thread for each GPU."""
-    from genft_kernels.backends.triton.contract import _contract as kernel
-
-    inside, most = [], []
-
-    def measure(*args, **kwargs):
-        inside.append(1)
-        most.append(len(inside))
-        time.sleep(0.05)
-        inside.pop()
-
-    monkeypatch.setattr(kernel.measured, "run", measure)
-    operand = torch.empty(1024, 1024, dtype=torch.bfloat16)
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(kernel[(1,)], [operand] * 2))
-    assert most == [1, 1]
+    def __call__(self, size=5, shape=(1024, 1024), dtype=torch.bfloat16, block=64):
+        self.tuned[(1,)](torch.empty(shape, dtype=dtype), size, BLOCK=block)
+        return self.depths[-1]
 
 
 @compiled
+def test_pipeline_is_measured_once_where_it_can_matter(monkeypatch):
+    launches = Launches(monkeypatch)
+    assert launches() == launches() == 4 and launches.timed == [3, 4, 2]
+    assert launches(shape=(64, 64), size=6) == launches(dtype=torch.float32) == 3 and len(launches.timed) == 3
+    assert launches(size=7) == launches(block=128) == 4 and len(launches.timed) == 9
+
+
+@compiled
+@pytest.mark.parametrize("shape", [(64, 64), (1024, 1024)])
+def test_pipeline_that_does_not_fit_a_card_becomes_a_shorter_one(shape, monkeypatch):
+    launches = Launches(monkeypatch, deepest=2)
+    assert launches(shape=shape) == launches(shape=shape) == 2 and launches.depths == [2, 2]
+
+
+@compiled
+def test_nothing_is_measured_while_a_graph_is_captured(monkeypatch):
+    launches = Launches(monkeypatch, capturing=True)
+    assert launches() == 3 and not launches.timed
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert launches() == 4
+
+
+@compiled
+def test_pipeline_is_the_usual_where_memory_is_short(monkeypatch):
+    launches = Launches(monkeypatch)
+
+    def no_memory(*args, **settings):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(triton.testing, "do_bench", no_memory)
+    assert launches() == 3
+
+
+@compiled
+def test_threads_measure_once(monkeypatch):
+    """A backward has a thread for each GPU."""
+    launches = Launches(monkeypatch)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: launches(), range(8)))
+    assert launches.timed == [3, 4, 2]
+
+
+@compiled
+def test_shipped_kernels_fit_a_card():
+    """A sample of the test below: every kernel once."""
+    from benchmarks.compiled.triton_report import faults, rows_of
+
+    rows = list(rows_of(torch.bfloat16, 37, ["sm_90"], once=True))
+    assert len(rows) == 7 and not [fault for row in rows for fault in faults(row)]
+
+
+@compiled
+@pytest.mark.slow
 def test_shipped_kernels_fit_the_cards():
     """No spill, shared memory within the limit, wgmma in the sm_90 matrix kernels; sm_100 and gfx942 compile."""
     from benchmarks.compiled.triton_report import faults, rows_of

@@ -168,7 +168,7 @@ def thin_product(
 
 
 def thin_transposed(grad: Tensor, matrices: list[Tensor], pre: Tensor | None, activation: str) -> Tensor:
-    """(grad * activation'(pre))[L, m, k]^T matrix [m, n]: [L, k, n] float32, summed in a fixed order."""
+    """(grad * activation'(pre))[L, m, k]^T matrix [m, n]: [L, k, n] in grad's dtype, summed in a fixed order."""
     dtype, (m, n), layers, k = _dtype(grad), matrices[0].shape, len(matrices), grad.shape[2]
     _check_shapes(
         grad=(grad, (layers, m, k)),
@@ -181,7 +181,7 @@ def thin_transposed(grad: Tensor, matrices: list[Tensor], pre: Tensor | None, ac
     rows = max(1, _tiles(-(-m // splits))) * _EDGE
     out = torch.empty((layers, max(1, -(-m // rows)), k, n), dtype=torch.float32, device=grad.device)
     launch("thin_transposed", dz, *_list_as_stored(matrices, dtype), out, layers, m, n, k, rows, dtype)
-    return out[:, 0] if out.shape[1] == 1 else out.sum(1)
+    return (out[:, 0] if out.shape[1] == 1 else out.sum(1)).to(dtype)
 
 
 def _of_one_shape(matrices: list[Tensor]) -> dict:

@@ -124,9 +124,7 @@ def column_backward(grad: Tensor, weights: list[Tensor], pre: Tensor, activation
 def row(left, right, down, bias, seed, outer: str, dropout: float, inner: str):
     """h = phi(Y^T A^T + a)  [L, in, k], Y = drop(psi(left right^T))  [out, in], for L layers."""
     if is_factored(outer, dropout):
-        # The stages meet in a core [k, k1]; it is tiny, so its rounding to 16 bits can be spared.
-        wide_left, wide_right, wide_down = (matrix.to(_wide(matrix.dtype)) for matrix in (left, right, down))
-        z = wide_right @ (wide_down @ wide_left).mT
+        z = right @ (down @ left).mT  # the stages meet in a core [k, k1]
     else:
         seeds = _seeds(seed, left)
         z = torch.stack([_tiled_row(*layer, outer, dropout) for layer in zip(left, right, down, seeds, strict=True)])
@@ -152,13 +150,11 @@ def _seeds(seed: Tensor | None, layers: Tensor):
 
 
 def _factored_row_backward(dz, left, right, down, need_left, need_right, need_down):
-    dtype = dz.dtype
-    dz, left, right, down = (matrix.to(_wide(dtype)) for matrix in (dz, left, right, down))
     core_grad = dz.mT @ right if need_left or need_down else None  # [L, k, k1]
     return (
-        (down.mT @ core_grad).to(dtype) if need_left else None,
-        (dz @ (down @ left)).to(dtype) if need_right else None,
-        (core_grad @ left.mT).to(dtype) if need_down else None,
+        down.mT @ core_grad if need_left else None,
+        dz @ (down @ left) if need_right else None,
+        core_grad @ left.mT if need_down else None,
     )
 
 

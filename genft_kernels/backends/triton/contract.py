@@ -6,11 +6,20 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import dropout_arguments, edge, precision, slices, unit_block
-from .math import activation_slope, add_product, keep_tile, matrix_tile, rank_k_tile, thin_rows, tile_of_program
+from .math import (
+    activation_slope,
+    add_product,
+    keep_tile,
+    key_of_layer,
+    matrix_tile,
+    rank_k_tile,
+    thin_rows,
+    tile_of_program,
+)
 from .tuned import bucket, tuned
 
 
-@tuned("bucket", "n_out", "n_in", "k", "ACTIVATION", "DROPOUT")
+@tuned("bucket", "n_out", "n_in", "k", "stride_do", "stride_xi", "ACTIVATION", "DROPOUT", "BLOCK_OUT")
 @triton.jit(do_not_specialize=["t", "bucket", "tokens_per_split"])
 def _contract(
     dy, x, b, h, seed, dh, db, t, bucket, tokens_per_split, n_out, n_in, k, stride_dt, stride_do, stride_xt, stride_xi,
@@ -39,7 +48,7 @@ def _contract(
     s = rank_k_tile(b, h, rows, columns, n_out, n_in, k, SLICES, PRECISION, BLOCK_OUT, BLOCK_IN)
     g *= scale * activation_slope(s, ACTIVATION)
     if DROPOUT:
-        g *= keep_tile(tl.load(seed), stream, rows, columns, n_out, threshold, keep_scale, BLOCK_OUT, BLOCK_IN)
+        g *= keep_tile(key_of_layer(seed, 0), stream, rows, columns, n_out, threshold, keep_scale, BLOCK_OUT, BLOCK_IN)
     p = g.to(h.dtype.element_ty)
     for chunk in tl.static_range(CHUNKS):
         units = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -66,10 +75,9 @@ def contract(dy, x, h, b, seed, scale, activation, dropout, stream, need_h: bool
     tokens_per_split = block_t * max(1, triton.cdiv(triton.cdiv(t, splits), block_t))
     dh = torch.empty((splits * out_tiles, n_in, k), dtype=torch.float32, device=dy.device) if need_h else None
     db = torch.empty((splits * in_tiles, n_out, k), dtype=torch.float32, device=dy.device) if need_b else None
-    seed, threshold, keep_scale = dropout_arguments(dropout, seed, dy.device)
     _contract[(out_tiles * in_tiles, splits)](
         dy, x, b.contiguous(), h.contiguous(), seed, dh, db, t, bucket(t), tokens_per_split, n_out, n_in, k,
-        *dy.stride(), *x.stride(), threshold, keep_scale, stream, scale,
+        *dy.stride(), *x.stride(), *dropout_arguments(dropout), stream, scale,
         ACTIVATION=activation, DROPOUT=dropout > 0, NEED_H=need_h, NEED_B=need_b,
         PRECISION=precision(h), SLICES=slices(k), BLOCK_K=block_k, CHUNKS=triton.cdiv(k, block_k),
         BLOCK_OUT=block_out, BLOCK_IN=block_in, BLOCK_T=block_t, num_warps=8,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...philox import ROUNDING_STREAM
 from .launch import dropout_arguments, edge, precision, slices
-from .math import matrix_tile, round_up_or_down, update_tile, word_tile
+from .math import key_of_layer, matrix_tile, round_up_or_down, update_tile, word_tile
 
 
 @triton.jit
@@ -19,7 +19,7 @@ def _fold(
     """out [out, in] = W + scale * U, rounded stochastically where the dtype has fewer bits than float32."""
     rows = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     columns = tl.program_id(1) * BLOCK_IN + tl.arange(0, BLOCK_IN)
-    key = tl.load(seed)
+    key = key_of_layer(seed, 0)
     update = update_tile(
         b, h, key, rows, columns, n_out, n_in, k, threshold, keep_scale, stream,
         ACTIVATION, DROPOUT, PRECISION, SLICES, BLOCK_OUT, BLOCK_IN,
@@ -42,11 +42,10 @@ def fold(weight, h, b, seed, scale, activation, dropout, stream) -> Tensor:
     """W + scale * drop(psi(b h^T)) [out, in] in the factors' dtype."""
     (n_out, n_in), k = weight.shape, h.shape[1]
     out = h.new_empty((n_out, n_in))
-    seed, threshold, keep_scale = dropout_arguments(dropout, seed, weight.device)
     block = edge(h)
     _fold[(triton.cdiv(n_out, block), triton.cdiv(n_in, block))](
         weight, b.contiguous(), h.contiguous(), seed, out, n_out, n_in, k, *weight.stride(),
-        threshold, keep_scale, stream, ROUNDING_STREAM, scale,
+        *dropout_arguments(dropout), stream, ROUNDING_STREAM, scale,
         ACTIVATION=activation, DROPOUT=dropout > 0, DROPPED_BITS=_DROPPED_BITS[out.dtype],
         PRECISION=precision(h), SLICES=slices(k), BLOCK_OUT=block, BLOCK_IN=block, num_warps=4,
     )  # fmt: skip

@@ -32,9 +32,6 @@ def precision(tensor: Tensor) -> str:
     return "ieee" if tensor.dtype == torch.float32 else "tf32"
 
 
-def dropout_arguments(
-    dropout: float, seed: Tensor | None, device: torch.device, layers: int = 1
-) -> tuple[Tensor, int, float]:
-    """(a seed for each layer, threshold as a signed int64, 1 / (1 - p)); the seeds stay on the device."""
-    seed = torch.zeros(layers, dtype=torch.int64, device=device) if seed is None else seed
-    return seed, int(dropout * 2**32), 1 / (1 - dropout)
+def dropout_arguments(dropout: float) -> tuple[int, float]:
+    """(threshold as a signed int64, 1 / (1 - p))."""
+    return int(dropout * 2**32), 1 / (1 - dropout)

@@ -65,6 +65,15 @@ def tile_of_program(row_tiles, column_tiles):
 
 
 @triton.jit
+def key_of_layer(seeds, layer):
+    """The layer's Philox key, int64; no seeds are seeds of zero."""
+    if seeds is None:
+        return tl.full((), 0, tl.int64)
+    else:
+        return tl.load(seeds + layer)
+
+
+@triton.jit
 def thin_rows(thin, rows, units, n_rows, n_units):
     """Rows of a contiguous thin matrix [n_rows, n_units], zero outside it: [rows, units]."""
     mask = (rows[:, None] < n_rows) & (units[None, :] < n_units)

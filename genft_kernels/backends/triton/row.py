@@ -12,7 +12,7 @@ from torch import Tensor
 from ...activations import activation_backward
 from ...philox import COLUMN_STREAM
 from .launch import dropout_arguments, edge, precision, slices, unit_block
-from .math import activate, activation_slope, add_product, keep_tile, rank_k_tile, thin_rows
+from .math import activate, activation_slope, add_product, keep_tile, key_of_layer, rank_k_tile, thin_rows
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def _row_forward(
     columns = tl.program_id(0) * BLOCK_IN + tl.arange(0, BLOCK_IN)
     units = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     layer = tl.program_id(2).to(tl.int64)
-    key = tl.load(seed + layer)
+    key = key_of_layer(seed, layer)
     left, right, down_t = left + layer * n_out * k1, right + layer * n_in * k1, down_t + layer * n_out * k
     z = tl.zeros((BLOCK_IN, BLOCK_K), dtype=tl.float32)
     for start in range(0, n_out, BLOCK_OUT):
@@ -74,7 +74,7 @@ def _row_backward_out(
     units_1 = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)  # k1 is k, or k + 1 with the bias unit
     units = units_1
     layer = tl.program_id(2).to(tl.int64)
-    key = tl.load(seed + layer)
+    key = key_of_layer(seed, layer)
     left, right, down_t = left + layer * n_out * k1, right + layer * n_in * k1, down_t + layer * n_out * k
     dz += layer * n_in * k
     to_left = tl.zeros((BLOCK_OUT, BLOCK_K), dtype=tl.float32)
@@ -107,7 +107,7 @@ def _row_backward_in(
     columns = tl.program_id(0) * BLOCK_IN + tl.arange(0, BLOCK_IN)
     units_1 = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     layer = tl.program_id(2).to(tl.int64)
-    key = tl.load(seed + layer)
+    key = key_of_layer(seed, layer)
     left, right, down_t = left + layer * n_out * k1, right + layer * n_in * k1, down_t + layer * n_out * k
     dz += layer * n_in * k
     total = tl.zeros((BLOCK_IN, BLOCK_K), dtype=tl.float32)
@@ -129,11 +129,10 @@ def row_forward(left, right, down, bias, seed, outer: str, dropout: float, inner
     (layers, n_out, k1), n_in, k = left.shape, right.shape[1], down.shape[1]
     out = down.new_empty((layers, n_in, k))
     pre = None if inner == "identity" else torch.empty_like(out)
-    seed, threshold, keep_scale = dropout_arguments(dropout, seed, left.device, layers)
     block_k, block = unit_block(k, left), edge(left)
     _row_forward[(triton.cdiv(n_in, block), triton.cdiv(k, block_k), layers)](
         left.contiguous(), right.contiguous(), down.mT.contiguous(), bias, seed, out, pre,
-        n_out, n_in, k1, k, threshold, keep_scale, COLUMN_STREAM,
+        n_out, n_in, k1, k, *dropout_arguments(dropout), COLUMN_STREAM,
         OUTER=outer, INNER=inner, DROPOUT=dropout > 0, HAS_BIAS=bias is not None, PRECISION=precision(left),
         SLICES_1=slices(k1), BLOCK_K=block_k, BLOCK_OUT=block, BLOCK_IN=block, num_warps=4, num_stages=2,
     )  # fmt: skip
@@ -145,9 +144,8 @@ def row_backward(grad, left, right, down, pre, seed, outer: str, dropout: float,
     need_left, need_right, need_down, need_bias = needs
     (layers, n_out, k1), n_in, k = left.shape, right.shape[1], down.shape[1]
     dz = activation_backward(inner, grad, pre).contiguous()  # [L, in, k]
-    seed, threshold, keep_scale = dropout_arguments(dropout, seed, left.device, layers)
     thin = (left.contiguous(), right.contiguous(), down.mT.contiguous(), dz, seed)
-    numbers = (n_out, n_in, k1, k, threshold, keep_scale, COLUMN_STREAM)
+    numbers = (n_out, n_in, k1, k, *dropout_arguments(dropout), COLUMN_STREAM)
     block_k, block = unit_block(max(k, k1), left), edge(left)
     chunks = triton.cdiv(max(k, k1), block_k)
     settings = dict(

@@ -25,7 +25,7 @@ def _matrix_of_layer(first, offsets, layer, DIVISIBILITY: tl.constexpr):
         return first + tl.multiple_of(tl.load(offsets + layer), DIVISIBILITY)
 
 
-@tuned("bucket", "n", "k", "stride_n")
+@tuned("bucket", "n", "k", "stride_n", "ACTIVATION")
 @triton.jit(do_not_specialize=["bucket"])
 def _thin_product(
     first, offsets, thins, bias, outs, pres, m, bucket, n, k, stride_m, stride_n, stride_tl, stride_tk, stride_tn,
@@ -40,6 +40,7 @@ def _thin_product(
     matrix = _matrix_of_layer(first, offsets, layer, DIVISIBILITY)
     thin = thins + layer.to(tl.int64) * stride_tl
     z = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
+    tl.assume(n > 0)  # a loop that may have no step makes ptxas wait for each matrix instruction (C7515)
     for start in range(0, n, BLOCK_N):
         inner = start + tl.arange(0, BLOCK_N)
         matrix_mask = (rows[:, None] < m) & (inner[None, :] < n)
@@ -60,7 +61,7 @@ def _thin_product(
     tl.store(outs + at, activate(z, ACTIVATION).to(outs.dtype.element_ty), mask=mask)
 
 
-@tuned("bucket", "n", "k", "stride_n")
+@tuned("bucket", "n", "k", "stride_n", "ACTIVATION")
 @triton.jit(do_not_specialize=["bucket"])
 def _thin_transposed(
     grads, pres, first, offsets, outs, m, bucket, n, k, stride_m, stride_n, rows_per_split, splits,
@@ -74,6 +75,7 @@ def _thin_transposed(
     matrix = _matrix_of_layer(first, offsets, layer, DIVISIBILITY)
     grad = grads + layer.to(tl.int64) * m * k
     total = tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.float32)
+    tl.assume(rows_per_split > 0)  # a loop that may have no step makes ptxas wait for each matrix instruction (C7515)
     for start in range(0, rows_per_split, BLOCK_M):
         rows = split * rows_per_split + start + tl.arange(0, BLOCK_M)
         dz = thin_rows(grad, rows, units, m, k)
@@ -112,23 +114,24 @@ def thin_product(
 
 
 def thin_transposed(grad: Tensor, matrices: list[Tensor], pre: Tensor | None, activation: str) -> Tensor:
-    """(grad * activation'(pre))[L, m, k]^T matrix [m, n]: [L, k, n] float32, summed in a fixed order."""
+    """(grad * activation'(pre))[L, m, k]^T matrix [m, n]: [L, k, n] in grad's dtype, summed in a fixed order."""
     matrices = _alike(matrices)
     (m, n), (layers, _, k) = matrices[0].shape, grad.shape
     block_k = unit_block(k, grad)
     grid = triton.cdiv(n, 64), triton.cdiv(k, block_k)
     # Enough programs for a large card, but at least 512 rows for each.
     splits = max(1, min(triton.cdiv(256, grid[0] * grid[1] * layers), triton.cdiv(m, 512)))
-    rows = triton.cdiv(triton.cdiv(m, splits), 64) * 64
-    splits = max(1, triton.cdiv(m, max(rows, 1)))
-    out = torch.empty((layers, splits, k, n), dtype=torch.float32, device=grad.device)
+    rows = max(1, triton.cdiv(triton.cdiv(m, splits), 64)) * 64
+    splits = max(1, triton.cdiv(m, rows))
+    dtype = grad.dtype if splits == 1 else torch.float32
+    out = torch.empty((layers, splits, k, n), dtype=dtype, device=grad.device)
     offsets, divisibility = _offsets(matrices)
     _thin_transposed[(*grid, layers * splits)](
         grad.contiguous(), pre, matrices[0], offsets, out, m, bucket(m), n, k, *matrices[0].stride(), rows, splits,
         DIVISIBILITY=divisibility, ACTIVATION=activation, PRECISION=precision(grad),
         BLOCK_M=64, BLOCK_N=64, BLOCK_K=block_k, num_warps=8,
     )  # fmt: skip
-    return out[:, 0] if splits == 1 else out.sum(1)
+    return out[:, 0] if splits == 1 else out.sum(1).to(grad.dtype)
 
 
 def _alike(matrices: list[Tensor]) -> list[Tensor]:

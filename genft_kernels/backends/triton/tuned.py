@@ -1,4 +1,4 @@
-"""Measured choice of the software pipeline's depth, kept on disk by Triton (`triton.autotune`, its cache folder).
+"""Measured choice of the software pipeline's depth: once for each kind of launch in a process.
 
 It leaves the order of every sum alone, so the outcome of a measurement never shows in a result.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 
+import torch
 import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
@@ -17,33 +18,56 @@ _SMALL = 1 << 20  # elements of the largest operand, below which no depth matter
 
 
 class Tuned(KernelInterface):
-    """A kernel whose `num_stages` is measured anew for the values of the arguments in `key` and each dtype.
+    """A kernel whose `num_stages` is measured for each value of the arguments in `key`, each dtype and each device.
 
     float32 takes the usual depth: its products run without matrix instructions, and a deeper pipeline only spills. So
-    do small operands, and Triton's interpreter.
+    do small operands, and Triton's interpreter. While a graph is captured nothing can be measured, and nothing is kept.
     """
 
-    def __init__(self, kernel: KernelInterface, key: tuple[str, ...], stages: tuple[int, ...]) -> None:
-        # num_warps is the launch's to give; None leaves it out here.
-        configs = [triton.Config({}, num_warps=None, num_stages=depth) for depth in stages]
-        self.kernel, self.measured = kernel, triton.autotune(configs, list(key), cache_results=True)(kernel)
-        self.stages = stages
-        # Triton's tuner notes a call's arguments in itself; backward has a thread for each GPU.
-        self._lock = threading.Lock()
+    def __init__(self, kernel: KernelInterface, key: tuple[str, ...]) -> None:
+        self.kernel, self.stages = kernel, STAGES
+        self._key = [(kernel.arg_names.index(name), name) for name in key]
+        self._depths: dict[tuple, int] = {}
+        self._lock = threading.Lock()  # a backward has a thread for each GPU
 
     def run(self, *args, **kwargs):
-        if worth_measuring(args):
+        values = (args[place] if place < len(args) else kwargs[name] for place, name in self._key)
+        key = (args[0].dtype, args[0].device, *values)
+        depth = self._depths.get(key)
+        if depth is None:
             with self._lock:
-                return self.measured.run(*args, **kwargs)
+                depth = self._depths.get(key) or self._chosen(key, args, kwargs)
         try:
-            return self.kernel.run(*args, num_stages=self.stages[0], **kwargs)
+            return self.kernel.run(*args, num_stages=depth, **kwargs)
         except OutOfResources:  # a wide k, on a card with little shared memory
+            self._depths[key] = min(self.stages)
             return self.kernel.run(*args, num_stages=min(self.stages), **kwargs)
 
+    def _chosen(self, key: tuple, args: tuple, kwargs: dict) -> int:
+        usual = self.stages[0]
+        if worth_measuring(args):
+            if torch.cuda.is_current_stream_capturing():
+                return usual
+            usual = self._measured(args, kwargs)
+        self._depths[key] = usual
+        return usual
 
-def tuned(*key: str, stages: tuple[int, ...] = STAGES):
+    def _measured(self, args: tuple, kwargs: dict) -> int:
+        times = {}
+        for depth in self.stages:
+            try:
+                times[depth] = triton.testing.do_bench(
+                    lambda depth=depth: self.kernel.run(*args, num_stages=depth, **kwargs),
+                    warmup=5, rep=20, return_mode="median",
+                )  # fmt: skip
+            except (OutOfResources, torch.OutOfMemoryError):  # this depth, or what it takes to measure it
+                continue
+        return min(times, key=times.get, default=self.stages[0])
+
+
+def tuned(*key: str):
     """Decorate a kernel to be `Tuned` by the arguments that `key` names."""
-    return lambda kernel: Tuned(kernel, key, stages)
+    return lambda kernel: Tuned(kernel, key)
 
 
 def worth_measuring(arguments: tuple) -> bool:
