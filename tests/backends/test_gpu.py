@@ -1,6 +1,7 @@
 """What only a GPU can show: real sizes, graphs, no host synchronisation, more than 2**31 elements, torch.compile.
 
-The shared cases run there too (test_backends.py, tests/ops/test_precision.py): `pytest -m gpu` takes them all.
+The shared cases run there too (test_backends.py, tests/ops/test_precision.py): `pytest -m gpu` takes them all, what is
+marked slow last, and `-m "gpu and not slow"` a sample of each kind.
 """
 
 import dataclasses
@@ -43,20 +44,22 @@ def without_kinks(case):
 
 
 @functools.lru_cache(maxsize=1)  # the last one's gigabytes go before the next one's come
-def exact_and_plain(case, dtype):
-    """(float64's results on the GPU, plain PyTorch's errors at `dtype`): one draw is millions of elements."""
+def judged(case, dtype):
+    """(data, float64's results, plain PyTorch's errors at `dtype`), on the GPU: one draw is millions of elements."""
     data = make_data(case).to(dtype).to(CUDA)
     exact = run(reference.genft_linear, data.to(torch.float64), case.config, training=True, seed=3)
-    return exact, relative_errors(run(reference.genft_linear, data, case.config, training=True, seed=3), exact)
+    plain = run(reference.genft_linear, data, case.config, training=True, seed=3)
+    return data, exact, relative_errors(plain, exact)
 
 
-@pytest.mark.parametrize("on", KERNELS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("on", ON_GPU)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
+)
 @pytest.mark.parametrize("case", REAL, ids=lambda case: case.name)
 def test_real_sizes(case, dtype, on):
     case = without_kinks(case) if dtype == torch.float32 else case
-    exact, plain = exact_and_plain(case, dtype)
-    data = make_data(case).to(dtype).to(CUDA)
+    data, exact, plain = judged(case, dtype)
     for name, actual in run(genft_linear, data, case.config, training=True, seed=3, backend=on.backend).items():
         error, allowed = relative_error(actual, exact[name]), allowed_error(plain[name], dtype, case.longest_sum)
         assert error <= allowed, f"{name}: {error:.3g} > {allowed:.3g}"
@@ -132,7 +135,7 @@ def test_captured_graph_follows_its_inputs(case, on):
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler's, such as that tf32 is off
 @pytest.mark.parametrize("on", ON_GPU)
-@pytest.mark.parametrize("case", REAL[:3], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [REAL[0], REAL[2]], ids=lambda case: case.name)  # compiling takes long
 def test_compile_has_no_graph_break(case, on):
     data, options = make_data(case).to(torch.float32).to(CUDA), dict(training=True, backend=on.backend)
     seed = torch.tensor([9], device=CUDA)
