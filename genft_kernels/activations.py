@@ -38,26 +38,27 @@ def activate_(name: str, z: torch.Tensor) -> torch.Tensor:
     return z if name == "identity" else _IN_PLACE[name](z)
 
 
-def activation_backward(name: str, grad: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-    """grad * activation'(z), where z is what the activation was applied to."""
-    return grad if name == "identity" else activation_backward_(name, grad.clone(), z)
+def activation_backward(name: str, grad: torch.Tensor, z: torch.Tensor | None) -> torch.Tensor:
+    """grad * activation'(z), where z is what the activation was applied to; of no use to the identity."""
+    return grad if name == "identity" else _gradient(name, grad, z, torch.empty_like(grad))
 
 
 def activation_backward_(name: str, grad: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     """`activation_backward` in place, on `grad`."""
+    return grad if name == "identity" else _gradient(name, grad, z, grad)
+
+
+def _gradient(name: str, grad: torch.Tensor, z: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     match name:
-        case "identity":
-            pass
         case "relu":
-            _aten.threshold_backward.grad_input(grad, z, 0, grad_input=grad)
+            return _aten.threshold_backward.grad_input(grad, z, 0, grad_input=out)
         case "leaky_relu":
-            _aten.leaky_relu_backward.grad_input(grad, z, LEAKY_SLOPE, False, grad_input=grad)
+            return _aten.leaky_relu_backward.grad_input(grad, z, LEAKY_SLOPE, False, grad_input=out)
         case "gelu":
-            _aten.gelu_backward.grad_input(grad, z, grad_input=grad)
+            return _aten.gelu_backward.grad_input(grad, z, grad_input=out)
         case "silu":
-            _aten.silu_backward.grad_input(grad, z, grad_input=grad)
+            return _aten.silu_backward.grad_input(grad, z, grad_input=out)
         case "tanh":
-            _aten.tanh_backward.grad_input(grad, torch.tanh(z), grad_input=grad)
+            return _aten.tanh_backward.grad_input(grad, torch.tanh(z), grad_input=out)
         case _:
             raise ValueError(f"unknown activation {name!r}; there are {', '.join(ACTIVATIONS)}")
-    return grad

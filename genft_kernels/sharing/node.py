@@ -84,11 +84,12 @@ class _Recipe:
         specific = {}
         for index, name in enumerate(self.specific_names):
             of_layers = own[index :: len(self.specific_names)]
-            specific[name] = torch.stack([of_layers[owner] for owner in self.owners])
+            of_blocks = [of_layers[owner] for owner in self.owners]
+            specific[name] = torch.stack(of_blocks) if len(of_blocks) > 1 else of_blocks[0][None]  # not even a copy
         with torch.autocast(device.type, enabled=False):
             stacked = GeneratorParameters.concatenated(shared, specific, device, len(self.weights))
             h, b, self.stream = generate_factors(self.weights, stacked, self.config, **self.options)
-        return [*h.unbind(0), *b.unbind(0)]
+        return [h.squeeze(0), b.squeeze(0)] if len(self.weights) == 1 else [*h.unbind(0), *b.unbind(0)]
 
     def graph(self, parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """(leaves that stand for the parameters, factors that hang on them)."""

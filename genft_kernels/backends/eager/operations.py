@@ -124,7 +124,7 @@ def column_backward(grad: Tensor, weights: list[Tensor], pre: Tensor, activation
 def row(left, right, down, bias, seed, outer: str, dropout: float, inner: str):
     """h = phi(Y^T A^T + a)  [L, in, k], Y = drop(psi(left right^T))  [out, in], for L layers."""
     if is_factored(outer, dropout):
-        z = right @ (down @ left).mT  # the stages meet in a core [k, k1]
+        z = right.bmm(down.bmm(left).mT)  # the stages meet in a core [k, k1]
     else:
         seeds = _seeds(seed, left)
         z = torch.stack([_tiled_row(*layer, outer, dropout) for layer in zip(left, right, down, seeds, strict=True)])
@@ -150,11 +150,11 @@ def _seeds(seed: Tensor | None, layers: Tensor):
 
 
 def _factored_row_backward(dz, left, right, down, need_left, need_right, need_down):
-    core_grad = dz.mT @ right if need_left or need_down else None  # [L, k, k1]
+    core_grad = dz.mT.bmm(right) if need_left or need_down else None  # [L, k, k1]
     return (
-        down.mT @ core_grad if need_left else None,
-        dz @ (down @ left) if need_right else None,
-        core_grad @ left.mT if need_down else None,
+        down.mT.bmm(core_grad) if need_left else None,
+        dz.bmm(down.bmm(left)) if need_right else None,
+        core_grad.bmm(left.mT) if need_down else None,
     )
 
 
