@@ -55,7 +55,7 @@ def is_finite(value: object) -> bool:
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return False
     try:
-        return math.isfinite(float(value))
+        return -math.inf < float(value) < math.inf  # math.isfinite would break the graph of torch.compile
     except OverflowError:  # an integer beyond the floats
         return False
 
