@@ -13,10 +13,10 @@ from benchmarks.layer import harness
 from benchmarks.layer.__main__ import main as bench
 from benchmarks.layer.providers import PROVIDERS, select
 from benchmarks.measure import environment
-from benchmarks.measure.rows import ResultStore, folder_name, read_rows
+from benchmarks.measure.rows import RESULTS, ResultStore, folder_name, read_rows, write_rows
 from benchmarks.report import __main__ as report
-from benchmarks.report import agreement
-from tests.helpers.small_benchmarks import CPU, case, measure, wrong
+from benchmarks.report import six_bars
+from tests.helpers.small_benchmarks import CPU, case, measure, of, wrong
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,9 +31,27 @@ def test_the_store_replaces_by_key_and_is_on_disk_at_once(tmp_path):
     assert store.path.parent.name == "some-cpu-2-2-threads"
     again = ResultStore("Some CPU(R) @ 2, 2 threads", "layer", ("a", "b"), tmp_path)
     assert [row["time"] for row in again] == [7, 6] and again.get({"a": 1, "b": 2})["time"] == 6
-    again.discard([{"a": 1, "b": 1}, {"a": 9, "b": 9}])
-    assert len(read_rows(store.path)) == 1
     assert list(store.path.parent.iterdir()) == [store.path]  # no partial file is left
+
+
+def test_what_a_run_has_in_common_is_written_once(tmp_path):
+    first, second = {"device": "A", "commit": "1", "torch": None}, {"device": "A", "commit": "2"}
+    rows = [{"a": 1} | first, {"a": 2} | second, {"a": 3} | first, {"a": 4}]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    assert read_rows(tmp_path / "rows.jsonl") == rows
+    lines = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert lines[:2] == [{"run": {"id": 0, **first}}, {"run": {"id": 1, **second}}]
+    assert lines[2:] == [{"a": 1, "run": 0}, {"a": 2, "run": 1}, {"a": 3, "run": 0}, {"a": 4}]
+    (tmp_path / "rows.jsonl").write_text('{"a": 1, "run": 7}\n')
+    with pytest.raises(ValueError, match="rows.jsonl, line 1: no run 7"):
+        read_rows(tmp_path / "rows.jsonl")
+
+
+def test_the_committed_rows_are_few_and_each_is_read():
+    paths = sorted(RESULTS.rglob("*.*"))
+    assert {path.suffix for path in paths} == {".jsonl"}
+    assert sum(len(path.read_text().splitlines()) for path in paths) <= 3000
+    assert all(read_rows(path) for path in paths)
 
 
 def test_a_broken_file_is_named_and_left_alone(tmp_path):
@@ -63,7 +81,6 @@ def test_folder_names():
         (["--seconds", "-1"], "must be above 0"),
         (["--k", "9"], "--k"),
         (["--form", "low-rank"], "--form"),
-        (["--direction", "sideways"], "--direction"),
         (["--device", "abacus"], "--device"),
         (["--device", "mps"], "must be cpu or cuda"),
     ],
@@ -82,7 +99,8 @@ def test_the_command_measures_and_writes(tmp_path, capsys):
     assert bench([*ARGUMENTS, "--provider", *names, "--output", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*/layer.jsonl")
     rows = read_rows(path)
-    assert len(rows) == 3 + 3 + 1 and {row["tokens"] for row in rows} == {7}
+    assert [row["provider"] for row in rows] == ["genft-triton", "peft-lora", "frozen"]
+    assert {row["tokens"] for row in rows} == {7}
     printed = capsys.readouterr().out
     assert "genft-triton: unavailable: it needs a CUDA device" in printed.splitlines()[1]
 
@@ -117,14 +135,14 @@ def test_where_rows_cannot_be_written_nothing_is_measured(tmp_path, capsys):
 def test_an_interrupted_run_keeps_the_finished_rows(tmp_path, monkeypatch, capsys):
     finished = measure(select(["frozen"]))
 
-    def interrupted(providers, cases, device, **settings):
+    def interrupted(*settings):
         yield from finished
         raise KeyboardInterrupt
 
     monkeypatch.setattr(harness, "run", interrupted)
     assert bench([*ARGUMENTS, "--output", str(tmp_path)]) == 130
     (path,) = tmp_path.glob("*/layer.jsonl")
-    assert len(read_rows(path)) == 3 and "interrupted" in capsys.readouterr().err
+    assert read_rows(path) == json.loads(json.dumps(finished)) and "interrupted" in capsys.readouterr().err
 
 
 def test_a_red_gate_makes_the_command_fail(tmp_path, monkeypatch, capsys):
@@ -134,68 +152,77 @@ def test_a_red_gate_makes_the_command_fail(tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture
-def results(tmp_path):
+def results(tmp_path, monkeypatch):
     """Rows of a small run, one of them wrong, and a README to write into."""
     store = ResultStore("Test Device", "layer", harness.KEY, tmp_path)
-    names = [
-        "two-product-floor",
-        "frozen",
-        "genft-eager",
-        "genft-eager-token-side",
-        "genft-triton",
-        "official",
-        "peft-lora",
-    ]
-    cases = [case(tokens=tokens) for tokens in (8, 16, 33)]
-    for row in measure([*select(names), wrong("dx")], *cases):
-        harness.record(store, row)
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    names = ["two-product-floor", "genft-eager", "genft-eager-token-side", "genft-triton", "official", "peft-lora"]
+    store.upsert(measure([*select(names), wrong("dx")], *[case(tokens=tokens) for tokens in (8, 33)]))
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    small = six_bars.Bar("one small layer", "layer", ("small", 96, 64, 33, "float32", 8, "factored"))
+    absent = six_bars.Bar("one large layer", "layer", ("large", 960, 64, 33, "float32", 8, "factored"))
+    monkeypatch.setattr(six_bars, "CPU_BARS", (small, absent))
     return tmp_path, store
 
 
 def test_the_report_is_made_of_the_rows(results):
     folder, store = results
-    written = report.write_report(folder, folder / "README.md")
-    assert {path.name for path in written} == {"layer.png", "tokens.png", "RESULTS.md", "README.md"}
-    text, readme = (folder / "RESULTS.md").read_text(), (folder / "README.md").read_text()
-    assert "- wrong: wrong: dx is off by" in text
+    written = report.write_report(folder, folder)
+    assert {path.name for path in written} == {"six_bars.png", "results.md", "README.md"}
+    text, readme = (folder / "docs" / "results.md").read_text(), (folder / "README.md").read_text()
+    assert "- wrong dx: wrong: dx is off by" in text or "- wrong: wrong: dx is off by" in text
     assert "- GenFT triton: unavailable: it needs a CUDA device, not cpu\n" in text
-    row = next(row for row in store if row["provider"] == "peft-lora" and row["direction"] == "both")
-    assert f"{row['time_ms'][1]:.3g}" in text and f"{row['time_ms'][1]:.3g}" in readme
+    row = of([row for row in store if row["tokens"] == 33], "peft-lora")
+    assert f"{row['time_ms']['both'][1]:.3g}" in text
     assert readme.startswith("before\n") and readme.endswith("after\n") and "old" not in readme
-    assert "test-device/layer.png" in readme
-    again = report.write_report(folder, folder / "README.md")
-    assert (folder / "README.md").read_text() == readme and len(again) == len(written)
+    genft, given, official = (
+        of([row for row in store if row["tokens"] == 33], name)["ratios"]["peft-lora"][1]
+        for name in ("genft-eager", "genft-eager-token-side", "official")
+    )
+    line = f"| one small layer | {row['device']} | {genft:.2f} | {given:.2f} | {official:.2f} |"
+    assert line in readme and "one large layer" not in readme and "(docs/six_bars.png)" in readme
+    assert (folder / "docs" / "six_bars.png").read_bytes().startswith(b"\x89PNG")
+    report.write_report(folder, folder)
+    assert (folder / "README.md").read_text() == readme
+
+
+def test_every_device_has_its_section_and_its_bars(results):
+    folder, store = results
+    card = ResultStore("A Card", "layer", harness.KEY, folder)
+    card.upsert(row | {"device": "A Card"} for row in store)
+    report.write_report(folder, folder)
+    text, readme = (folder / "docs" / "results.md").read_text(), (folder / "README.md").read_text()
+    assert "## A Card\n" in text and text.count("### One layer") == 2 and readme.count("| one small layer |") == 2
 
 
 def test_the_report_says_what_it_lacks(results, tmp_path):
     folder, _ = results
     (folder / "README.md").write_text("no markers")
     with pytest.raises(report.ReportError, match="needs the lines"):
-        report.write_report(folder, folder / "README.md")
+        report.write_report(folder, folder)
     with pytest.raises(report.ReportError, match="run make bench first"):
-        report.write_report(tmp_path / "nothing", folder / "README.md")
+        report.write_report(tmp_path / "nothing", folder)
     with pytest.raises(SystemExit) as stop:
         report.main(["--results", str(tmp_path / "nothing")])
     assert stop.value.code == 2
 
 
-def test_agreement_compares_two_runs(results, tmp_path, capsys):
+def test_two_runs_are_compared(results, tmp_path, capsys):
     _, store = results
-    rows = [json.loads(json.dumps(row)) for row in store]
     second = ResultStore("second", "layer", harness.KEY, tmp_path)
-    for row in rows:
-        if row["provider"] == "official" and row["tokens"] == 8 and row["direction"] == "both":
-            row["ratios"]["peft-lora"][1] *= 1.5
-    second.upsert(rows)
-    assert agreement.main([str(store.path), str(second.path)]) == 1
-    found = json.loads((store.path.parent / "agreement.json").read_text())
-    assert found["worst"] == pytest.approx(0.5) and found["median"] == 0
-    assert "official" in capsys.readouterr().out
-    assert agreement.main([str(store.path), str(store.path)]) == 0
+    second.upsert(json.loads(json.dumps(row)) for row in store)
+    of([row for row in second if row["tokens"] == 8], "official")["ratios"]["peft-lora"][1] *= 1.5
+    second.upsert([])
+    assert report.main(["--compare", str(store.path), str(second.path)]) == 1
+    (found,) = read_rows(store.path.with_name("agreement.jsonl"))
+    assert found["worst"] == pytest.approx(0.5) and found["median"] == 0 and found["within_10_percent"] < 1
+    assert report.main(["--compare", str(store.path), str(store.path)]) == 0
+    with pytest.raises(SystemExit, match="2"):
+        report.main(["--compare", str(store.path), str(tmp_path / "absent.jsonl")])
+    assert "no ratio in common" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_pytest_suite_runs_over_the_registry():
     command = ["pytest", "benchmarks", "--benchmark-only", "-q", "-k", "factored and forward and (frozen or triton)"]
     # pytest-benchmark would not measure in what it takes for a worker of pytest-xdist.

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 
 from benchmarks.layer import harness, third_party
 from benchmarks.layer import lora as lora_providers
-from benchmarks.layer.cases import FORMS, LAYERS, Layer, cpu_cases, gpu_grid
+from benchmarks.layer.cases import DIRECTIONS, FORMS, LAYERS, Layer, cpu_cases, gpu_grid
 from benchmarks.layer.problem import Problem
 from benchmarks.layer.providers import PROVIDERS, Provider, select
 from benchmarks.measure import memory, timing
 from benchmarks.measure.gate import Expected, WrongResult
 from benchmarks.measure.rows import ResultStore
-from benchmarks.report import tables
+from benchmarks.report import layer_tables
 from genft_kernels import GenFTConfig, GenFTGenerator, GenFTLinear
 from tests.helpers.small_benchmarks import CPU, case, measure, of, wrong
 
@@ -44,18 +44,15 @@ def test_the_compiled_official_way_passes_its_gate():
 def test_a_wrong_provider_is_not_timed_and_loses_its_rows(what, tmp_path):
     store = ResultStore("device", "layer", harness.KEY, tmp_path)
     right = dataclasses.replace(PROVIDERS["frozen"], name="wrong")
-    for row in measure([right]):
-        harness.record(store, row)
-    assert [row["direction"] for row in store] == ["forward", "backward", "both"]
+    store.upsert(measure([right]))
+    assert list(of(store, "wrong")["time_ms"]) == ["forward", "backward", "both"]
     rows = measure([wrong(what), PROVIDERS["peft-lora"]])
-    for row in rows:
-        harness.record(store, row)
-    (left,) = [row for row in store if row["provider"] == "wrong"]
+    store.upsert(rows)
+    left = of(store, "wrong")
     assert left["status"] == "wrong" and left["reason"].startswith("y " if what == "y" else "dx ")
     assert "time_ms" not in left
     assert of(rows, "peft-lora")["status"] == "measured"  # the others are measured all the same
-    for row in measure([right]):  # and put right, the refusal goes
-        harness.record(store, row)
+    store.upsert(measure([right]))  # and put right, the refusal goes
     assert all(row["status"] == "measured" for row in store)
 
 
@@ -68,7 +65,7 @@ def test_only_a_lost_device_ends_the_run(monkeypatch):
     broken = Provider("broken", "broken", fail)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     rows = measure([broken, PROVIDERS["frozen"]])
-    assert of(rows, "broken", None)["status"] == "failed" and of(rows, "frozen")["status"] == "measured"
+    assert of(rows, "broken")["status"] == "failed" and of(rows, "frozen")["status"] == "measured"
     monkeypatch.setattr(torch.cuda, "synchronize", fail)
     with pytest.raises(torch.AcceleratorError):
         measure([broken])
@@ -92,13 +89,13 @@ def test_a_provider_that_raises_does_not_end_the_run():
         raise RuntimeError("no such kernel")
 
     rows = measure([Provider("broken", "broken", build), PROVIDERS["frozen"]])
-    assert of(rows, "broken", None)["reason"] == "RuntimeError: no such kernel"
+    assert of(rows, "broken")["reason"] == "RuntimeError: no such kernel"
     assert of(rows, "frozen")["status"] == "measured"
 
 
 def test_what_cannot_run_says_why():
     rows = measure(select(["genft-triton", "frozen"]))
-    row = of(rows, "genft-triton", None)
+    row = of(rows, "genft-triton")
     assert row["status"] == "unavailable" and "CUDA" in row["reason"]
     assert harness.unavailable(select(["genft-triton", "frozen"]), [case()], CPU) == {"genft-triton": row["reason"]}
 
@@ -109,21 +106,32 @@ def test_rows_say_where_they_come_from():
     row = of(rows, "genft-eager")
     assert {"device", "commit", "torch", "python", "genft_kernels", "peft"} <= row.keys()
     assert (row["in"], row["out"], row["tokens"], row["dtype"], row["k"]) == (96, 64, 33, "float32", 8)
-    assert row["time_ms"] == sorted(row["time_ms"]) and row["time_ms"][0] > 0 and row["samples"] >= 7
-    assert set(row["ratios"]) == {"two-product-floor", "three-product-floor", "frozen", "peft-lora"}
-    for name, floor in (("genft-eager", "three-product-floor"), ("peft-lora", "two-product-floor")):
-        measured = of(rows, name)  # each by the products that it needs itself
-        assert measured["floor_fraction"] == pytest.approx(1 / measured["ratios"][floor][1], abs=1e-3)
+    assert list(row["time_ms"]) == ["forward", "backward", "both"]
+    assert all(times == sorted(times) and times[0] > 0 for times in row["time_ms"].values())
+    assert set(row["ratios"]) == {"peft-lora"} and of(rows, "peft-lora")["ratios"]["peft-lora"] == [1, 1, 1]
     assert row["launches"] is None  # a CPU launches nothing
+
+
+def test_ratios_are_to_lora_and_to_the_products_that_a_provider_needs_itself(monkeypatch):
+    seconds = {"two-product-floor": 1.0, "three-product-floor": 1.5, "peft-lora": 2.0, "genft-eager": 3.0}
+
+    def take_turns(clocks, limit):
+        return {name: [dict.fromkeys(DIRECTIONS, seconds[name])] * 2 for name in clocks}
+
+    monkeypatch.setattr(timing, "take_turns", take_turns)
+    rows = measure(select(seconds), case("tiled"))
+    assert of(rows, "genft-eager")["ratios"] == {"peft-lora": [1.5, 1.5, 1.5]}
+    assert of(rows, "genft-eager")["floor_fraction"] == 0.5 and of(rows, "peft-lora")["floor_fraction"] == 0.5
+    assert of(measure(select(seconds)), "genft-eager")["floor_fraction"] == pytest.approx(1 / 3, abs=1e-4)
 
 
 def test_delta_gain_tells_who_swallows_a_small_update():
     names = ["genft-eager", "official", "peft-lora", "fused-lora-eager"]
     rows = measure(select(names), case(dtype="bfloat16", tokens=400, layer=Layer("gain", 256, 192, 4)))
     for name in ("genft-eager", "fused-lora-eager"):
-        assert 0.95 < of(rows, name)["gain_y"] < 1.05 and 0.95 < of(rows, name)["gain_dx"] < 1.05
+        assert all(0.95 < gain < 1.05 for gain in of(rows, name)["gain"])
     for name in ("peft-lora", "official"):
-        assert of(rows, name)["gain_y"] < 0.8 and of(rows, name)["gain_dx"] < 0.8
+        assert all(gain < 0.8 for gain in of(rows, name)["gain"])
 
 
 # --- cases ----------------------------------------------------------------------------------------------------------
@@ -156,9 +164,9 @@ def test_the_cases_cover_what_they_should():
 
 def test_of_a_full_grid_the_report_shows_one_case_for_each_layer_and_form():
     cases = [tuple(each.key.values()) for each in gpu_grid()]
-    shown = tables.telling(cases)
+    shown = layer_tables.telling(cases)
     assert len(shown) == 5 * 3 and {each[3] for each in shown} == {8192} and {each[5] for each in shown} == {8}
-    assert tables.telling(cases[:12]) == cases[:12]
+    assert layer_tables.telling(cases[:12]) == cases[:12]
 
 
 # --- measures -------------------------------------------------------------------------------------------------------

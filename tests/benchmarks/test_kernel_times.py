@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.kernel import __main__ as kernels
 from benchmarks.kernel import calls as kernel_calls
-from benchmarks.kernel.__main__ import KEY, Rates, measure, ways
+from benchmarks.kernel.__main__ import KEY, Rates, measure
 from genft_kernels import backends
 from tests import cuda_host
 from tests.helpers.small_benchmarks import CPU, SMALL
@@ -46,7 +46,7 @@ def test_floors_are_counted_from_the_shapes():
     ours = backends.load(NAME).kernels
     size = dict(k=K, dtype=torch.float32, device=CPU)
     sides = kernel_calls.weight_side(ours, SMALL, **size), kernel_calls.token_side(ours, SMALL, TOKENS, **size)
-    product = kernel_calls.product(SMALL, TOKENS, torch.float32, CPU)
+    _, product = next(kernel_calls.vendor(SMALL, TOKENS, [], torch.float32, CPU))
     calls = {(call.kernel, call.tokens, call.form): call for call in (product, *itertools.chain(*sides))}
     w, thin_in, thin_out, x, y = N_IN * N_OUT, N_IN * K, N_OUT * K, TOKENS * N_IN, TOKENS * N_OUT
     assert calls["product", TOKENS, None].moved_bytes() == 4 * (x + w + y)
@@ -56,8 +56,10 @@ def test_floors_are_counted_from_the_shapes():
     # W and A of every layer in, h and what its activation was applied to out.
     assert calls["thin_product", None, None].moved_bytes() == 4 * LAYERS * (w + thin_in + 2 * thin_out)
     assert calls["thin_product", None, None].multiplications == LAYERS * w * K
-    assert calls["extended_k", TOKENS, "factored"].moved_bytes() == 4 * (x + w + TOKENS * K + thin_out + y)
-    assert calls["extended_k", TOKENS, "factored"].multiplications == TOKENS * (w + thin_out)
+    thin = {call.kernel: call for k, call in kernel_calls.vendor(SMALL, TOKENS, [K], torch.float32, CPU) if k == K}
+    for call in (calls["thin_product", TOKENS, None], thin["thin_product"]):
+        assert call.moved_bytes() == 4 * (x + thin_in + TOKENS * K) and call.multiplications == TOKENS * thin_in
+    assert thin["thin_transposed"].moved_bytes() == 4 * (x + thin_in + TOKENS * K)
     assert calls["contract", TOKENS, "tiled"].moved_bytes() == 4 * (x + y + 2 * (thin_in + thin_out))
     assert calls["contract", TOKENS, "tiled"].multiplications == (TOKENS + 3 * K) * w
     assert Rates(1e9, 1e12).floor(5_000, 7) == 5e-6 and Rates(1e12, 1e3).floor(5_000, 7) == 7e-3
@@ -73,7 +75,6 @@ def test_a_kernel_that_fails_is_named_and_the_others_go_on(monkeypatch):
     assert {row["kernel"] for row in found if row["status"] != "measured"} == {"contract"}
     (row, *_) = [row for row in found if row["kernel"] == "contract"]
     assert row["status"] == "failed: RuntimeError: no such luck" and "no such luck" in kernels.line(row)
-    assert "contract" not in ways(found)
 
 
 def test_only_a_lost_device_ends_the_run(monkeypatch):
@@ -99,25 +100,6 @@ def test_rates_come_from_the_clock():
 
     rates = kernels.measured_rates(CPU, torch.float32, given, size=16)
     assert rates == Rates(2 * 2 * 16 * 16 * 4 / 2.0, 16**3 / 5.0)
-
-
-def test_the_ways_of_linear_are_compared_with_the_product_that_a_fold_needs():
-    def row(kernel, tokens, form, time):
-        owner = {"backend": "pytorch", "k": None} if kernel == "product" else {"backend": "cuda", "k": 8}
-        size = {"layer": "a", "dtype": "float32", **owner}
-        return size | {"kernel": kernel, "tokens": tokens, "form": form, "time_us": time and [0, time, 0]}
-
-    table = ways(
-        [
-            row("fold", None, "tiled", 30.0), row("product", 16, None, 20.0), row("product", 128, None, 25.0),
-            row("main_loop", 16, "tiled", 40.0), row("main_loop", 128, "tiled", 60.0),
-            row("extended_k", 16, "factored", 7.0), row("main_loop", 1, "tiled", None),
-        ]
-    ).splitlines()  # fmt: skip
-    assert "| a, k 8, tiled | cuda | 16 | main_loop | 40 | 50 | main_loop |" in table
-    assert "| a, k 8, tiled | cuda | 128 | main_loop | 60 | 55 | fold |" in table
-    assert "| a, k 8, factored | cuda | 16 | extended_k | 7 | – | – |" in table
-    assert "| a, k 8, tiled | cuda | 1 | main_loop | – | – | – |" in table
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is at hand")

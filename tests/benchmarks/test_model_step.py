@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.layer import harness, third_party
+from benchmarks.layer import harness
 from benchmarks.layer.cases import Case, Layer
 from benchmarks.layer.providers import PROVIDERS
 from benchmarks.measure import memory
@@ -18,15 +18,17 @@ from benchmarks.measure.rows import ResultStore, read_rows
 from benchmarks.report import __main__ as report
 from benchmarks.report import step_tables
 from benchmarks.step import __main__ as model_step
+from benchmarks.step import methods, models
 from benchmarks.step.methods import METHODS
 from benchmarks.step.models import MODELS, StepCase, default_cases
 from benchmarks.step.training import Step, check
 from genft_kernels.adapt import adapted_layers
+from tests.helpers import small_benchmarks
 
 CPU = torch.device("cpu")
 ROBERTA = MODELS["roberta-base"]
 LORA = METHODS["lora-28"]
-SMALL = dataclasses.replace(ROBERTA, name="small", sizes=ROBERTA.sizes | ROBERTA.tiny)
+SMALL = dataclasses.replace(ROBERTA, name="small", sizes=ROBERTA.sizes | models.SMALL | ROBERTA.tiny)
 
 
 def case(accumulation=1, dtype="float32", model=SMALL):
@@ -37,13 +39,12 @@ def measure(methods, *cases):
     return list(model_step.run(methods, cases or [case()], CPU, seconds=0.01))
 
 
+def of(rows, method):
+    return small_benchmarks.of(rows, method, "method")
+
+
 def select(*names):
     return [METHODS[name] for name in names]
-
-
-def of(rows, method):
-    (row,) = [row for row in rows if row["method"] == method]
-    return row
 
 
 # --- the gate -------------------------------------------------------------------------------------------------------
@@ -128,11 +129,11 @@ def test_a_method_that_cannot_run_or_raises_does_not_end_the_run(monkeypatch):
         raise RuntimeError("no such kernel")
 
     broken = dataclasses.replace(METHODS["genft-fast"], name="broken", adapt=adapt)
-    version = third_party.version
-    monkeypatch.setattr(third_party, "version", lambda name: None if name == "peft" else version(name))
+    version = methods.version
+    monkeypatch.setattr(methods, "version", lambda name: None if name == "peft" else version(name))
     rows = measure([broken, *select("lora-28", "genft-fast")])
     assert of(rows, "broken")["reason"] == "RuntimeError: no such kernel"
-    assert of(rows, "lora-28")["reason"] == "PEFT is not installed (pip install peft)"
+    assert of(rows, "lora-28")["reason"] == "peft is not installed (pip install peft)"
     assert of(rows, "genft-fast")["status"] == "measured"
 
 
@@ -148,10 +149,10 @@ def test_rows_say_what_was_measured():
     for row in (fast, held):
         assert 0 < row["generator_share"] < 1
     assert official["generator_ms"] is None and of(rows, "lora-28")["generator_ms"] is None
-    assert (fast["layers"], fast["width"], fast["adapted_layers"], fast["k"]) == (2, 64, 4, 28)
+    assert (fast["layers"], fast["width"], fast["k"]) == (2, 64, 28)
     assert fast["trained"] == official["trained"] == 2 * 2 * 24 * 64 + 4 * 2 * 4 * 64
     assert of(rows, "lora-28")["trained"] == 4 * 2 * 28 * 64
-    assert of(rows, "full")["trained"] > 50_000 and of(rows, "full")["adapted_layers"] == 0
+    assert of(rows, "full")["trained"] > 50_000
     for row in rows:
         assert row["time_ms"] == sorted(row["time_ms"]) and row["time_ms"][0] > 0 and row["samples"] >= 3
         assert row["tokens_per_second"] == pytest.approx(3 * 10 / row["time_ms"][1] * 1e3, rel=1e-2)
@@ -162,11 +163,7 @@ def test_rows_say_what_was_measured():
 
 
 def test_the_generators_share_is_taken_step_by_step():
-    config = SimpleNamespace(num_hidden_layers=2, hidden_size=64)
-    step = SimpleNamespace(
-        case=case(2), method=METHODS["genft-fast"], model=SimpleNamespace(config=config), generations=2, layers=4,
-        trained={},
-    )  # fmt: skip
+    step = SimpleNamespace(case=case(2), method=METHODS["genft-fast"], generations=2)
     samples = [{"step": step, "generator": 0.1, "generations": 2} for step in (0.4, 0.8, 0.2)]
     row = model_step._measured(step, {"genft-fast": samples})
     assert row["generator_share"] == 0.25 and row["generator_ms"] == 50 and row["time_ms"][1] == 400
@@ -223,14 +220,12 @@ def test_frozen_weights_are_shared_and_full_fine_tuning_has_its_own():
     [
         (["--method", "adapters"], "--method"),
         (["--model", "gpt"], "--model"),
-        (["--batch", "0"], "must be above 0"),
-        (["--sequence", "long"], "invalid whole number"),
+        (["--accumulation", "many"], "invalid whole number"),
         (["--accumulation", "-8"], "must be above 0"),
         (["--seconds", "nan"], "must be above 0"),
         (["--dtype", "int8"], "--dtype"),
         (["--device", "mps"], "must be cpu or cuda"),
         (["--device", "cpu", "--accumulation", "5"], "match none of the cases"),
-        (["--device", "cpu", "--model", "vit-b16", "--sequence", "9"], "vit-b16 has 197 tokens"),
     ],
 )
 def test_bad_arguments_are_usage_errors(arguments, message, capsys):
@@ -245,15 +240,14 @@ def small_cases(monkeypatch):
 
 
 def test_the_command_measures_and_writes(small_cases, tmp_path, capsys):
-    methods = ["--method", "genft-fast", "genft-fast-accumulate", "lora-28"]
-    command = ["--device", "cpu", "--seconds", "0.01", "--batch", "1", "--output", str(tmp_path)]
-    assert model_step.main([*command, *methods]) == 0
+    chosen = ["--method", "genft-fast", "genft-fast-accumulate", "lora-28"]
+    assert model_step.main(["--device", "cpu", "--seconds", "0.01", "--output", str(tmp_path), *chosen]) == 0
     (path,) = tmp_path.glob("*/model_step.jsonl")
     rows = read_rows(path)
     assert [(row["accumulation"], row["method"]) for row in rows] == [
         (1, "lora-28"), (1, "genft-fast"), (2, "lora-28"), (2, "genft-fast"), (2, "genft-fast-accumulate"),
     ]  # fmt: skip
-    assert {row["batch"] for row in rows} == {1} and "x LoRA, generator" in capsys.readouterr().out
+    assert "x LoRA, generator" in capsys.readouterr().out
 
 
 def test_where_rows_cannot_be_written_nothing_is_measured(small_cases, tmp_path, capsys):
@@ -291,27 +285,22 @@ def test_the_report_is_made_of_the_rows():
     held = of(rows, "genft-fast-accumulate")
     lora = next(row for row in rows if row["method"] == "lora-28")
     fast["ratios"]["lora-28"][1], held["ratios"]["lora-28"][1] = 0.87, 0.76
-    fast["kept_bytes"], lora["kept_bytes"], fast["generator_ms"], held["generator_ms"] = 105, 100, 4.0, 0.5
+    fast["kept_bytes"], lora["kept_bytes"] = 105, 100
     text, line = step_tables.section(rows), step_tables.summary(rows)
     assert "#### small, 2 × 2 × 5, float32" in text and "2 layers, width 64." in text
-    assert "wrong: wrong: gradients in float64 are off" in text
-    assert "| GenFT, fast (factored) |" in text and "| 0.87 |" in text and "| 1.05 |" in text and "| 1/8.0 |" in text
+    assert "- wrong: wrong: gradients in float64 are off" in text
+    assert "| GenFT, fast (factored) |" in text and "| 0.87 |" in text and "| 1.05 |" in text
     assert "| 0.87 |" in line and "| 0.76 |" in line and "| 1.05 |" in line
 
 
 def test_the_report_shows_the_steps_beside_the_layers(tmp_path):
     layers = ResultStore("device", "layer", harness.KEY, tmp_path)
-    for row in harness.run(
-        [PROVIDERS["peft-lora"], PROVIDERS["genft-eager"]],
-        [Case(Layer("small", 8, 8, 2), 4, "float32", 8, "factored")],
-        CPU,
-        seconds=0.01,
-    ):
-        harness.record(layers, row)
+    small = Case(Layer("small", 8, 8, 2), 4, "float32", 8, "factored")
+    layers.upsert(harness.run([PROVIDERS["peft-lora"], PROVIDERS["genft-eager"]], [small], CPU, seconds=0.01))
     ResultStore("device", step_tables.SUITE, model_step.KEY, tmp_path).upsert(measure(select("lora-28", "genft-fast")))
-    readme = tmp_path / "README.md"
-    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
-    report.write_report(tmp_path, readme)
-    assert "| small, 2 × 5, float32 |" in readme.read_text()
-    text = (tmp_path / "RESULTS.md").read_text()
-    assert "### Model step" in text and "#### small, 2 × 5, float32" in text and "transformers " in text
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text(f"{report.BEGIN}\n{report.END}\n")
+    report.write_report(tmp_path, tmp_path)
+    text = (tmp_path / "docs" / "results.md").read_text()
+    assert "### A training step of a whole model" in text and "#### small, 2 × 5, float32" in text
+    assert "| small, 2 × 5, float32 |" in text and "transformers " in text

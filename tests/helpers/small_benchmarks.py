@@ -22,8 +22,9 @@ def measure(providers, *cases):
     return list(harness.run(providers, cases or [case()], CPU, seconds=0.01))
 
 
-def of(rows, provider, direction="both"):
-    (row,) = [row for row in rows if row["provider"] == provider and row["direction"] == direction]
+def of(rows, name, field="provider"):
+    """The one row of a provider, or method."""
+    (row,) = [row for row in rows if row[field] == name]
     return row
 
 
