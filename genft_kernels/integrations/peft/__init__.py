@@ -8,7 +8,7 @@ model = get_peft_model(model, PeftGenFTConfig(preset="fast", target_modules=["q_
 
 from __future__ import annotations
 
-from peft.utils import PeftType, register_peft_method
+from peft.utils import register_peft_method
 
 from .config import PREFIX, PeftGenFTConfig
 from .layer import GenFTLayer
@@ -16,6 +16,4 @@ from .model import PeftGenFTModel
 
 __all__ = ["GenFTLayer", "PeftGenFTConfig", "PeftGenFTModel"]
 
-register_peft_method(
-    name=PeftType.GENFT.value.lower(), config_cls=PeftGenFTConfig, model_cls=PeftGenFTModel, prefix=PREFIX
-)
+register_peft_method(name="genft", config_cls=PeftGenFTConfig, model_cls=PeftGenFTModel, prefix=PREFIX)

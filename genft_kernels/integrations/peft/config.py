@@ -14,6 +14,9 @@ from .types import GENFT
 # What the names of all of an adapter's parts begin with.
 PREFIX = "genft_"
 
+# What PEFT knows for a model's own biases.
+BIASES = ("none", "all", f"{PREFIX}only")
+
 # The fields here that are GenFTConfig's, under other names where PEFT has taken theirs.
 _RENAMED = {"bias": "generator_bias"}
 # Those that choose modules: PEFT's own matching reads them.
@@ -35,7 +38,7 @@ class PeftGenFTConfig(PeftConfig):
             `LoraConfig`; None targets the query and value projections of the model types that PEFT knows.
         init_weights: False draws all units, also those that `zero_delta` would start at zero.
         fan_in_fan_out: ignored, because layers tell by themselves (transformers' `Conv1D`).
-        bias: only "none": the frozen layers' biases do not train.
+        bias: "none", or which biases of the model itself train: "all", or "genft_only", those of adapted layers.
         target_parameters: not supported.
         fingerprints: of the weights that the adapter was trained on, in files; loading it onto others raises.
 
@@ -81,8 +84,10 @@ class PeftGenFTConfig(PeftConfig):
     def __post_init__(self, config: dict[str, Any] | None, *rest: Any) -> None:
         super().__post_init__()
         self.peft_type = GENFT
-        if self.bias != "none":
-            raise ValueError(f"bias must be 'none', got {self.bias!r}: the frozen layers' biases do not train")
+        if self.bias not in BIASES:
+            raise ValueError(
+                f"bias must be one of {', '.join(BIASES)}; got {self.bias!r} (generator_bias is GenFT's own)"
+            )
         if self.target_parameters:
             raise ValueError("target_parameters is not supported: name modules in target_modules")
         if self.layers_pattern and self.layers_to_transform is None:

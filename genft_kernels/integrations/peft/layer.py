@@ -75,6 +75,8 @@ class GenFTLayer(nn.Module, BaseTunerLayer):
         self._is_full_backward_hook = base_layer._is_full_backward_hook
         self.base_layer = base_layer
         self.fan_in_fan_out = is_conv1d(base_layer)
+        weight = base_layer.weight
+        self.out_features, self.in_features = weight.shape[::-1] if self.fan_in_fan_out else weight.shape
         self.genft_own = nn.ModuleDict()
         self.__dict__["genft_shared"] = shared  # not registered: one key in a state dict, and it is the tuner's
         self._frozen: dict[str, nn.Parameter] = {}  # "weight" while it is merged; a dict, so that it is not registered
@@ -143,6 +145,8 @@ class GenFTLayer(nn.Module, BaseTunerLayer):
         if not updates:
             return self.base_layer.forward(x)
         weight = self.stored_weight
+        if not torch.is_grad_enabled():  # FSDP's say that they train, because others do that it keeps them with
+            weight = weight.detach()
         x = x if torch.is_autocast_enabled(x.device.type) else self._cast_input_dtype(x, weight.dtype)
         return updated_linear(x, weight.t() if self.fan_in_fan_out else weight, self.base_layer.bias, updates)
 

@@ -89,9 +89,7 @@ class PeftGenFTModel(BaseTuner):
         self, adapter_name: str, native: GenFTConfig, layer: GenFTLayer, blocks: tuple[int, tuple[int, ...]] | None
     ) -> GenFTGenerator:
         """The adapter's generator for the layer's shape, made if this is the first such layer."""
-        weight = layer.stored_weight
-        out_features, in_features = weight.shape[::-1] if layer.fan_in_fan_out else weight.shape
-        shape = in_features, out_features // (blocks[0] if blocks else 1)
+        shape = layer.in_features, layer.out_features // (blocks[0] if blocks else 1)
         generators = self._generators[adapter_name]
         if shape not in generators:
             generators[shape] = StoredGenerator(shape, native, self.genft_shared[adapter_name])
