@@ -39,6 +39,13 @@ def test_architecture_names_every_module():
     assert len(names) > 10 and not missing, f"docs/architecture.md#layers needs a word on {', '.join(missing)}"
 
 
+def test_environment_variables_are_all_in_the_table():
+    sources = [*(ROOT / "genft_kernels").rglob("*.py"), ROOT / "setup.py"]
+    read = {name for path in sources for name in re.findall(r"\bGENFT_[A-Z_]+\b", path.read_text(encoding="utf-8"))}
+    table = (ROOT / "docs" / "backends.md").read_text(encoding="utf-8")
+    assert "GENFT_CACHE_DIR" in read and not [name for name in read if f"| `{name}` |" not in table]
+
+
 def test_references_that_lead_somewhere_and_words_that_only_look_so_are_left_alone(tmp_path):
     assert wrong_references(tree(tmp_path)) == []
 
