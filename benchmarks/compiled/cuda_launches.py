@@ -3,8 +3,6 @@
 `python -m benchmarks.compiled.cuda_launches FOLDER`; a line is a mangled name and the bytes of dynamic shared memory.
 """
 
-from __future__ import annotations
-
 import ctypes
 import itertools
 import re

@@ -4,11 +4,8 @@ Compiles csrc/ with warnings as errors and exits with 1 where a kernel spills, t
 have, or is started by no launcher. No GPU is needed.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
-import json
 import re
 import subprocess
 import sys
@@ -16,19 +13,15 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from benchmarks.compiled import REPORTS, gate
 from genft_kernels.backends.compiled import build
 
-RESULTS = Path(__file__).parents[1] / "results" / "cuda_kernels.json"
 SOURCES = Path(__file__).parents[2] / "csrc"
 RECORDER = Path(__file__).with_name("launch_recorder.cu")
 WRAPPED = (
-    "__cudaRegisterFunction",
-    "__cudaGetKernel",
-    "__cudaLaunchKernel",
-    "cudaLaunchKernel",
-    "cudaFuncSetAttribute",
+    "__cudaRegisterFunction", "__cudaGetKernel", "__cudaLaunchKernel", "cudaLaunchKernel", "cudaFuncSetAttribute",
     "cudaGetLastError",
-)
+)  # fmt: skip
 # Bytes of a block. Code for sm_80 also runs on sm_86 and sm_89, which have less.
 SHARED_LIMIT = {"sm_80": 99 << 10, "sm_90a": 227 << 10}
 TARGETS = tuple(SHARED_LIMIT)
@@ -81,17 +74,11 @@ def rows_of(log: str) -> Iterator[dict]:
         source = re.search(r" -c (\S+) -o ", part)
         for match in _PTXAS.finditer(part):
             shared = re.search(r"(\d+) bytes smem", match["more"])
+            numbers = {name: int(match[name]) for name in ("registers", "stack", "spill_stores", "spill_loads")}
             yield {
-                "symbol": match["symbol"],
-                "kernel": _demangled(match["symbol"]),
-                "source": source[1],
-                "target": match["target"],
-                "registers": int(match["registers"]),
-                "stack": int(match["stack"]),
-                "spill_stores": int(match["spill_stores"]),
-                "spill_loads": int(match["spill_loads"]),
-                "static_shared": int(shared[1]) if shared else 0,
-            }
+                "symbol": match["symbol"], "kernel": _demangled(match["symbol"]), "source": source[1],
+                "target": match["target"], **numbers, "static_shared": int(shared[1]) if shared else 0,
+            }  # fmt: skip
 
 
 def faults(row: dict) -> Iterator[str]:
@@ -110,34 +97,23 @@ def _demangled(symbol: str) -> str:
     return re.sub(r"^void |genft::|\(anonymous namespace\)::", "", name)
 
 
-def _line(row: dict) -> str:
+def line(row: dict) -> str:
+    """A row for the terminal."""
     shared = "?" if row["shared"] is None else row["shared"] + row["static_shared"]
     spilt = row["spill_stores"] + row["spill_loads"]
-    problems = ", ".join(faults(row))
     sizes = f"{row['registers']:3} registers, {row['stack']} B stack, {spilt} B spills, {shared:6} B shared"
-    return f"{row['target']:7} {row['source']:12} {row['kernel']:42} {sizes}" + (
-        f"   FAULT: {problems}" * bool(problems)
-    )
+    return f"{row['target']:7} {row['source']:12} {row['kernel']:42} {sizes}"
 
 
-def main() -> None:
-    """Print a line for each kernel and target, write them as JSON, and exit with 1 on a fault."""
+def main(argv: list[str] | None = None) -> int:
+    """Compile, show and write every kernel; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled.cuda_report", description=__doc__)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    parser.add_argument("--output", type=Path, default=REPORTS / "cuda_kernels.jsonl")
+    options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        rows = compile_verbosely(Path(folder) / "build", options.targets)
-        manifest = json.loads((Path(folder) / "build" / build.MANIFEST).read_text())
-    for row in rows:
-        print(_line(row))
-    environment = {"nvcc": manifest["nvcc"], "seconds": manifest["seconds"]}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
-    broken = sum(bool(list(faults(row))) for row in rows)
-    print(f"{len(rows)} kernels, {broken} with faults; compiled in {manifest['seconds']} s; wrote {options.output}")
-    sys.exit(broken > 0)
+        return gate(compile_verbosely(Path(folder) / "build", options.targets), options.output, line, faults)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

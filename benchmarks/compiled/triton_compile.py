@@ -5,8 +5,6 @@ a report covers the configurations that ship and nothing is listed twice. Regist
 are read off the machine code with the tools inside the Triton wheel.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import pathlib

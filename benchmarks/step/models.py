@@ -9,8 +9,8 @@ from torch import Tensor, nn
 # q and v of an attention, as the models of transformers call them.
 TARGETS = ["query", "value", "q_proj", "v_proj"]
 SEED = 11
-_SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96}
-_SMALL |= {"initializer_range": 0.1}  # weights of the size that a wide model's products have
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96}
+SMALL |= {"initializer_range": 0.1}  # weights of the size that a wide model's products have
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -20,7 +20,7 @@ class Model:
     Args:
         config_class: its name in transformers.
         sizes: fields of the configuration; dropout of the backbone is off everywhere, so that a gate can compare.
-        tiny: the fields that, with `_SMALL`, make it small enough for the gate.
+        tiny: the fields that, with `SMALL`, make it small enough for the gate.
         sequence: tokens of one sequence in its cases.
     """
 
@@ -34,7 +34,7 @@ class Model:
         """The model with random weights, in training mode; the same ones every time."""
         import transformers
 
-        sizes = self.sizes | (_SMALL | self.tiny if tiny else {})
+        sizes = self.sizes | (SMALL | self.tiny if tiny else {})
         options = {} if self.config_class == "LlamaConfig" else {"add_pooling_layer": False}
         torch.manual_seed(SEED)
         with device:
