@@ -3,15 +3,17 @@
 from tests.faults.planting import Fault
 
 BACKENDS = "genft_kernels/backends/"
+QUICK = ["-m", "not slow"]
 INTERPRETED = [
     "tests/backends/test_backends.py",
     "tests/backends/test_triton.py",
+    *QUICK,
     "-k",
     "triton and (square or tall or wide or many) or beyond",
 ]
-GROUPED = ["tests/backends/test_backends.py", "-k", "triton and one_call"]
+GROUPED = ["tests/backends/test_backends.py", *QUICK, "-k", "triton and one_call"]
 CPU_DROPOUT = ["tests/backends/test_cpu_dropout.py"]
-EAGER = ["tests/backends/test_backends.py", "tests/ops/test_precision.py", "-k", "eager"]
+EAGER = ["tests/backends/test_backends.py", "tests/ops/test_precision.py", *QUICK, "-k", "eager"]
 
 FAULTS = [
     Fault(
@@ -110,7 +112,7 @@ FAULTS = [
         BACKENDS + "triton/fold.py",
         "if DROPPED_BITS > 0:",
         "if DROPPED_BITS > 99:",
-        ["tests/backends/test_triton.py", "tests/ops/test_precision.py", "-k", "triton"],
+        ["tests/backends/test_triton.py", "tests/ops/test_precision.py", *QUICK, "-k", "triton"],
     ),
     Fault(
         "eager: update added to a rounded y",
