@@ -153,6 +153,7 @@ def is_adapted(model: nn.Module) -> bool:
 
 def adapter_state(model: nn.Module) -> AdapterState:
     """The state that `apply_genft` left on `model`; RuntimeError if there is none."""
+    check_type("model", model, nn.Module)
     if not is_adapted(model):
         raise RuntimeError(
             "the model has no GenFT adapter: call apply_genft(model, config), and pass that very model, no wrapper"
@@ -301,9 +302,10 @@ def layers_of_an_adapted_model(model: nn.Module) -> dict[str, GenFTLinear]:
 
 
 def _has_grown(layer: GenFTLinear) -> bool:
-    rows, columns = layer.frozen_weight.shape
-    generator = layer.generator
-    return columns == generator.in_features and rows != generator.out_features * layer.blocks[0]
+    shape, generator = layer.frozen_weight.shape, layer.generator
+    if len(shape) != 2 or shape[1] != generator.in_features:  # its storage is away, with FSDP for example
+        return False
+    return shape[0] != generator.out_features * layer.blocks[0]
 
 
 def warn_if_tied_again(model: nn.Module) -> None:

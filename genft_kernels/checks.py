@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from . import _torch_private
-from .arguments import check_type, described, is_integer, shown
+from .activations import ACTIVATIONS
+from .arguments import check_flag, check_type, described, is_finite, is_integer, shown
 from .config import GenFTConfig, check_config
 from .parameters import GeneratorParameters, expected_shapes
 
@@ -23,8 +24,17 @@ def check_sizes(**sizes: object) -> None:
 
 def check_floating_dtype(name: str, dtype: object) -> None:
     """Raise TypeError unless it is None or one that can train."""
-    if dtype is not None and dtype not in SUPPORTED_DTYPES:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in SUPPORTED_DTYPES):
         raise TypeError(f"{name} must be None or one of {_names(SUPPORTED_DTYPES)}, got {shown(dtype)}")
+
+
+def check_device(device: object) -> None:
+    """Raise unless it is None or what `torch.device` takes."""
+    check_type("device", device, (torch.device, str, int), optional=True)
+    try:
+        torch.device("cpu" if device is None else device)
+    except RuntimeError as error:
+        raise ValueError(f"device {shown(device)}: {str(error).splitlines()[0]}") from None
 
 
 def check_frozen_weight(weight: torch.Tensor, name: str = "weight") -> None:
@@ -48,12 +58,10 @@ def check_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     """Raise unless `x [..., in]`, `weight [out, in]` and `bias [out]` make a linear layer with a frozen weight."""
     check_type("x", x, torch.Tensor)
     check_frozen_weight(weight)
-    check_type("bias", bias, torch.Tensor, optional=True)
     out_features, in_features = weight.shape
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(f"x must be [..., in] with in = {in_features} as in weight, got shape {tuple(x.shape)}")
-    if bias is not None and tuple(bias.shape) != (out_features,):
-        raise ValueError(f"bias must be [out] = [{out_features}], got shape {tuple(bias.shape)}")
+    check_bias(bias, out_features)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
@@ -61,8 +69,21 @@ def check_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
             raise ValueError(f"x is on {x.device} but {name} is on {tensor.device}")
         if tensor.dtype != x.dtype and not autocasts(x):
             raise TypeError(f"x has dtype {x.dtype} but {name} has {tensor.dtype}: cast one, or use torch.autocast")
+    if x.layout != torch.strided:
+        raise TypeError(f"x has layout {x.layout}; only dense (strided) tensors are supported")
     if x.dtype not in SUPPORTED_DTYPES:
         raise TypeError(f"x has dtype {x.dtype}; supported are {_names(SUPPORTED_DTYPES)}")
+
+
+def check_bias(bias: torch.Tensor | None, out_features: int) -> None:
+    """Raise unless `bias` is None or [out] of a floating-point dtype."""
+    check_type("bias", bias, torch.Tensor, optional=True)
+    if bias is None:
+        return
+    if tuple(bias.shape) != (out_features,):
+        raise ValueError(f"bias must be [out] = [{out_features}], got shape {tuple(bias.shape)}")
+    if bias.dtype not in SUPPORTED_DTYPES:
+        raise TypeError(f"bias has dtype {bias.dtype}; supported are {_names(SUPPORTED_DTYPES)}")
 
 
 def check_factors(h: torch.Tensor, b: torch.Tensor, weight: torch.Tensor) -> None:
@@ -77,6 +98,17 @@ def check_factors(h: torch.Tensor, b: torch.Tensor, weight: torch.Tensor) -> Non
     if h.shape[1] != b.shape[1] or h.shape[1] == 0:
         raise ValueError(f"h and b must share k of at least 1, got {h.shape[1]} and {b.shape[1]}")
     _check_floating(("h", h), ("b", b))
+
+
+def check_options(*, scale: object, activation: object, dropout: object, training: object) -> None:
+    """Raise unless they are the settings of a factored update."""
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {shown(activation)}")
+    if not is_finite(dropout) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be a number in [0, 1), got {shown(dropout)}")
+    if not is_finite(scale):  # a tensor's gradient would get lost
+        raise ValueError(f"scale must be a finite number, got {shown(scale)}")
+    check_flag("training", training)
 
 
 def check_parameters(params: GeneratorParameters, config: GenFTConfig, out_features: int, in_features: int) -> None:

@@ -98,7 +98,7 @@ class GenFTConfig:
             raise ValueError(f"dropout must be a number in [0, 1), got {shown(self.dropout)}")
         if not is_finite(self.scaling):
             raise ValueError(f"scaling must be a finite number, got {shown(self.scaling)}")
-        if self.weight_ratio != "rms" and not is_finite(self.weight_ratio):
+        if not (isinstance(self.weight_ratio, str) and self.weight_ratio == "rms") and not is_finite(self.weight_ratio):
             raise ValueError(f"weight_ratio must be a finite number or 'rms', got {shown(self.weight_ratio)}")
         if self.delta_layout == "out_in" and self.transform != "both":
             raise ValueError(f"delta_layout='out_in' needs transform='both', got transform={self.transform!r}")

@@ -9,14 +9,15 @@ from __future__ import annotations
 import torch
 
 from . import backends, reference
-from .activations import ACTIVATIONS
+from .arguments import check_flag
 from .checks import (
     check_factors,
     check_linear,
+    check_options,
     check_parameters,
     check_transforms,
 )
-from .config import GenFTConfig, is_finite
+from .config import GenFTConfig, is_factored
 from .parameters import GeneratorParameters
 from .philox import ROW_STREAM
 from .update import Factors, apply_factors, compute_dtype, forward_seed, generate_factors
@@ -59,8 +60,10 @@ def genft_linear(
     """
     check_linear(x, weight, bias)
     check_parameters(params, config, *weight.shape)
+    check_flag("training", training)
     dtype = compute_dtype(x)
-    chosen = backends.choose(backend, x.device, dtype)
+    tiled = not is_factored(config.outer_activation, config.dropout if training else 0.0)
+    chosen = backends.choose(backend, x.device, dtype, tiled)
     if chosen == "reference":
         return reference.genft_linear(x, weight, bias, params, config, training=training, seed=seed)
     check_transforms(chosen)
@@ -98,13 +101,9 @@ def factored_linear(
     """
     check_linear(x, weight, bias)
     check_factors(h, b, weight)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
-    if not is_finite(dropout) or not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be a number in [0, 1), got {dropout!r}")
-    if not is_finite(scale):  # a tensor's gradient would get lost
-        raise ValueError(f"scale must be a finite number, got {scale!r}")
-    chosen = backends.choose(backend, x.device, compute_dtype(x))
+    check_options(scale=scale, activation=activation, dropout=dropout, training=training)
+    tiled = not is_factored(activation, dropout if training else 0.0)
+    chosen = backends.choose(backend, x.device, compute_dtype(x), tiled)
     if chosen == "reference":
         return reference.factored_linear(
             x, weight, bias, h, b, scale=scale, activation=activation, dropout=dropout, training=training, seed=seed

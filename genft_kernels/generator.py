@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .arguments import warn
-from .checks import check_floating_dtype, check_sizes
+from .checks import check_device, check_floating_dtype, check_sizes
 from .config import GenFTConfig, check_config
 from .parameters import expected_shapes
 from .sharing.cache import LayerGroup
@@ -45,6 +45,7 @@ class GenFTGenerator(nn.Module):
         super().__init__()
         check_config(config)
         check_layer_shape(in_features, out_features, config)
+        check_device(device)
         check_floating_dtype("dtype", dtype)
         self.group = LayerGroup()
         self.in_features = in_features

@@ -10,8 +10,16 @@ from torch import Tensor, nn
 
 from . import _torch_private, backends
 from .arguments import check_flag, check_type
-from .checks import check_floating_dtype, check_frozen_weight, check_linear, check_sizes, check_transforms
-from .config import GenFTConfig
+from .checks import (
+    check_bias,
+    check_device,
+    check_floating_dtype,
+    check_frozen_weight,
+    check_linear,
+    check_sizes,
+    check_transforms,
+)
+from .config import GenFTConfig, is_factored
 from .functional import genft_linear
 from .generator import GenFTGenerator
 from .instance_forward import carry_instance_forward, check_instance_forward
@@ -54,6 +62,7 @@ class GenFTLinear(MarksMerged, GenFTUpdate, nn.Linear):
         check_flag("bias", bias)
         check_type("config", config, GenFTConfig, optional=True)
         check_type("generator", generator, GenFTGenerator, optional=True)
+        check_device(device)
         check_floating_dtype("dtype", dtype)
         nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
         if generator is None:
@@ -183,7 +192,7 @@ class GenFTLinear(MarksMerged, GenFTUpdate, nn.Linear):
             check_linear(x, self.frozen_weight, self.bias)
             config, dtype = self.config, compute_dtype(x)
             psi, dropout = config.outer_activation, config.dropout if self.training else 0.0
-            backend = backends.choose(self.backend, x.device, dtype)
+            backend = backends.choose(self.backend, x.device, dtype, not is_factored(psi, dropout))
             check_transforms(backend)
             seeds = [forward_seed(None, x.device, self.training, dropout, psi, dtype, backend) for _ in self.blocks[1]]
             factors = self.generator.group.factors_for(self, dtype, backend, seeds)
@@ -243,6 +252,7 @@ def check_adaptable(linear: nn.Module) -> None:
         raise TypeError("its weight is not a parameter but computed (by a parametrization, weight or spectral norm)")
     check_instance_forward(linear)
     check_frozen_weight(linear.weight.detach())
+    check_bias(linear.bias, linear.weight.shape[0 if isinstance(linear, nn.Linear) else 1])
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -10,7 +10,16 @@ import torch
 import torch.nn.functional as F
 
 from .activations import activate
-from .checks import check_factors, check_frozen_weight, check_linear, check_parameters, draw_seed, seed_tensor
+from .arguments import check_flag
+from .checks import (
+    check_factors,
+    check_frozen_weight,
+    check_linear,
+    check_options,
+    check_parameters,
+    draw_seed,
+    seed_tensor,
+)
 from .config import GenFTConfig
 from .parameters import GeneratorParameters
 from .philox import COLUMN_STREAM, ROW_STREAM, keep_mask
@@ -37,6 +46,7 @@ def delta_weight(
     check_frozen_weight(weight)
     out_features, in_features = weight.shape
     check_parameters(params, config, out_features, in_features)
+    check_flag("training", training)
     p = GeneratorParameters(*(None if t is None else t.to(weight) for t in params))
     phi, psi = config.inner_activation, config.outer_activation
     rho = _inverse_rms(weight) if config.weight_ratio == "rms" else float(config.weight_ratio)
@@ -90,6 +100,7 @@ def factored_linear(
     """
     check_linear(x, weight, bias)
     check_factors(h, b, weight)
+    check_options(scale=scale, activation=activation, dropout=dropout, training=training)
     update = _factored_update(weight, h, b, activation, ROW_STREAM, dropout if training else 0.0, seed)
     return F.linear(x, weight + scale * update, bias)
 

@@ -16,9 +16,11 @@ from typing import Protocol
 
 import torch
 
-TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# In the order in which "auto" asks them.
-OPERATION_BACKENDS = ("eager", "triton", "cuda")
+from ..arguments import check_type, shown
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+KERNEL_BACKENDS = ("triton", "cuda")  # in the order in which "auto" asks them
+OPERATION_BACKENDS = ("eager", *KERNEL_BACKENDS)
 BACKENDS = ("auto", *OPERATION_BACKENDS, "reference")
 
 
@@ -33,15 +35,18 @@ def unavailable(name: str, device: torch.device, dtype: torch.dtype) -> str | No
     """Why an operation backend cannot compute in `dtype` on `device`, or None if it can."""
     if name == "eager":
         return None  # plain PyTorch runs wherever PyTorch does
-    if name == "cuda":
-        return load(name).unavailable(device, dtype)
-    if importlib.util.find_spec("triton") is None:
+    if name == "triton" and importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
-    if dtype not in TRITON_DTYPES:
+    if dtype not in KERNEL_DTYPES:
         return f"it does not compute in {dtype}"
-    if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+    if name == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
         return None
-    return f"it needs a CUDA device, not {device.type}"
+    if device.type != "cuda":
+        return f"it needs a CUDA device, not {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"it needs sm_80 or newer, and {device} is sm_{capability[0]}{capability[1]}"
+    return load(name).unavailable_reason() if name == "cuda" else None
 
 
 # torch.compile takes the answer as it is, or it would trace imports and the search for a compiler. It is what
@@ -49,14 +54,32 @@ def unavailable(name: str, device: torch.device, dtype: torch.dtype) -> str | No
 unavailable._dynamo_marked_constant = True
 
 
+def rejection(name: str, device: torch.device) -> str | None:
+    """Why "auto" does not take a backend of kernels on `device` where it could run, or None if it does.
+
+    The first call for a card runs the gate, which takes up to 20 s.
+    """
+    if device.type != "cuda":
+        return "auto takes kernels on CUDA devices only"
+    from . import gate
+
+    return gate.rejection(name, device if device.index is not None else torch.device("cuda", 0))
+
+
+rejection._dynamo_marked_constant = True  # as above
+
+
 def check_name(name: str) -> None:
     """Raise ValueError unless `name` is a backend of this version."""
-    if name not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
+    if not isinstance(name, str) or name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {shown(name)}")
 
 
-def choose(requested: str, device: torch.device, dtype: torch.dtype) -> str:
+def choose(requested: str, device: torch.device, dtype: torch.dtype, tiled: bool) -> str:
     """The backend that computes in `dtype` on `device`; only "auto" ever becomes another.
+
+    "auto" is "eager", whose products are a vendor's, but for the tiled form on a CUDA device: there it is the first
+    backend of kernels that can run and has passed the gate on that card.
 
     Raises:
         ValueError: no such backend.
@@ -65,13 +88,21 @@ def choose(requested: str, device: torch.device, dtype: torch.dtype) -> str:
     check_name(requested)
     if requested == "reference":
         return requested
-    candidates = OPERATION_BACKENDS if requested == "auto" else (requested,)
-    reasons = {}
-    for name in candidates:
-        reasons[name] = unavailable(name, device, dtype)
-        if reasons[name] is None:
-            return name
-    raise RuntimeError("; ".join(f"backend {name!r} cannot run on {device}: {why}" for name, why in reasons.items()))
+    if requested == "auto":
+        kernels = KERNEL_BACKENDS if tiled and device.type == "cuda" else ()
+        return next((name for name in kernels if _refusal(name, device, dtype) is None), "eager")
+    if (reason := unavailable(requested, device, dtype)) is not None:
+        raise RuntimeError(f"backend {requested!r} cannot run on {device}: {reason}")
+    return requested
+
+
+def _refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why "auto" does not take a backend of kernels, in the words of `explain`."""
+    if (reason := unavailable(name, device, dtype)) is not None:
+        return f"unavailable: {reason}"
+    if (reason := rejection(name, device)) is not None:
+        return f"available by name; rejected for auto: {reason}"
+    return None
 
 
 @functools.cache
@@ -88,18 +119,12 @@ def explain(
     `device` defaults to the first CUDA device, or the CPU where there is none. `groups` are those of a model's layers
     (`genft_kernels.explain(model)` finds them): which layers are generated together, and why others are not.
     """
+    check_type("device", device, (torch.device, str, int), optional=True)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    lines = [f'backend="auto" on {device}: {choose("auto", device, dtype)}']
-    for name in OPERATION_BACKENDS:
-        reason = unavailable(name, device, dtype)
-        lines.append(f"  {name}: {_REMARKS[name] if reason is None else f'unavailable: {reason}'}")
+    factored, tiled = (choose("auto", device, dtype, form) for form in (False, True))
+    chosen = factored if factored == tiled else f"{factored} for the factored form, {tiled} for the tiled form"
+    lines = [f'backend="auto" on {device}: {chosen}', "  eager: available; plain PyTorch"]
+    lines += [f"  {name}: {_refusal(name, device, dtype) or 'available; passed the gate'}" for name in KERNEL_BACKENDS]
     lines.append("  reference: available; the specification, materialises every matrix; only by name")
     explained = [line for group in groups for line in group.explain()]
     return "\n".join([*lines, *(["generation:"] if explained else []), *(f"  {line}" for line in explained)])
-
-
-_REMARKS = {
-    "eager": "available; plain PyTorch",
-    "triton": "available by name; auto does not take it before a GPU has measured it",
-    "cuda": "available by name; auto does not take it before a GPU has measured it",
-}

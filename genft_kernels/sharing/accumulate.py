@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_type
 from ..units import GenFTUpdate
 from ..update import Factors
 from .cache import Layer, LayerGroup, Settings, Share
@@ -58,7 +59,8 @@ class Accumulation:
     """The factors and gradient sums of `accumulate`, for those who cannot use a context."""
 
     def __init__(self, model: nn.Module) -> None:
-        """ValueError if `model` has no layer with an adapter."""
+        """ValueError if `model` has no layer with an adapter, TypeError if it is no module."""
+        check_type("model", model, nn.Module)
         layers = [module for module in model.modules() if isinstance(module, GenFTUpdate)]
         if not layers:
             raise ValueError("accumulate(model) needs a model with GenFT layers: call apply_genft(model, config) first")

@@ -257,7 +257,7 @@ OFFICIAL = {
 def test_official_settings_train_the_official_number_of_parameters(preset, layers, dim, names, settings, count):
     model = nn.ModuleList()
     for _ in range(layers):
-        block = nn.ModuleDict({name: nn.Linear(1, 1) for name in names})
+        block = nn.ModuleDict({name: nn.Linear(1, 1, bias=False) for name in names})
         for linear in block.values():  # of full shape, but one number in memory
             linear.weight = nn.Parameter(torch.zeros(1, 1).expand(3 * dim if "qkv" in names else dim, dim))
         model.append(block)
