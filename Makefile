@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
 
-.PHONY: env test test-peft test-slow test-all types test-triton-next mutations cuda-faults lint demo sweep bench bench-model bench-report kernels-report cuda-report wheel wheel-prebuilt clean
+.PHONY: env fuzz test test-peft test-slow test-all types test-triton-next mutations cuda-faults lint demo sweep bench bench-model bench-report kernels-report cuda-report wheel wheel-prebuilt clean
 
 env: $(VENV)/.ready
 
@@ -48,6 +48,10 @@ test-triton-next: env
 	    -e . triton==3.9.0 pytest pytest-xdist hypothesis
 	OMP_NUM_THREADS=1 $(VENV)-triton-next/bin/python -m pytest -n 2 tests/backends/test_triton.py
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV)-triton-next/bin/python -m pytest -n 2 $(INTERPRETED)
+
+# Random operations on an adapted model against the materialised update; ARGS is the number of steps, 100 a second.
+fuzz: env
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.model.test_fuzz $(ARGS)
 
 # Planted faults: each must turn a test red.
 mutations: env

@@ -151,6 +151,19 @@ def test_a_compiler_that_fails_leaves_nothing(folder):
     assert names(folder) in ([], ["tiny.lock"])
 
 
+def test_files_appear_whole_the_manifest_last(compiler, folder, monkeypatch):
+    appeared = []
+
+    def replace(whole, target):
+        assert whole.parent.suffix == ".building" and whole.stat().st_size > 0 and not target.exists()
+        appeared.append(target.suffix)
+        os.rename(whole, target)
+
+    monkeypatch.setattr(cache.os, "replace", replace)
+    cache.obtain(library(compiler))
+    assert appeared == [".so", ".json"]
+
+
 @pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o644), (0, 0o644)])
 def test_files_follow_the_umask_and_are_nobody_elses_to_write(umask, mode, compiler, folder):
     before = os.umask(umask)
@@ -309,7 +322,7 @@ def runs(notes):
 
 
 def until(condition):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 20
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.02)
     assert condition()

@@ -48,7 +48,7 @@ def test_who_hangs_is_killed_with_its_children(script, tmp_path):
     start = time.monotonic()
     with pytest.raises(BuildError, match=r"the shell was not done after 0\.5 s"):
         sh(script, 0.5, tmp_path)
-    assert time.monotonic() - start < 30 and ends((tmp_path / "pid").read_text().strip())
+    assert time.monotonic() - start < 10 and ends((tmp_path / "pid").read_text().strip())
 
 
 def test_an_interrupt_leaves_no_compiler_behind(tmp_path, monkeypatch):
@@ -63,5 +63,6 @@ def test_an_interrupt_leaves_no_compiler_behind(tmp_path, monkeypatch):
     assert ends((tmp_path / "pid").read_text().strip())
 
 
-def test_temporary_files_stay_in_the_folder(tmp_path):
+def test_temporary_files_stay_in_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", "/nonexistent")
     assert sh('cd "$TMPDIR" && pwd', folder=tmp_path) == f"{os.path.realpath(tmp_path)}\n"

@@ -1,0 +1,421 @@
+"""Whatever is done to an adapted model, in any order, its outputs and gradients are those of the materialised update.
+
+`make fuzz ARGS=20000` takes that many steps with fresh seeds; the suite takes the same ones each time, for a minute.
+"""
+
+import contextlib
+import copy
+import io
+import pickle
+import sys
+import tempfile
+import warnings
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from torch import nn
+
+from genft_kernels import (
+    GenFTConfig,
+    GenFTLinear,
+    accumulate,
+    apply_genft,
+    disabled,
+    load_adapter,
+    merge,
+    remove_genft,
+    save_adapter,
+    unmerge,
+)
+from genft_kernels.activations import ACTIVATIONS
+from tests.helpers.oracle import CHECKPOINTS, WIDTH, Oracle, Tower, frozen_state
+
+STEPS_OF_A_RUN = 50
+PLACES = ["blocks.0.fused", "blocks.1.query", "head"]
+# How far from float64, relative to the norm.
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
+OPTIMIZERS = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.02, foreach=True),
+    "AdamW, fused": lambda p: torch.optim.AdamW(p, lr=0.02, fused=True),
+    "Adafactor": lambda p: torch.optim.Adafactor(p, lr=0.02),
+}
+CHANGES = {
+    "in place": lambda p, new: p.copy_(new),
+    "data, in place": lambda p, new: p.data.copy_(new),
+    "data, replaced": lambda p, new: setattr(p, "data", new.clone()),
+    "numpy's view": lambda p, new: p.numpy(force=True).__setitem__(..., new.numpy()),
+    "storage": lambda p, new: p.untyped_storage().copy_(new.untyped_storage()),
+    "vector": lambda p, new: nn.utils.vector_to_parameters(new.flatten(), [p]),
+}
+
+
+@st.composite
+def configs(draw):
+    """Settings that suit every layer of the tower."""
+    transform = draw(st.sampled_from(["both", "both", "column", "row"]))
+    layout = draw(st.sampled_from(["in_out", "out_in"])) if transform == "both" else "in_out"
+    names = st.sets(st.sampled_from(["query", "value", "fused", "down"]), min_size=1)
+    targets = draw(names if layout == "in_out" else names.map(lambda found: found - {"down"} or {"query"}))
+    return GenFTConfig(
+        shared_dim=draw(st.integers(0, 2)),
+        specific_dim=draw(st.integers(1, 2)),
+        inner_activation=draw(st.sampled_from(ACTIVATIONS)),
+        outer_activation=draw(st.sampled_from(["identity", *ACTIVATIONS])),
+        dropout=draw(st.sampled_from([0.0, 0.0, 0.0, 0.25])),
+        bias=draw(st.booleans()),
+        weight_ratio=draw(st.sampled_from([1.0, 2.0, "rms"])),
+        ratio_scope=draw(st.sampled_from(["weight", "all"])),
+        scaling=0.2,
+        transform=transform,
+        tie_specific=draw(st.booleans()),
+        delta_layout=layout,
+        zero_delta=False,
+        target_modules=tuple(sorted(targets)),
+        modules_to_save=draw(st.sampled_from([None, ("head",)])),
+        fused_blocks={"fused": (3, draw(st.sampled_from([(0, 2), (1,)])))} if "fused" in targets else None,
+    )
+
+
+@contextlib.contextmanager
+def failing(module, backward):
+    """Within it, forward or backward of `module` raises, and the caller does not."""
+
+    def fail(*arguments):
+        raise InterruptedError
+
+    def hook(module, inputs, output):
+        output.register_hook(fail) if backward and output.requires_grad else fail()
+
+    handle = module.register_forward_hook(hook)
+    try:
+        with contextlib.suppress(InterruptedError):
+            yield
+    finally:
+        handle.remove()
+
+
+class Machine(RuleBasedStateMachine):
+    """A model, and what it must be."""
+
+    @initialize(seed=st.integers(0, 2**16))
+    def start(self, seed):
+        torch.manual_seed(seed)
+        self.model = Tower().double()
+        self.config = self.optimizer = self.kept = None
+        self.merged = False
+        self.frozen = frozen_state(self.model)
+
+    # --- what a rule may ask ---
+
+    def adapted(self):
+        return self.config is not None
+
+    def free(self):
+        """Adapted, and not merged."""
+        return self.config is not None and not self.merged
+
+    def bare(self):
+        return self.config is None
+
+    @property
+    def dtype(self):
+        return self.model.head.weight.dtype
+
+    def trained(self):
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def input(self):
+        return torch.randn(3, WIDTH, dtype=torch.float64).to(self.dtype).requires_grad_()
+
+    def assert_close(self, actual, expected, what, autocast=False, floor=1e-3):
+        tolerance = max(TOLERANCES[self.dtype], TOLERANCES[torch.bfloat16] if autocast else 0)
+        error, size = (actual.detach().double() - expected.detach()).norm(), expected.detach().norm()
+        assert error <= tolerance * (size + floor), f"{what}: off by {error:.3g}, of {size:.3g}"
+
+    # --- rules ---
+
+    @precondition(bare)
+    @rule(config=configs(), seed=st.integers(0, 2**16))
+    def apply(self, config, seed):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # k exceeds the width
+            apply_genft(self.model, config)
+        self.config = config
+        self.randomise(seed)
+
+    @precondition(free)
+    @rule(seed=st.integers(0, 2**16))
+    def randomise(self, seed):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in self.trained().values():
+                parameter.normal_(std=0.3)
+
+    @precondition(adapted)
+    @rule()
+    def remove(self):
+        self.merged = False
+        self.take_up()
+        remove_genft(self.model)
+        self.forget()
+
+    @precondition(free)
+    @rule()
+    def remove_and_keep(self):
+        x = self.input()
+        expected = Oracle(self.model, self.frozen).output(x)
+        remove_genft(self.model, keep_update=True)
+        self.forget()
+        self.assert_close(self.evaluated(x), expected, "kept update")
+        for parameter in self.model.parameters():  # or updates of updates grow without bound
+            parameter.data.mul_(0.4 / parameter.abs().max())
+        self.frozen = frozen_state(self.model)
+
+    def forget(self):
+        self.config = self.optimizer = self.kept = None
+
+    @precondition(free)
+    @rule()
+    def merge(self):
+        merge(self.model)
+        self.merged = True
+
+    @precondition(lambda self: self.merged)
+    @rule()
+    def unmerge(self):
+        unmerge(self.model)
+        self.merged = False
+
+    @rule(training=st.booleans())
+    def mode(self, training):
+        self.model.train(training)
+
+    @precondition(lambda self: not self.merged)
+    @rule(dtype=st.sampled_from([*TOLERANCES, torch.float64, torch.float64]))
+    def cast(self, dtype):
+        self.model.to(dtype)
+        self.frozen = {n: t if self.put_aside(n) else t.to(dtype) for n, t in self.frozen.items()}
+        self.optimizer = self.kept = None
+
+    def put_aside(self, name):
+        """Whether a tensor of the frozen model is not in the model now: that of a module to save follows when used."""
+        return self.adapted() and self.config.modules_to_save is not None and name.startswith("head.")
+
+    def take_up(self):
+        self.frozen = {name: tensor.to(self.dtype) for name, tensor in self.frozen.items()}
+
+    def evaluated(self, x, context=torch.no_grad):
+        training = self.model.training
+        self.model.eval() if self.merged or (self.config and self.config.dropout) else None
+        with context():
+            y = self.model(x)
+        self.model.training == training or self.model.train(training)
+        return y
+
+    @rule(
+        context=st.sampled_from([torch.no_grad, torch.inference_mode, contextlib.nullcontext]),
+        times=st.integers(1, 2),
+    )
+    def evaluate(self, context, times):
+        for _ in range(times):
+            x = self.input()
+            oracle = Oracle(self.model, self.frozen, self.adapted())
+            self.assert_close(self.evaluated(x, context), oracle.output(x), "output")
+
+    @precondition(adapted)
+    @rule(fails=st.booleans())
+    def disable(self, fails):
+        x = self.input()
+        self.take_up()
+        with failing(self.model.blocks[1].down, False) if fails else contextlib.nullcontext(), disabled(self.model):
+            y = self.model(x)
+            self.assert_close(y, Oracle(self.model, self.frozen, adapted=False).output(x), "output, disabled")
+
+    @precondition(free)
+    @rule(
+        together=st.booleans(),
+        count=st.integers(1, 3),
+        first_without=st.booleans(),
+        checkpointing=st.sampled_from(sorted(CHECKPOINTS)),
+        autocast=st.sampled_from([False, False, True]),
+        zero=st.sampled_from([True, True, False]),
+        optimizer=st.sampled_from([None, *OPTIMIZERS]),
+    )
+    def train(self, together, count, first_without, checkpointing, autocast, zero, optimizer):
+        """`count` micro-batches, in `accumulate` or not, and a step."""
+        self.model.train()
+        self.model.checkpointing = checkpointing
+        if zero:
+            self.model.zero_grad()
+        expected = {n: 0 if p.grad is None else p.grad.double().clone() for n, p in self.trained().items()}
+        inputs = [self.input() for _ in range(count)]
+        autocast = autocast and self.dtype != torch.float16  # torch.cat takes none of it there
+        autocasting = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
+        seen = []
+        with accumulate(self.model) if together else contextlib.nullcontext():
+            if first_without:
+                with torch.no_grad(), autocasting, warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # reentrant checkpointing without gradients
+                    self.model(self.input())
+            for x in inputs:
+                with autocasting:
+                    y = self.model(x)
+                y.double().square().sum().backward()
+                seen.append((y, x.grad))
+        self.model.checkpointing = "none"
+        missing = [n for n, p in self.trained().items() if p.grad is None or not p.grad.isfinite().all()]
+        assert not missing, f"without a finite gradient: {missing}"
+        if not self.config.dropout:
+            oracle = Oracle(self.model, self.frozen)
+            wide = [x.detach().double().requires_grad_() for x in inputs]
+            answers = [oracle.output(x) for x in wide]
+            of_parameters, of_inputs = oracle.backward(sum(y.square().sum() for y in answers), wide)
+            for (y, gradient), answer, of_x in zip(seen, answers, of_inputs, strict=True):
+                self.assert_close(y, answer, "training output", autocast)
+                self.assert_close(gradient, of_x, "gradient of x", autocast)
+            expected = {name: expected[name] + gradient for name, gradient in of_parameters.items()}
+            self.assert_gradients(expected, autocast)
+        if optimizer is not None:
+            self.step(optimizer)
+
+    def assert_gradients(self, expected, autocast=False):
+        scale = max(gradient.norm() for gradient in expected.values())
+        for name, parameter in self.trained().items():
+            self.assert_close(parameter.grad, expected[name], f"gradient of {name}", autocast, scale)
+
+    def step(self, name):
+        if self.dtype == torch.float16:
+            name = "SGD"  # Adam's epsilon is zero there
+        if self.optimizer is None or self.optimizer[0] != name:
+            self.optimizer = name, OPTIMIZERS[name](self.trained().values())
+        nn.utils.clip_grad_norm_(self.trained().values(), 1.0)
+        self.optimizer[1].step()
+
+    @precondition(free)
+    @rule(
+        together=st.booleans(),
+        backward=st.booleans(),
+        place=st.sampled_from(["blocks.0.fused", "blocks.1.query", "head"]),
+    )
+    def fail_midway(self, together, backward, place):
+        self.model.train()
+        before = {name: p.grad for name, p in self.trained().items()}
+        with (
+            failing(self.model.get_submodule(place), backward),
+            accumulate(self.model) if together else contextlib.nullcontext(),
+        ):
+            self.model(self.input()).sum().backward()
+        for name, parameter in self.trained().items():  # what a failed backward left
+            parameter.grad = before[name]
+        self.model.zero_grad()
+
+    @precondition(free)
+    @rule(how=st.sampled_from(sorted(CHANGES)), of=st.integers(0, 100), seed=st.integers(0, 2**16))
+    def change(self, how, of, seed):
+        """One trained parameter or W, past autograd."""
+        torch.manual_seed(seed)
+        names = [*self.trained(), *(name for name in self.frozen if name.endswith("weight"))]
+        name = names[of % len(names)]
+        parameter = self.model.get_parameter(name)
+        if how == "numpy's view" and parameter.dtype == torch.bfloat16:
+            how = "in place"
+        new = (0.4 * torch.randn(parameter.shape, dtype=torch.float64)).to(parameter.dtype)
+        with torch.no_grad():
+            CHANGES[how](parameter, new)
+        assert torch.equal(parameter, new)
+        if name in self.frozen and not parameter.requires_grad:
+            self.frozen[name] = new
+
+    @precondition(free)
+    @rule()
+    def keep_state(self):
+        self.kept = copy.deepcopy(self.model.state_dict())
+
+    @precondition(lambda self: self.free() and self.kept is not None)
+    @rule(assign=st.booleans())
+    def load_state(self, assign):
+        self.model.load_state_dict(copy.deepcopy(self.kept), assign=assign)
+        self.frozen = {n: t if self.put_aside(n) else self.kept[n].clone() for n, t in self.frozen.items()}
+        self.optimizer = None
+
+    @precondition(free)
+    @rule()
+    def save_and_load(self):
+        """The adapter, into a fresh copy of the base model."""
+        self.take_up()
+        fresh = Tower().to(self.dtype)
+        fresh.load_state_dict(self.frozen)
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # k exceeds the width
+            save_adapter(self.model, folder)
+            load_adapter(fresh, folder)
+        wanted = dict(self.model.named_parameters())
+        found = dict(fresh.named_parameters())
+        assert set(found) == set(wanted) and all(torch.equal(found[name], wanted[name]) for name in wanted)
+        self.model, self.optimizer = fresh.train(self.model.training), None
+
+    @precondition(adapted)
+    @rule(how=st.sampled_from(["deepcopy", "pickle", "torch.save"]), seed=st.integers(0, 2**16))
+    def go_on_with_a_copy(self, how, seed):
+        original = self.model
+        if how == "deepcopy":
+            self.model = copy.deepcopy(original)
+        elif how == "pickle":
+            self.model = pickle.loads(pickle.dumps(original))
+        else:
+            file = io.BytesIO()
+            torch.save(original, file)
+            file.seek(0)
+            self.model = torch.load(file, weights_only=False)
+        self.optimizer = None
+        x = self.input()
+        expected = Oracle(original, self.frozen).output(x)
+        if self.merged:
+            self.unmerge()
+        self.randomise(seed)
+        self.evaluate(torch.no_grad, 1)
+        copied, self.model = self.model, original
+        merged = any(layer.merged for layer in original.modules() if isinstance(layer, GenFTLinear))
+        self.merged = merged
+        self.assert_close(self.evaluated(x), expected, "the original of a copy")
+        self.model, self.merged = copied, False
+
+    @invariant()
+    def frozen_weights_are_bit_for_bit_what_they_were(self):
+        found = frozen_state(self.model)
+        changed = [n for n in found if not self.put_aside(n) and not torch.equal(found[n], self.frozen[n])]
+        assert not changed, changed
+
+
+def options(steps):
+    return settings(
+        max_examples=max(1, steps // STEPS_OF_A_RUN),
+        stateful_step_count=STEPS_OF_A_RUN,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        print_blob=True,
+    )
+
+
+@pytest.mark.slow
+def test_any_sequence_of_operations_computes_the_materialised_update():
+    run_state_machine_as_test(Machine, settings=settings(options(6000), derandomize=True, database=None))
+
+
+if __name__ == "__main__":
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    steps = int(sys.argv[1]) if sys.argv[1:] else 6000
+    run_state_machine_as_test(Machine, settings=options(steps))
+    print(f"{steps} steps without a mismatch")
