@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,9 @@ class GenFTUpdate(nn.Module):
     `row_specific_down [r, out]`, `row_specific_up [out, r]`, as far as the stages exist.
     """
 
-    merged = False
+    generator: GenFTGenerator  # declared, since what stands in a module has no type otherwise
+    specific_names: tuple[str, ...]
+    merged: bool = False
     _fan_in_fan_out = False
     _sharded = False
 
@@ -61,11 +64,11 @@ class GenFTUpdate(nn.Module):
         self.reset_specific_parameters()
         generator.group.join(self)
 
-    def __setstate__(self, state) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.generator.group.join(self)  # a copied layer that of its copied generator
 
-    def __setattr__(self, name, value) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if isinstance(value, Tensor):  # FSDP shards so, and in a forward the parameters are plain ones
             self.__dict__["_sharded"] = self._sharded or is_tensor_subclass(value)
