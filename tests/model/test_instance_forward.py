@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from genft_kernels import GenFTConfig, GenFTLinear, apply_genft, remove_genft
+from genft_kernels import GenFTConfig, GenFTGenerator, GenFTLinear, apply_genft, remove_genft
 from tests.helpers.tiny_models import randomise, snapshot
 
 hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
@@ -81,3 +81,14 @@ def test_a_hook_over_a_patched_forward_is_refused():
     hooks.add_hook_to_module(model[2], Doubles())
     with pytest.raises(TypeError, match="target module '2': its forward was replaced on the instance"):
         apply_genft(model, CONFIG)
+
+
+def test_a_layer_made_by_hand_has_the_hook_too():
+    linear, hook = nn.Linear(8, 8), Doubles()
+    hooks.add_hook_to_module(linear, hook)
+    layer = GenFTLinear.from_linear(linear, GenFTGenerator(8, 8, CONFIG))
+    layer(torch.zeros(1, 8))
+    assert hook.calls == 1
+    linear.forward = lambda x: x
+    with pytest.raises(TypeError, match="its forward was replaced on the instance"):
+        GenFTLinear.from_linear(linear, GenFTGenerator(8, 8, CONFIG))

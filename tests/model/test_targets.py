@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import time
 
 import pytest
 import torch
@@ -233,3 +234,12 @@ def test_bare_sequential_goes_on_working():
     torch.testing.assert_close(model(x), expected)
     model(x).sum().backward()
     assert model.genft_generators["8x8"].row_up.grad.abs().sum() > 0
+
+
+def test_thousands_of_layers_take_seconds():
+    model = nn.ModuleList(nn.ModuleDict({"query": nn.Linear(2, 2), "value": nn.Linear(2, 2)}) for _ in range(3000))
+    started = time.monotonic()
+    found = find_targets(model, config(target_modules="all-linear", modules_to_save=["0.query"]))
+    assert len(find_modules_to_save(model, config(modules_to_save=["0.query"]), found)) == 1
+    assert len(find_targets(model, config(target_modules=[target.name for target in found]))) == len(found) == 5999
+    assert time.monotonic() - started < 10  # one second; in quadratic time it would be two minutes
