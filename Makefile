@@ -70,11 +70,11 @@ lint: env
 	$(BIN)/ruff format --check .
 
 demo: env
-	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.finetune $(ARGS)
+	$(BIN)/python -m benchmarks.finetune $(ARGS)
 
 # The learning rates that the demonstration reads, chosen anew.
 sweep: env
-	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.finetune --sweep $(ARGS)
+	$(BIN)/python -m benchmarks.finetune --sweep $(ARGS)
 
 # Every provider side by side: minutes on a CPU, the full grid on a GPU. Other packages' LoRA kernels take part where
 # they are installed (pip install --no-deps unsloth nemo-automodel); without them they show as unavailable.
@@ -83,7 +83,7 @@ bench: env
 
 # Training steps of whole models: full fine-tuning, LoRA, the official way, this package's. Six minutes on two CPU cores.
 bench-model: env
-	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.step $(ARGS)
+	$(BIN)/python -m benchmarks.step $(ARGS)
 
 # docs/results.md, its plot and the README's figures, from the result files.
 bench-report: env

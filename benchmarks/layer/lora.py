@@ -3,6 +3,8 @@
 A and B are trained; their gradients are compared with those of that formula.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,12 +14,18 @@ from benchmarks.layer.problem import Problem
 from benchmarks.measure.workload import Workload
 from genft_kernels.functional import factored_linear
 
+Forward = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
-def fused(problem: Problem, rank: int, backend: str) -> Workload:
-    """This package's: `factored_linear` with psi = identity, h = A^T and b = B."""
+
+def way(problem: Problem, rank: int, forward: Forward) -> Workload:
+    """A LoRA by its function of x, W, A, B and s, all in one dtype."""
     a, b, scale = _matrices(problem, rank)
-    settings = {"scale": scale, "backend": backend}
-    return _workload(problem, a, b, scale, lambda: factored_linear(problem.x, problem.weight, None, a.T, b, **settings))
+    return _workload(problem, a, b, scale, lambda: forward(problem.x, problem.weight, a, b, scale))
+
+
+def fused(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, backend: str) -> Tensor:
+    """This package's: `factored_linear` with psi = identity, h = A^T and b = B."""
+    return factored_linear(x, weight, None, a.T, b, scale=scale, backend=backend)
 
 
 def peft(problem: Problem, rank: int, dtype: torch.dtype | None = None) -> Workload:
@@ -53,20 +61,14 @@ class _HandDerived(torch.autograd.Function):
         return dx, None, (dyb.t() @ x).mul_(ctx.scale), (dy.t() @ (x @ a.t())).mul_(ctx.scale), None
 
 
-def hand_derived(problem: Problem, rank: int) -> Workload:
+def hand_derived(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """Gradients by hand in plain PyTorch, the way unsloth does it."""
-    a, b, scale = _matrices(problem, rank)
-    function = _HandDerived.apply
-    return _workload(problem, a, b, scale, lambda: function(problem.x, problem.weight, a, b, scale))
+    return _HandDerived.apply(x, weight, a, b, scale)
 
 
-def unsloth(problem: Problem, rank: int) -> Workload:
+def unsloth(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """unsloth's `LoRA_W`. It wants x of three dimensions."""
-    a, b, scale = _matrices(problem, rank)
-    function = third_party.unsloth().LoRA_W.apply
-    return _workload(
-        problem, a, b, scale, lambda: function(problem.x[None], problem.weight, None, a, b, scale).squeeze(0)
-    )
+    return third_party.unsloth().LoRA_W.apply(x[None], weight, None, a, b, scale).squeeze(0)
 
 
 def unsloth_qkv(problem: Problem, rank: int) -> Workload:
@@ -91,13 +93,10 @@ def unsloth_qkv(problem: Problem, rank: int) -> Workload:
     )  # fmt: skip
 
 
-def nemo(problem: Problem, rank: int, triton: bool) -> Workload:
+def nemo(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, triton: bool) -> Tensor:
     """NeMo Automodel's `LoRATritonFunction`, with its Triton kernels or its PyTorch products, added into x W^T."""
-    a, b, scale = _matrices(problem, rank)
-    function, x = third_party.nemo().LoRATritonFunction.apply, problem.x
-    return _workload(
-        problem, a, b, scale, lambda: function(x, a, b, scale, x.dtype, triton, F.linear(x, problem.weight))
-    )
+    function = third_party.nemo().LoRATritonFunction.apply
+    return function(x, a, b, scale, x.dtype, triton, F.linear(x, weight))
 
 
 def _matrices(problem: Problem, rank: int) -> tuple[Tensor, Tensor, float]:

@@ -55,10 +55,6 @@ def _floor_of_form(case: Case) -> str:
 # --- obstacles ------------------------------------------------------------------------------------------------------
 
 
-def _nothing(case: Case, device: torch.device) -> None:
-    return None
-
-
 def _of_backend(case: Case, device: torch.device, backend: str) -> str | None:
     return backends.unavailable(backend, device, case.dtype)
 
@@ -98,29 +94,25 @@ def _genft(part: str) -> Iterable[Provider]:
 def _loras() -> Iterable[Provider]:
     """Each LoRA at two ranks: GenFT's k, and that of equal trainable parameters."""
     partial = functools.partial
-    unsloth, nemo = partial(_of_package, load=third_party.unsloth), partial(_of_package, load=third_party.nemo)
+    unsloth, nemo = (partial(_of_package, load=load) for load in (third_party.unsloth, third_party.nemo))
+    float32, nemo_triton = partial(lora.peft, dtype=torch.float32), partial(lora.nemo, triton=True)
     ways = [
         ("peft-lora", "PEFT LoRA", lora.peft, _of_peft),
-        (
-            "peft-lora-float32", "PEFT LoRA, float32 adapters", partial(lora.peft, dtype=torch.float32),
-            partial(_of_peft, only_16_bits=True),
-        ),
-        *(
-            (
-                f"fused-lora-{backend}", f"LoRA by factored_linear, {backend}", partial(lora.fused, backend=backend),
-                partial(_of_backend, backend=backend),
-            )
-            for backend in backends.OPERATION_BACKENDS
-        ),
-        ("hand-lora", "LoRA, gradients by hand", lora.hand_derived, _nothing),
-        ("unsloth-lora", "unsloth LoRA_W", lora.unsloth, unsloth),
-        ("unsloth-qkv", "unsloth LoRA_QKV, a third of it", lora.unsloth_qkv, unsloth),
-        ("nemo-lora", "NeMo Automodel LoRA, PyTorch", partial(lora.nemo, triton=False), nemo),
-        (
-            "nemo-lora-triton", "NeMo Automodel LoRA, Triton", partial(lora.nemo, triton=True),
-            partial(nemo, needs_cuda=True),
-        ),
+        ("peft-lora-float32", "PEFT LoRA, float32 adapters", float32, partial(_of_peft, only_16_bits=True)),
+    ]
+    functions = [
+        (f"fused-lora-{backend}", f"LoRA by factored_linear, {backend}", partial(lora.fused, backend=backend),
+         partial(_of_backend, backend=backend))
+        for backend in backends.OPERATION_BACKENDS
     ]  # fmt: skip
+    functions += [
+        ("hand-lora", "LoRA, gradients by hand", lora.hand_derived, lambda case, device: None),
+        ("unsloth-lora", "unsloth LoRA_W", lora.unsloth, unsloth),
+        ("nemo-lora", "NeMo Automodel LoRA, PyTorch", partial(lora.nemo, triton=False), nemo),
+        ("nemo-lora-triton", "NeMo Automodel LoRA, Triton", nemo_triton, partial(nemo, needs_cuda=True)),
+    ]
+    ways += [(name, title, partial(lora.way, forward=function), needs) for name, title, function, needs in functions]
+    ways += [("unsloth-qkv", "unsloth LoRA_QKV, a third of it", lora.unsloth_qkv, unsloth)]
     ranks: dict[str, Callable[[Case], int]] = {
         "": lambda case: case.k, "equal parameters": lambda case: case.rank_of_equal_parameters,
     }  # fmt: skip

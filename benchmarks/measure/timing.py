@@ -7,8 +7,7 @@ import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -34,12 +33,16 @@ def take_turns(clocks: Mapping[str, Callable[[], Sample]], seconds: float, least
     names = list(clocks)
     samples: dict[str, list[Sample]] = {name: [] for name in names}
     start, turn = time.perf_counter(), 0
-    with _no_garbage_collection():
+    gc.collect()
+    gc.disable()
+    try:
         while turn < least or time.perf_counter() - start < seconds:
             first = turn % len(names)
             for name in names[first:] + names[:first]:
                 samples[name].append(clocks[name]())
             turn += 1
+    finally:
+        gc.enable()
     return samples
 
 
@@ -85,7 +88,7 @@ def ratios(samples: list[Sample], base: list[Sample], direction: str) -> list[fl
 
 def gpu_quantiles(workload: Workload, direction: str, replay: bool) -> tuple[float, float, float]:
     """(p20, p50, p80) of one direction, for one of the workload's layers; see `gpu_times`."""
-    return tuple(each / workload.projections for each in gpu_times(lambda: _direction(workload, direction), replay))
+    return tuple(each / workload.projections for each in gpu_times(lambda: workload.call(direction), replay))
 
 
 def gpu_times(prepare: Callable[[], Callable[[], object]], replay: bool) -> tuple[float, float, float]:
@@ -113,15 +116,6 @@ def gpu_times(prepare: Callable[[], Callable[[], object]], replay: bool) -> tupl
     return tuple(1e-3 * each for each in (low, middle, high))
 
 
-def _direction(workload: Workload, direction: str) -> Callable[[], object]:
-    if direction == "forward":
-        return workload.forward
-    if direction == "both":
-        return lambda: workload.backward(workload.forward())
-    outputs = workload.forward()
-    return lambda: workload.backward(outputs, retain=True)
-
-
 def keep_freed_memory() -> None:
     """Have the C library keep large freed blocks, as any allocator for training does.
 
@@ -132,13 +126,3 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()

@@ -43,6 +43,15 @@ class Workload:
         """The gradient of every leaf; with `retain` it can be asked for again."""
         return torch.autograd.grad(outputs, list(self.leaves.values()), self.grads, retain_graph=retain)
 
+    def call(self, direction: str) -> Callable[[], object]:
+        """One call of "forward", "backward" or "both"; for the backward alone, again and again after one forward."""
+        if direction == "forward":
+            return self.forward
+        if direction == "both":
+            return lambda: self.backward(self.forward())
+        outputs = self.forward()
+        return lambda: self.backward(outputs, retain=True)
+
     def results(self) -> dict[str, Tensor]:
         """Outputs and gradients by name, of the workload that the gate looks at."""
         if self.checked is not None:

@@ -7,6 +7,7 @@ from benchmarks.layer.cases import DIRECTIONS
 from benchmarks.layer.harness import KEY
 from benchmarks.layer.providers import BASELINE, PROVIDERS
 from benchmarks.measure.rows import Row
+from benchmarks.report import tables
 from benchmarks.report.tables import markdown, mebibytes, not_timed, number, ratio
 
 SUITE = "layer"
@@ -65,14 +66,8 @@ def summary(rows: Iterable[Row]) -> str:
 
 
 def by_case(rows: Iterable[Row]) -> dict[tuple, dict[str, Row]]:
-    """Measured rows by case and provider, providers in the registry's order."""
-    groups: dict[tuple, dict[str, Row]] = {}
-    order = {name: place for place, name in enumerate(PROVIDERS)}
-    for row in sorted(rows, key=lambda row: order.get(row["provider"], len(order))):
-        if row["status"] == "measured":
-            groups.setdefault(tuple(row[field] for field in CASE), {})[row["provider"]] = row
-    first = {tuple(row[field] for field in CASE): None for row in rows}  # cases in order of first appearance
-    return {case: groups[case] for case in first if case in groups}
+    """Measured rows by case and provider."""
+    return tables.by_case(rows, KEY, PROVIDERS)
 
 
 def telling(cases: Iterable[tuple], most: int = 12) -> list[tuple]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from benchmarks.measure.rows import Row
+from benchmarks.report import tables
 from benchmarks.report.tables import markdown, mebibytes, not_timed, number, ratio
 from benchmarks.step.methods import METHODS, lora_of
 
@@ -52,16 +53,8 @@ def shortest(found: dict[str, Row], name: str) -> Row | None:
 
 
 def by_case(rows: Iterable[Row]) -> dict[tuple, dict[str, Row]]:
-    """Measured rows by case and method, methods in the registry's order."""
-    groups: dict[tuple, dict[str, Row]] = {}
-    for row in rows:
-        if row["status"] == "measured":
-            groups.setdefault(tuple(row[field] for field in CASE), {})[row["method"]] = row
-    order = {name: place for place, name in enumerate(METHODS)}
-    return {
-        case: dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order))))
-        for case, found in groups.items()
-    }
+    """Measured rows by case and method."""
+    return tables.by_case(rows, (*CASE, "method"), METHODS)
 
 
 def title(case: tuple) -> str:

