@@ -8,12 +8,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 
+from .arguments import shown
+
 # The longest that a regular expression out of a file may take over a model's names; some never end.
 REGULAR_EXPRESSION_SECONDS = 10.0
 
 _CHILD = (
-    "import json, re, sys; pattern, names = json.load(sys.stdin); "
-    "json.dump([name for name in names if re.fullmatch(pattern, name)], sys.stdout)"
+    "import json, re, sys; pattern, names = json.load(sys.stdin); pattern = re.compile(pattern); "
+    "json.dump([name for name in names if pattern.fullmatch(name)], sys.stdout)"
 )
 
 FullMatch = Callable[[str, Collection[str]], set[str]]
@@ -31,6 +33,8 @@ def full_matches_in_time(pattern: str, names: Collection[str]) -> set[str]:
     Raises:
         ValueError: it takes longer than `REGULAR_EXPRESSION_SECONDS`.
     """
+    if not sys.executable:
+        raise ValueError(f"the regular expression {shown(pattern)} cannot be tried safely in an embedded Python")
     try:
         child = subprocess.run(
             [sys.executable, "-I", "-S", "-c", _CHILD],
@@ -42,11 +46,11 @@ def full_matches_in_time(pattern: str, names: Collection[str]) -> set[str]:
         )
     except subprocess.TimeoutExpired:
         raise ValueError(
-            f"the regular expression {pattern[:80]!r} takes longer than {REGULAR_EXPRESSION_SECONDS:g} s "
-            f"over the names of the model's {len(names)} modules"
+            f"the regular expression {shown(pattern)} takes longer than {REGULAR_EXPRESSION_SECONDS:g} s"
         ) from None
     except subprocess.CalledProcessError as error:
-        raise ValueError(f"the regular expression {pattern[:80]!r} fails: {error.stderr[-200:]}") from None
+        why = error.stderr.strip().rpartition("\n")[2]
+        raise ValueError(f"the regular expression {shown(pattern)} is none: {why[:200]}") from None
     return set(json.loads(child.stdout))
 
 

@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 
 from genft_kernels import GenFTConfig, adapt, apply_genft, load_adapter, matching, save_adapter
+from genft_kernels.files import names
 from genft_kernels.files.format import CONFIG_FILE, TENSORS_FILE
 from genft_kernels.files.official import read_official
 from tests.helpers.official_writers import D, R, S, peft_checkpoint, vit_checkpoint, write_peft, write_vit
@@ -66,9 +67,9 @@ def with_text(old: str, new: str):
 def with_tensors(change):
     def damage(folder):
         path = folder / TENSORS_FILE
-        tensors = safetensors.torch.load_file(path)
+        tensors = names.all_in_model(safetensors.torch.load_file(path))
         change(tensors)
-        payload = safetensors.torch.save(tensors)
+        payload = safetensors.torch.save({names.in_file(name): tensor for name, tensor in tensors.items()})
         path.write_bytes(payload)
         with_description(lambda d: d.update(tensors_sha256=hashlib.sha256(payload).hexdigest()))(folder)
 
@@ -99,9 +100,13 @@ HOSTILE = {
     ),
     "endless-targets": (with_config(target_modules=ENDLESS), r"regular expression '.*takes longer than 0.3 s"),
     "endless-exclusion": (with_config(exclude_modules=ENDLESS), r"regular expression '.*takes longer than 0.3 s"),
-    "deep-pattern": (with_config(target_modules="(" * 50_000 + ")" * 50_000), f"{CONFIG_FILE}.*target_modules="),
+    "pattern-slow-to-compile": (
+        with_config(target_modules="(?i)" + "[\x00-\U0010ffff]" * 2000),
+        r"regular expression '.*takes longer than 0.3 s",
+    ),
+    "deep-pattern": (with_config(target_modules="(" * 50_000 + ")" * 50_000), f"{CONFIG_FILE}.*regular expression"),
     "long-pattern": (with_config(target_modules="a|" * 100_000), f"{CONFIG_FILE}.*target_modules.*200,000 characters"),
-    "pattern-of-huge-counts": (with_config(target_modules="a{" + "9" * 50 + "}"), f"{CONFIG_FILE}.*target_modules="),
+    "pattern-of-huge-counts": (with_config(target_modules="a{" + "9" * 50 + "}"), f"{CONFIG_FILE}.*regular expression"),
     "config-list": (with_description(lambda d: d.update(config=[])), f"{CONFIG_FILE} is damaged: 'config' is not"),
     "config-null": (with_description(lambda d: d.update(config=None)), f"{CONFIG_FILE} is damaged: 'config' is not"),
     "fingerprints-list": (with_description(lambda d: d.update(fingerprints=[1])), f"{CONFIG_FILE}.*'fingerprints' is"),
