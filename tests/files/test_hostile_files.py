@@ -102,10 +102,10 @@ HOSTILE = {
     "endless-exclusion": (with_config(exclude_modules=ENDLESS), r"regular expression '.*takes longer than 0.3 s"),
     "pattern-slow-to-compile": (
         with_config(target_modules="(?i)" + "[\x00-\U0010ffff]" * 2000),
-        r"regular expression '.*takes longer than 0.3 s",
+        r"target_modules: the regular expression '.*takes longer than 0.3 s",
     ),
     "deep-pattern": (with_config(target_modules="(" * 50_000 + ")" * 50_000), f"{CONFIG_FILE}.*regular expression"),
-    "long-pattern": (with_config(target_modules="a|" * 100_000), f"{CONFIG_FILE}.*target_modules.*200,000 characters"),
+    "long-pattern": (with_config(target_modules="a|" * 100_000), f"{CONFIG_FILE}.*target_modules.*(200,000 characters|takes longer)"),
     "pattern-of-huge-counts": (with_config(target_modules="a{" + "9" * 50 + "}"), f"{CONFIG_FILE}.*regular expression"),
     "config-list": (with_description(lambda d: d.update(config=[])), f"{CONFIG_FILE} is damaged: 'config' is not"),
     "config-null": (with_description(lambda d: d.update(config=None)), f"{CONFIG_FILE} is damaged: 'config' is not"),
