@@ -41,6 +41,10 @@ def unavailable(name: str, device: torch.device, dtype: torch.dtype) -> str | No
         return f"it does not compute in {dtype}"
     if name == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
         return None
+    return _device_reason(name, device)
+
+
+def _device_reason(name: str, device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"it needs a CUDA device, not {device.type}"
     capability = torch.cuda.get_device_capability(device)
@@ -75,7 +79,7 @@ def check_name(name: str) -> None:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {shown(name)}")
 
 
-def choose(requested: str, device: torch.device, dtype: torch.dtype, tiled: bool) -> str:
+def choose(requested: str, device: torch.device, dtype: torch.dtype, tiled: bool = False) -> str:
     """The backend that computes in `dtype` on `device`; only "auto" ever becomes another.
 
     "auto" is "eager", whose products are a vendor's, but for the tiled form on a CUDA device: there it is the first

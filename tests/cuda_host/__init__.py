@@ -24,8 +24,8 @@ import pybind11
 import torch
 from filelock import FileLock
 
+from genft_kernels import backends
 from genft_kernels.backends.cuda import kernels as cuda_kernels
-from genft_kernels.backends.cuda import operations as cuda
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -134,11 +134,13 @@ def emulator() -> Emulator:
 
 def install() -> None:
     """Let backend "cuda" compute on CPU tensors in this process; those of a CUDA device still go there."""
-    launch_there, device_reason = cuda_kernels.launch, cuda._device_reason
+    launch_there, reason_there = cuda_kernels.launch, backends._device_reason
 
     def launch(kernel: str, *arguments) -> None:
         here = cuda_kernels.device_of(arguments).type == "cpu"
         (emulator().launch if here else launch_there)(kernel, *arguments)
 
     cuda_kernels.launch = launch
-    cuda._device_reason = lambda device: unavailable_reason() if device.type == "cpu" else device_reason(device)
+    backends._device_reason = lambda name, device: (
+        unavailable_reason() if (name, device.type) == ("cuda", "cpu") else reason_there(name, device)
+    )

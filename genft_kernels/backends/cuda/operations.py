@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from ..plan import KernelOperations
 from . import extension, kernels
 
@@ -13,17 +11,6 @@ row, row_backward = _operations.row, _operations.row_backward
 linear, linear_backward = _operations.linear, _operations.linear_backward
 
 
-def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot compute in `dtype` on `device`, or None if they can; compiles nothing."""
-    if dtype not in kernels.DTYPES:
-        return f"it does not compute in {dtype}"
-    return _device_reason(device)
-
-
-def _device_reason(device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return f"it needs a CUDA device, not {device.type}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return f"it needs sm_80 or newer, and {device} is sm_{capability[0]}{capability[1]}"
+def unavailable_reason() -> str | None:
+    """Why the kernels cannot be had on this machine, or None if they can; compiles nothing."""
     return extension.unavailable_reason()

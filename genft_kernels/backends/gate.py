@@ -1,0 +1,227 @@
+"""The gate: a kernel backend proves itself on a card before "auto" takes it there.
+
+`python -m genft_kernels.backends.gate BACKEND DEVICE` compares its operations with plain PyTorch's, in a process of its
+own, because an illegal access spoils a CUDA context. The verdict is kept in the folder of compiled code, for this card,
+driver, versions and sources (docs/backends.md#choice).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from .. import __version__
+from ..philox import ROW_STREAM
+
+SECONDS = 20.0  # that a first forward may wait
+_PACKAGE = Path(__file__).parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Operands for every operation: ragged sizes, more than a tile of each, for one dtype."""
+
+    dtype: torch.dtype
+    k: int
+    activation: str
+    dropout: float
+    transposed: bool  # W lies in memory as its transpose
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')}, k {self.k}, {self.activation}, dropout {self.dropout}"
+
+
+# In 16 bits enough tokens for the wide tiles, and for the sums to be split.
+CASES = (
+    Case(torch.float32, 5, "gelu", 0.3, False, 77),
+    Case(torch.float16, 37, "identity", 0.3, True, 1100),
+    Case(torch.bfloat16, 26, "silu", 0.0, False, 1100),
+)
+_IN, _OUT, _LAYERS = 150, 214, 2
+
+
+def examine(backend: ModuleType | SimpleNamespace, device: torch.device) -> str | None:
+    """The first way in which a backend's operations fail on a device, in words; None if there is none."""
+    for case in CASES:
+        torch.manual_seed(3)
+        results = [list(_results(backend, case, case.dtype, device)) for _ in range(3)]
+        plain, exact = (list(_results(_eager(), case, dtype, device)) for dtype in (case.dtype, torch.float64))
+        for (name, found), (_, plains), (_, true), *others in zip(results[0], plain, exact, *results[1:], strict=True):
+            # A chain of n additions in float32 is off by about sqrt(n) roundings, whatever a vendor's order gets.
+            floor = torch.finfo(case.dtype).eps + torch.finfo(torch.float32).eps * case.tokens**0.5
+            error, allowed = _error(found, true), 2 * _error(plains, true) + floor
+            if not error <= allowed:  # NaN is no number that is small enough
+                return f"{name} ({case}): an error of {error:.2g}, where {allowed:.2g} is allowed"
+            if not all(torch.equal(found, other) for _, other in others):
+                return f"{name} ({case}): three runs give different bits"
+        if case.dtype.itemsize == 2 and not abs((gain := _gain(backend, case, device)) - 1) <= 0.1:
+            return f"linear ({case}): {gain:.2f} of a small update is left, where all of it should be"
+    return None
+
+
+def _eager() -> ModuleType:
+    from .eager import operations
+
+    return operations
+
+
+def _random(case: Case, dtype: torch.dtype, device: torch.device):
+    """What makes the same random tensors, rounded to the case's dtype, each time."""
+    generator = torch.Generator().manual_seed(5)
+
+    def random(*shape: int, scale: float = 1.0) -> Tensor:
+        numbers = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
+        return numbers.to(case.dtype).to(device, dtype)
+
+    return random
+
+
+def _weight(case: Case, random) -> Tensor:
+    if case.transposed:
+        return random(_IN, _OUT, scale=_IN**-0.5).t()
+    return random(_OUT, _IN, scale=_IN**-0.5)
+
+
+def _results(backend, case: Case, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """The results of every operation, forward and backward, by name."""
+    random, k, layers = _random(case, dtype, device), case.k, range(_LAYERS)
+    weights, seeds = [_weight(case, random) for _ in layers], torch.tensor([7, -(2**40)], device=device)
+    down, grad, pre = random(_LAYERS, k, _IN), random(_LAYERS, _OUT, k), random(_LAYERS, _OUT, k)
+    yield "column", backend.column(weights, down, random(k), "tanh")[0]
+    yield "column_backward", backend.column_backward(grad, weights, pre, "tanh", [True, False])[0]
+    left, right = random(_LAYERS, _OUT, k + 1), random(_LAYERS, _IN, k + 1, scale=k**-0.5)
+    down, pre, grad = random(_LAYERS, k, _OUT, scale=_OUT**-0.5), random(_LAYERS, _IN, k), random(_LAYERS, _IN, k)
+    stages = seeds, case.activation, case.dropout, "tanh"
+    yield "row", backend.row(left, right, down, random(k), *stages)[0]
+    grads = backend.row_backward(grad, left, right, down, pre, *stages, [True] * 4)
+    yield from zip(("row_backward, left", "row_backward, right", "row_backward, down"), grads[:3], strict=True)
+    x, dy = random(case.tokens, _IN), random(case.tokens, _OUT)
+    h, b = random(_IN, k), random(_OUT, k, scale=k**-0.5)
+    update = seeds[:1], 0.5, case.activation, case.dropout, ROW_STREAM
+    yield "linear", backend.linear(x, weights[0], random(_OUT), h, b, *update)[0]
+    dx, _, dh, db = backend.linear_backward(dy, x, weights[0], h, b, None, *update, [True, False, True, True])
+    yield from (("linear_backward, x", dx), ("linear_backward, h", dh), ("linear_backward, b", db))
+
+
+def _error(found: Tensor, exact: Tensor) -> float:
+    return ((found.double() - exact).norm() / exact.norm()).item()
+
+
+def _gain(backend, case: Case, device: torch.device) -> float:
+    """<y - y0, d> / <d, d> for an update d of a thousandth of y0 (docs/method.md#precision)."""
+    random = _random(case, case.dtype, device)
+    weight, x = _weight(case, random), random(2000, _IN)
+    h, b = random(_IN, case.k), random(_OUT, case.k)
+    wide = [each.double() for each in (x, weight, h, b)]
+    frozen, update = wide[0] @ wide[1].t(), wide[0] @ torch.tanh(wide[3] @ wide[2].t()).t()
+    scale = 1e-3 * (frozen.norm() / update.norm()).item()
+    y, _ = backend.linear(x, weight, None, h, b, torch.tensor([3], device=device), scale, "tanh", 0.0, ROW_STREAM)
+    return ((y.double() - frozen) * update).sum().item() / (scale * update.square().sum().item())
+
+
+# --- the verdict ----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def rejection(backend: str, device: torch.device) -> str | None:
+    """Why `backend` may not be chosen on a CUDA device, or None if it passed the gate, now or before."""
+    path = _verdict_file(backend, device)
+    if path is not None and (known := _read(path)) is not None:
+        return known["rejected"]
+    reason, final = run(backend, device, SECONDS)
+    if path is not None and final:
+        _write(path, {"backend": backend, "device": torch.cuda.get_device_name(device), "rejected": reason})
+    return reason
+
+
+def run(backend: str, device: torch.device, seconds: float) -> tuple[str | None, bool]:
+    """(the reason for which the gate rejects, or None, whether the same would come out again), by a child process."""
+    command = [sys.executable, "-m", __name__, backend, str(device)]
+    environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # which determinism asks for
+    settings = dict(capture_output=True, text=True, cwd=_PACKAGE.parent, env=environment)
+    try:
+        done = subprocess.run(command, timeout=seconds, **settings)
+    except subprocess.TimeoutExpired:
+        return f"its gate takes longer than {seconds:.0f} s; the next process tries again", False
+    except OSError as error:
+        return f"its gate cannot be run: {error}", False
+    if done.returncode == 0:
+        return None, True
+    said = [line for line in (done.stdout + done.stderr).strip().splitlines() if line.strip()]
+    return f"{said[-1] if said else 'its gate died'} (exit status {done.returncode})", True
+
+
+def _verdict_file(backend: str, device: torch.device) -> Path | None:
+    """Where the verdict is kept; None where there is no folder for it."""
+    from .compiled import cache
+
+    try:
+        folder = cache.cache_folder()
+    except (OSError, RuntimeError):
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    driver = Path("/proc/driver/nvidia/version")
+    versions = __version__, torch.__version__, torch.version.cuda, _triton_version()
+    versions += (driver.read_text() if driver.exists() else None,)
+    digest = hashlib.sha256(repr((torch.cuda.get_device_name(device), capability, versions)).encode())
+    for source in sorted(path for place in (_PACKAGE, _PACKAGE.parent / "csrc") for path in place.rglob("*.*")):
+        if source.suffix in (".py", ".cu", ".cuh", ".h", ".cpp"):
+            digest.update(source.read_bytes())
+    return folder / f"gate-{backend}-{digest.hexdigest()[:24]}.json"
+
+
+def _triton_version() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    return triton.__version__
+
+
+def _read(path: Path) -> dict | None:
+    try:
+        known = json.loads(path.read_text())
+        trusted = path.stat().st_uid in (0, os.geteuid())
+        return known if trusted and isinstance(known, dict) and "rejected" in known else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _write(path: Path, verdict: dict) -> None:
+    try:
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(verdict, file)
+        os.replace(file.name, path)
+    except OSError:
+        return  # the next process asks again
+
+
+def main() -> None:
+    """Examine the backend and the device that the arguments name; exit with 1 and the reason if it is rejected."""
+    from . import load
+
+    backend, device = sys.argv[1], torch.device(sys.argv[2])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
+    reason = examine(load(backend), device)
+    if reason is not None:
+        sys.exit(reason)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""The gate that kernels pass on a card before "auto" takes them, and the choice that follows from it."""
+
+import json
+import re
+import types
+
+import pytest
+import torch
+
+from genft_kernels import backends
+from genft_kernels.backends import gate
+from genft_kernels.backends.eager import operations as eager
+from tests.helpers.cases import CPU
+
+CARD = torch.device("cuda", 0)
+NAMES = ("column", "column_backward", "row", "row_backward", "linear", "linear_backward")
+
+
+def backend(**replaced):
+    """Eager's operations, some of them replaced."""
+    return types.SimpleNamespace(**{name: getattr(eager, name) for name in NAMES} | replaced)
+
+
+def without_row_70(z):
+    return torch.where(torch.arange(z.shape[1])[:, None] == 70, 0, z)
+
+
+def changed(name, change):
+    """Eager's operation with its results changed."""
+    return {name: lambda *args: tuple(None if each is None else change(each) for each in getattr(eager, name)(*args))}
+
+
+FAULTS = {
+    "column": (changed("column", lambda z: z * 1.001), "column .*: an error of"),
+    "row": (
+        changed("row", without_row_70),
+        "row .*: an error of",
+    ),
+    "unwritten": (changed("linear_backward", lambda z: z.clone().index_fill_(0, torch.tensor(3), torch.nan)), "nan"),
+    "race": (changed("linear", lambda z: z * (1 + 1e-6 * torch.rand(1))), "three runs give different bits"),
+}
+
+
+@pytest.fixture
+def few_cases(monkeypatch):
+    monkeypatch.setattr(gate, "CASES", gate.CASES[:1])
+
+
+@pytest.mark.parametrize("replaced, reason", FAULTS.values(), ids=FAULTS)
+def test_gate_rejects_what_is_wrong_and_names_it(replaced, reason, few_cases):
+    assert gate.examine(backend(), CPU) is None
+    assert re.search(reason, gate.examine(backend(**replaced), CPU))
+
+
+def test_gate_sees_a_swallowed_update(monkeypatch):
+    """Rounded to nearest, W + dW is W where dW is small; each single result is as near as PyTorch's."""
+    monkeypatch.setattr(gate, "CASES", gate.CASES[2:])
+
+    def linear(x, weight, bias, h, b, seed, *settings):
+        if x.dtype == torch.bfloat16:
+            x, weight, h, b = (each.float() for each in (x, weight, h, b))
+            folded = eager.linear(torch.eye(weight.shape[1]), weight, None, h, b, seed, *settings)[0].t().bfloat16()
+            return torch.nn.functional.linear(x.bfloat16(), folded, bias), None
+        return eager.linear(x, weight, bias, h, b, seed, *settings)
+
+    assert "of a small update is left" in gate.examine(backend(linear=linear), CPU)
+
+
+def test_gate_runs_in_a_process_of_its_own():
+    assert gate.run("eager", CPU, 120) == (None, True)
+    reason, final = gate.run("no such backend", CPU, 120)
+    assert "ModuleNotFoundError" in reason and "exit status 1" in reason and final
+    reason, final = gate.run("eager", CPU, 0.01)
+    assert "longer than 0 s" in reason and not final
+
+
+@pytest.fixture
+def card(monkeypatch, tmp_path):
+    """A machine that seems to have a card, and a gate whose child is replaced by what is in `verdicts`."""
+    calls, verdicts = [], {"triton": (None, True), "cuda": (None, True)}
+
+    def run(name, device, seconds):
+        calls.append(name)
+        return verdicts[name]
+
+    monkeypatch.setattr(gate, "run", run)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Test Card")
+    monkeypatch.setenv("GENFT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(backends, "unavailable", lambda name, device, dtype: None)
+    gate.rejection.cache_clear()
+    yield types.SimpleNamespace(calls=calls, verdicts=verdicts, folder=tmp_path)
+    gate.rejection.cache_clear()
+
+
+def test_auto_takes_kernels_for_the_tiled_form_once_they_have_passed(card):
+    assert backends.choose("auto", CARD, torch.bfloat16) == "eager" and not card.calls
+    for _ in range(3):
+        assert backends.choose("auto", CARD, torch.bfloat16, tiled=True) == "triton"
+    gate.rejection.cache_clear()  # another process
+    assert backends.choose("auto", CARD, torch.bfloat16, tiled=True) == "triton" and card.calls == ["triton"]
+    assert backends.choose("auto", CPU, torch.bfloat16, tiled=True) == "eager"
+
+
+def test_auto_passes_over_what_was_rejected_and_explain_says_why(card):
+    card.verdicts["triton"] = "row (bfloat16): an error of 1", True
+    assert backends.choose("auto", CARD, torch.bfloat16, tiled=True) == "cuda"
+    text = backends.explain(CARD, torch.bfloat16)
+    assert "eager for the factored form, cuda for the tiled form" in text
+    assert "triton: available by name; rejected for auto: row (bfloat16): an error of 1" in text
+    assert "cuda: available; passed the gate" in text
+    card.verdicts["cuda"] = "it died", True
+    for file in card.folder.glob("gate-*"):
+        file.unlink()
+    gate.rejection.cache_clear()
+    assert backends.choose("auto", CARD, torch.bfloat16, tiled=True) == "eager"
+    assert backends.choose("triton", CARD, torch.bfloat16, tiled=True) == "triton"
+
+
+def test_verdict_that_may_change_is_not_kept(card):
+    card.verdicts["triton"] = "its gate takes longer than 20 s", False
+    assert gate.rejection("triton", CARD) and not list(card.folder.glob("gate-*"))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", json.dumps({"device": "x"})])
+def test_damaged_verdict_is_asked_for_again(content, card):
+    gate.rejection("triton", CARD)
+    (file,) = card.folder.glob("gate-*")
+    file.write_text(content)
+    gate.rejection.cache_clear()
+    assert gate.rejection("triton", CARD) is None and card.calls == ["triton", "triton"]
+    assert json.loads(file.read_text()) == {"backend": "triton", "device": "Test Card", "rejected": None}
+
+
+@pytest.mark.parametrize("name", backends.KERNEL_BACKENDS)
+def test_kernels_need_a_card_that_is_new_enough(name, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert backends.unavailable(name, CARD, torch.float16) == "it needs sm_80 or newer, and cuda:0 is sm_75"
