@@ -1,5 +1,6 @@
 """GenFT: fine-tune a model by updates generated from its own weights (arXiv 2506.11042), as fast as LoRA."""
 
+from . import flops as flops  # registers what FLOP counters count
 from . import reference
 from ._version import __version__ as __version__
 from .adapt import apply_genft, disabled, explain, merge, remove_genft, unmerge
@@ -11,6 +12,7 @@ from .modules import GenFTGenerator, GenFTLinear
 from .parameters import GeneratorParameters
 from .sharing.accumulate import accumulate
 from .summary import trainable_summary
+from .units import refresh
 
 __all__ = [
     "GenFTConfig",
@@ -26,6 +28,7 @@ __all__ = [
     "load_adapter",
     "merge",
     "reference",
+    "refresh",
     "remove_genft",
     "save_adapter",
     "trainable_summary",

@@ -22,7 +22,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import backends
+from . import _torch_private, backends
 from .config import is_factored
 
 
@@ -99,7 +99,7 @@ def _differentiable(op: Callable, setup: Callable, gradients: Callable) -> Calla
             return (None,) * inputs if grad is None else gradients(ctx, grad, computed)
 
     def node(*args) -> Tensor:
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        if torch.compiler.is_compiling() or _torch_private.dispatch_modes_active():
             return op(*args)[0]
         return Node.apply(*args) if torch.is_grad_enabled() else _compute(args[-1], name, *args[:-1])[0]
 

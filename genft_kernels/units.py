@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from . import backends, reference
 from .config import GenFTConfig, check_blocks
 from .generator import GenFTGenerator, last_stage_names
+from .left_out import watch_optimizers
 from .parameters import GeneratorParameters, specific_shapes
 from .sharing.source import Source, is_tensor_subclass
 
@@ -62,11 +63,15 @@ class GenFTUpdate(nn.Module):
             self.register_parameter(name, nn.Parameter(data))
         self.__dict__["specific_names"] = tuple(shapes)
         self.reset_specific_parameters()
-        generator.group.join(self)
+        self._join_group()
+
+    def _join_group(self) -> None:
+        self.generator.group.join(self)
+        watch_optimizers()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.generator.group.join(self)  # a copied layer that of its copied generator
+        self._join_group()  # a copied layer that of its copied generator
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)

@@ -234,9 +234,14 @@ class LayerGroup:
         return shares[layer].factors
 
 
+def all_groups() -> list[LayerGroup]:
+    """Those of all generators there are."""
+    return list(_groups)
+
+
 def _renew_locks() -> None:
     """In a process that was forked while another thread generated, nobody would ever release the lock."""
-    for group in list(_groups):
+    for group in all_groups():
         group.lock = threading.Lock()
 
 

@@ -82,7 +82,9 @@ def test_what_is_generated_under_checkpointing(reentrant, monkeypatch):
         (group,) = groups(model)
         generate = group.generate
         monkeypatch.setattr(
-            group, "generate", lambda layers, *rest, **more: found.append(len(layers)) or generate(layers, *rest, **more)
+            group,
+            "generate",
+            lambda layers, *rest, **more: found.append(len(layers)) or generate(layers, *rest, **more),
         )
         train_checkpointed(model, reentrant)
         return found

@@ -1,0 +1,62 @@
+"""What a FLOP counter counts for the operations, which it sees as one each: their matrix products, as planned
+(docs/method.md#what-it-costs), two for each multiplication and addition.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from . import ops  # noqa: F401  (defines the operations)
+from .config import is_factored
+
+_genft = torch.ops.genft
+
+
+@register_flop_formula([_genft.column, _genft.column_backward])
+def _column(first, second, *args, **kwargs) -> int:
+    """Of (weights, down), or of (grad, weights): W times a thin matrix for each layer."""
+    weights, thin = (first, second) if isinstance(first[0], (list, tuple, torch.Size)) else (second, first)
+    k = thin[1] if thin is second else thin[2]
+    return sum(2 * math.prod(weight) * k for weight in weights)
+
+
+@register_flop_formula(_genft.row)
+def _row(left, right, down, bias, seed, outer, dropout, *args, **kwargs) -> int:
+    (layers, out_features, k1), (_, in_features, _), (_, k, _) = left, right, down
+    if is_factored(outer, dropout):  # by a core k x k1
+        return 2 * layers * k * k1 * (out_features + in_features)
+    return 2 * layers * out_features * in_features * (k1 + k)
+
+
+@register_flop_formula(_genft.row_backward)
+def _row_backward(grad, left, right, down, pre, seed, outer, dropout, *args, **kwargs) -> int:
+    (layers, out_features, k1), (_, in_features, _), (_, k, _) = left, right, down
+    if is_factored(outer, dropout):
+        return 4 * layers * k * k1 * (out_features + in_features)
+    return 2 * layers * out_features * in_features * (3 * k1 + 2 * k)
+
+
+@register_flop_formula(_genft.linear)
+def _linear(x, weight, bias, h, b, seed, scale, activation, dropout, *args, **kwargs) -> int:
+    tokens, big = math.prod(x[:-1]), math.prod(weight)
+    small = tokens * sum(weight) if is_factored(activation, dropout) else big
+    return 2 * tokens * big + 2 * small * b[1]
+
+
+@register_flop_formula(_genft.linear_backward)
+def _linear_backward(
+    grad, x, weight, h, b, xh, seed, scale, activation, dropout, stream, needs, *args, **kwargs
+) -> int:
+    need_x, _, need_h, need_b = needs
+    tokens, out_features = math.prod(grad[:-1]), grad[-1]
+    in_features = next(shape[-1] if shape is not h else shape[0] for shape in (weight, x, h) if shape is not None)
+    k = next(shape[1] for shape in (b, h, xh) if shape is not None)
+    big, factors = in_features * out_features, need_h + need_b
+    if is_factored(activation, dropout):
+        thin = tokens * k * ((need_x or need_h) * out_features + need_x * in_features)
+        return 2 * (need_x * tokens * big + thin + tokens * k * (need_h * in_features + need_b * out_features))
+    # The tile of the update, of dy^T x, and its two contractions.
+    return 2 * big * (need_x * tokens + bool(factors) * tokens + k * (1 + factors))

@@ -1,0 +1,48 @@
+"""A warning where an optimizer trains layers' own units, and nothing trains the units that they share.
+
+Generators are registered on the model that was adapted. What is taken out of it, as in `Siamese(model.encoder)` or a
+copy of `model.encoder`, computes with them, but they are not among its parameters; nor is a generator that was put in
+another's place one that the layers compute with.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from .arguments import warn
+from .generator import GenFTGenerator
+from .sharing.cache import all_groups
+
+# Steps on layers' own units since the last one on their generator. Two optimizers may step in turn, so one is no sign.
+_steps_without: weakref.WeakKeyDictionary[GenFTGenerator, int] = weakref.WeakKeyDictionary()
+
+
+@functools.cache
+def watch_optimizers() -> None:
+    """Look at every optimizer's steps from now on."""
+    register_optimizer_step_post_hook(_after_step)
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    stepped = {id(parameter) for part in optimizer.param_groups for parameter in part["params"]}
+    for group in all_groups():
+        layers = group.layers
+        if not any(id(p) in stepped for layer in layers for p in layer.parameters(recurse=False)):
+            continue
+        generator = layers[0].generator
+        shared = list(generator.parameters())
+        if any(id(p) in stepped for p in shared):
+            _steps_without[generator] = 0
+        elif any(p.requires_grad and p.grad is not None for p in shared):
+            _steps_without[generator] = _steps_without.get(generator, 0) + 1
+            if _steps_without[generator] == 2:
+                warn(
+                    f"an optimizer steps the layers' own units of shape {generator.in_features}x"
+                    f"{generator.out_features}, but not the generator that they share, which has gradients, too: it is "
+                    "not a part of what is trained. Register it there (part.genft_generators = "
+                    "model.genft_generators), so that it is trained and saved, or freeze it"
+                )
