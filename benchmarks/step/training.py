@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest import mock
 
@@ -127,16 +127,15 @@ def check(method: Method, case: StepCase, device: torch.device) -> None:
         step = Step(method, method.build(base, dropout=False), small)
         exact, plain = (_plain_gradients(step, base, each) for each in (torch.float64, dtype))
         actual = step.gradients()
-        for name in exact:
-            if actual.get(name) is None:
-                raise WrongResult(f"{name} has no gradient")
+        if missing := [name for name in exact if actual.get(name) is None]:
+            raise WrongResult(f"{missing[0]} has no gradient")
         errors = _errors(actual, exact)
         worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))  # NaN is the worst
-        if dtype == torch.float64:
-            error, allowed = errors[worst], EXACT
-        else:
-            error = _root_mean_square(errors.values())
-            allowed = 2 * _root_mean_square(_errors(plain, exact).values()) + torch.finfo(dtype).eps
+        error, allowed = errors[worst], EXACT
+        if dtype != torch.float64:
+            both = errors.values(), _errors(plain, exact).values()
+            error, of_plain = (statistics.fmean(each * each for each in found) ** 0.5 for found in both)
+            allowed = 2 * of_plain + torch.finfo(dtype).eps
         if not error <= allowed:
             raise WrongResult(
                 f"gradients in {str(dtype).removeprefix('torch.')} are off by {error:.2g} of their norm, where "
@@ -148,13 +147,8 @@ def _errors(actual: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, fl
     """Relative errors by name; a gradient that is zero but for rounding, as a key's bias has, against the largest."""
     norms = {name: tensor.double().norm().item() for name, tensor in exact.items()}
     least = 1e-9 * max(norms.values())
-    return {
-        name: (actual[name].double() - exact[name].double()).norm().item() / max(norms[name], least) for name in exact
-    }
-
-
-def _root_mean_square(values: Iterable[float]) -> float:
-    return statistics.fmean(value * value for value in values) ** 0.5
+    apart = {name: (actual[name].double() - exact[name].double()).norm().item() for name in exact}
+    return {name: apart[name] / max(norms[name], least) for name in exact}
 
 
 def _plain_gradients(step: Step, base: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
