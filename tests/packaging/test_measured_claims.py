@@ -53,26 +53,45 @@ def test_memory_kept_for_backward():
     assert mine and all(7 * row["kept_bytes"] <= official[tuple(row[key] for key in case)] for row in mine)
 
 
+def gains(device: str, form: str, provider: str) -> list[float]:
+    """Of y and dx, in bfloat16, the lowest first."""
+    rows = [row for row in layers(device) if row["dtype"] == "bfloat16" and row["form"] == form]
+    return sorted(gain for row in rows if row["provider"] == provider for gain in row["gain"])
+
+
 def test_gain_in_16_bits():
-    said("the whole of a small update reaches the loss (gain 1.00), where LoRA as usually written loses half (0.53)")
-    rows = {row["provider"]: row["gain"] for row in layers(GPU) if row["dtype"] == "bfloat16"}
-    assert rows["peft-lora"] == pytest.approx([0.53, 0.53], abs=0.005)
+    said(
+        "the whole of a small update reaches the loss (gain 1.00), on a CPU in both forms, on an H200 in the tiled form"
+    )
+    whole = [gains(CPU, form, "genft-eager") for form in ("factored", "tiled", "dropout")]
+    whole += [gains(GPU, "tiled", f"genft-{backend}") for backend in ("eager", "triton", "cuda")]
+    assert all(found and found == pytest.approx([1] * len(found), abs=0.01) for found in whole)
+    for device, tolerance in ((CPU, 0.025), (GPU, 0.005)):
+        found = gains(device, "factored", "peft-lora")
+        assert found and found == pytest.approx([0.53] * len(found), abs=tolerance)
+    said("On an H200 the factored form loses half of a small update as LoRA does (0.54)")
     for backend in ("eager", "triton", "cuda"):
-        assert rows[f"genft-{backend}"] == pytest.approx([1, 1], abs=0.005)
+        assert gains(GPU, "factored", f"genft-{backend}") == pytest.approx([0.54, 0.54], abs=0.006)
 
 
 def test_gpu_costs():
-    said("On an H200, first run, a layer that generates for itself alone is slower than LoRA and than the official way")
-    said("with the update given, the factored form takes 1.1 times LoRA's time")
+    said("Given the update, the factored form on an H200 takes LoRA's time")
+    said(
+        "a layer that generates for itself alone takes 2.6 times LoRA's time in the factored form, 3.1 in the tiled one"
+    )
+    said("and is slower than the official way")
     factored, tiled = (costs(GPU)[f"one layer, LLaMA, {form}"] for form in ("factored", "tiled"))
     assert factored[0] > factored[2] > 1 and tiled[0] > tiled[2] > 1
-    assert round(factored[1], 1) == 1.1
+    assert (round(factored[0], 1), round(tiled[0], 1)) == (2.6, 3.1)
+    assert factored[1] == pytest.approx(1, abs=0.06)
 
 
-def test_gpu_table():
-    rows = {row["provider"]: row for row in layers(GPU) if row["tokens"] == 8192 and row["form"] == "factored"}
-    titles = {"frozen `nn.Linear`": "frozen", "PEFT LoRA, rank 26": "peft-lora", "the official way": "official"}
-    titles |= {f"`{name}`": f"genft-{name}" for name in ("eager", "triton", "cuda")}
+@pytest.mark.parametrize("form", ["factored", "tiled"])
+def test_gpu_table(form):
+    rows = {row["provider"]: row for row in layers(GPU) if row["tokens"] == 8192 and row["form"] == form}
+    titles = {"the official way": "official"} | {f"`{name}`": f"genft-{name}" for name in ("eager", "triton", "cuda")}
+    if form == "factored":
+        titles |= {"frozen `nn.Linear`": "frozen", "PEFT LoRA, rank 26": "peft-lora"}
     for title, provider in titles.items():
         given = rows.get(f"{provider}-token-side")
         times = [f"{row['time_ms']['both'][1]:.2f}" if row else "–" for row in (rows[provider], given)]
