@@ -139,8 +139,8 @@ def test_sums_are_kept_in_float32(dtype):
     ours = gradients(model)
     micro_batches()
     apart = gradients(model)  # float32 parameters sum in float32 as well
-    for name, grad in apart.items():
-        assert (ours[name] - grad).norm() < 0.01 * grad.norm(), name
+    for name, grad in apart.items():  # sums in 16 bits would lack a ninth; each gradient is rounded to 16 bits
+        assert (ours[name] - grad).norm() < 0.05 * grad.norm(), name
 
 
 def test_grad_scaler():
