@@ -15,7 +15,7 @@ from .arguments import about, check_flag, check_type, warn
 from .config import GenFTConfig, check_config
 from .first_forward import FirstForward
 from .generator import GenFTGenerator
-from .instance_forward import return_instance_forward
+from .instance_forward import carry_instance_forward
 from .matching import FullMatch, full_matches
 from .modules import GenFTLinear, adapter_dtype
 from .parameters import shared_shapes, specific_shapes
@@ -319,7 +319,7 @@ def _plain(layer: GenFTLinear, keep_update: bool, present: set[int]) -> nn.Modul
     if layer.merged and not keep_update:
         layer.unmerge()
     original = layer.__dict__["_original"]
-    return_instance_forward(layer, original)
+    carry_instance_forward(layer, original)
     if keep_update and id(original) in present:
         # It is also at a path that was not adapted, which keeps W.
         original = copy.copy(original)

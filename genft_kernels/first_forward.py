@@ -20,18 +20,17 @@ class FirstForward:
     """Watches until the model's forward has run once outside of `torch.compile`; then it is gone."""
 
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], warn_of_ties) -> None:
-        self.waiting = dict(layers)
+        self._waiting = {name: layer.register_forward_pre_hook(_Note(self, name)) for name, layer in layers.items()}
+        self._handle = model.register_forward_hook(self)
         self._warn_of_ties = warn_of_ties
-        self._handles = [layer.register_forward_pre_hook(_Note(self, name)) for name, layer in layers.items()]
-        self._handles.append(model.register_forward_hook(self))
 
     def __call__(self, model: nn.Module, args, output) -> None:
         """The model's forward has run."""
         if torch.compiler.is_compiling():
             return
+        names = [repr(name) for name in self._waiting]
         self.stop()
-        if self.waiting and not _is_compiled(model):
-            names = [repr(name) for name in self.waiting]
+        if names and not _is_compiled(model):
             listed = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
             warn(
                 f"adapted, but not called in the model's first forward: {listed}. If the model reads a layer's weight "
@@ -41,20 +40,24 @@ class FirstForward:
 
     def stop(self) -> None:
         """Watch no more."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        for name in list(self._waiting):
+            self.note(name)
+        self._handle.remove()
+
+    def note(self, name: str) -> None:
+        """This layer has been called."""
+        self._waiting.pop(name).remove()
 
 
 class _Note:
     """A hook of one layer."""
 
     def __init__(self, watch: FirstForward, name: str) -> None:
-        self.watch, self.name = watch, name
+        self._watch, self._name = watch, name
 
     def __call__(self, layer: nn.Module, args) -> None:
         if not torch.compiler.is_compiling():
-            self.watch.waiting.pop(self.name, None)
+            self._watch.note(self._name)
 
 
 def _is_compiled(model: nn.Module) -> bool:

@@ -24,20 +24,14 @@ def check_instance_forward(module: nn.Module) -> None:
     )
 
 
-def carry_instance_forward(original: nn.Module, layer: nn.Module) -> None:
-    """Give `layer`, which takes the place of `original`, the hook that accelerate has put there."""
-    if _HOOK in vars(original):
-        own = vars(original)["forward"]
-        forward = functools.partial(own.func, layer)
-        layer.__dict__.update({_HOOK: vars(original)[_HOOK], _WRAPPED: layer.forward})
-        layer.__dict__["forward"] = functools.update_wrapper(forward, layer.forward)
-
-
-def return_instance_forward(layer: nn.Module, original: nn.Module) -> None:
-    """Take the hook from `original` again if `layer` has lost it meanwhile."""
-    if _HOOK in vars(original) and _HOOK not in vars(layer):
-        for name in (_HOOK, _WRAPPED, "forward"):
-            original.__dict__.pop(name, None)
+def carry_instance_forward(old: nn.Module, new: nn.Module) -> None:
+    """Give `new`, which takes the place of `old`, the hook that accelerate has put there, or the lack of one."""
+    for name in (_HOOK, _WRAPPED, "forward"):
+        new.__dict__.pop(name, None)
+    if _HOOK in vars(old):
+        forward = functools.partial(vars(old)["forward"].func, new)
+        new.__dict__.update({_HOOK: vars(old)[_HOOK], _WRAPPED: new.forward})
+        new.__dict__["forward"] = functools.update_wrapper(forward, new.forward)
 
 
 def _is_class_forward(module: nn.Module, forward: object) -> bool:

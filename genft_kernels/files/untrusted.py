@@ -21,7 +21,7 @@ _YAML_DEPTH = 20
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; ValueError, with the path, if there is none in it."""
     try:
-        value = json.loads(_read_limited(path, _JSON_BYTES).decode())
+        value = json.loads(read_file(path, _JSON_BYTES).decode())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {str(error)[:200]}") from None
     if not isinstance(value, dict):
@@ -29,11 +29,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_limited(path: Path, limit: int) -> bytes:
-    """The content of `path`; ValueError if it is longer than `limit`."""
+def read_file(path: Path, limit: int | None = None) -> bytes:
+    """The content of `path`; ValueError if it is longer than `limit`, or no file with an end, such as a pipe."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a regular file")
     with open(path, "rb") as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
+        content = file.read() if limit is None else file.read(limit + 1)
+    if limit is not None and len(content) > limit:
         raise ValueError(f"it is longer than {limit >> 20} MiB")
     return content
 
@@ -53,7 +55,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except ImportError as error:
         raise ImportError(f"reading {path} needs PyYAML: pip install pyyaml") from error
     try:
-        text = _read_limited(path, _YAML_BYTES).decode()
+        text = read_file(path, _YAML_BYTES).decode()
         depth = 0
         for event in yaml.parse(text, yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import time
 import zipfile
 
@@ -105,7 +106,10 @@ HOSTILE = {
         r"target_modules: the regular expression '.*takes longer than 0.3 s",
     ),
     "deep-pattern": (with_config(target_modules="(" * 50_000 + ")" * 50_000), f"{CONFIG_FILE}.*regular expression"),
-    "long-pattern": (with_config(target_modules="a|" * 100_000), f"{CONFIG_FILE}.*target_modules.*(200,000 characters|takes longer)"),
+    "long-pattern": (
+        with_config(target_modules="a|" * 100_000),
+        f"{CONFIG_FILE}.*target_modules.*(200,000 characters|takes longer)",
+    ),
     "pattern-of-huge-counts": (with_config(target_modules="a{" + "9" * 50 + "}"), f"{CONFIG_FILE}.*regular expression"),
     "config-list": (with_description(lambda d: d.update(config=[])), f"{CONFIG_FILE} is damaged: 'config' is not"),
     "config-null": (with_description(lambda d: d.update(config=None)), f"{CONFIG_FILE} is damaged: 'config' is not"),
@@ -146,6 +150,21 @@ HOSTILE = {
         f"missing {UP}; unexpected __class__.forward",
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [CONFIG_FILE, TENSORS_FILE])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+def test_what_is_no_file_is_not_read(name, kind, folder):
+    path, model = folder / name, base()
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)  # whose reader waits for a writer
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero")  # without end
+    with pytest.raises(ValueError, match=f"{name}.* is not a regular file"):
+        load_adapter(model, folder)
 
 
 @pytest.mark.parametrize("fresh", [True, False], ids=["fresh", "adapted"])

@@ -64,6 +64,15 @@ def test_a_hook_that_was_removed_meanwhile_does_not_come_back():
     assert torch.equal(model[0](x), torch.nn.functional.linear(x, model[0].weight, model[0].bias))
 
 
+def test_a_hook_that_was_added_meanwhile_stays():
+    model, hook = apply_genft(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)), CONFIG), Doubles()
+    hooks.add_hook_to_module(model[0], hook)
+    remove_genft(model)
+    x = torch.randn(3, 8)
+    assert torch.equal(model[0](x), torch.nn.functional.linear(2 * x, model[0].weight, model[0].bias))
+    assert hook.calls == 1
+
+
 def test_a_forward_patched_by_hand_is_refused():
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
     forward = model[2].forward
