@@ -1,7 +1,7 @@
 """`make cuda-report`: registers, stack and spills of every CUDA kernel, as ptxas tells them.
 
-Compiles csrc/ with warnings as errors and exits with 1 where a kernel spills or has static shared memory: all of it must
-be in the one structure whose size csrc/device.cuh holds below a block's limit. No GPU is needed.
+Compiles csrc/ with warnings as errors and exits with 1 where a kernel spills or has static shared memory: all must be
+in the one structure whose size csrc/device.cuh holds below a block's limit. No GPU is needed.
 """
 
 import argparse

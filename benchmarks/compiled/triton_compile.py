@@ -19,8 +19,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from genft_kernels.backends.triton.tuned import Tuned
-
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -57,7 +55,7 @@ class Launch:
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Within the context launches, with every setting to choose from, are taken down once each, and nothing runs."""
+    """Within the context launches are taken down once each, and nothing runs."""
     launches: list[Launch] = []
 
     def record(self, *args, grid, warmup, **kwargs):
@@ -67,16 +65,11 @@ def recording() -> Iterator[list[Launch]]:
         if launch not in launches:
             launches.append(launch)
 
-    def record_settings(self, *args, **kwargs):
-        for stages in self.stages if args[0].dtype.itemsize == 2 else self.stages[:1]:
-            self.kernel.run(*args, **kwargs, num_stages=stages)
-
-    runs = JITFunction.run, Tuned.run
-    JITFunction.run, Tuned.run = record, record_settings
+    run, JITFunction.run = JITFunction.run, record
     try:
         yield launches
     finally:
-        JITFunction.run, Tuned.run = runs
+        JITFunction.run = run
 
 
 def _launch(kernel: JITFunction, values: list, options: dict) -> Launch:
@@ -84,7 +77,8 @@ def _launch(kernel: JITFunction, values: list, options: dict) -> Launch:
     signature, constants, divisible = [], [], []
     for index, (parameter, value) in enumerate(zip(kernel.params, values, strict=True)):
         integer = isinstance(value, int) and not isinstance(value, bool)
-        if parameter.is_constexpr or value is None or (integer and value == 1):
+        specialised = integer and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialised and value == 1):
             signature.append((parameter.name, "constexpr"))
             constants.append((parameter.name, value))
             continue
@@ -94,7 +88,7 @@ def _launch(kernel: JITFunction, values: list, options: dict) -> Launch:
             signature.append((parameter.name, "i32" if -(2**31) <= value < 2**31 else "i64"))
         else:
             signature.append((parameter.name, "fp32"))
-        if isinstance(value, torch.Tensor) or (integer and value % 16 == 0):
+        if isinstance(value, torch.Tensor) or (specialised and value % 16 == 0):
             divisible.append(index)
     return Launch(kernel, tuple(signature), tuple(constants), tuple(divisible), tuple(sorted(options.items())))
 

@@ -15,8 +15,6 @@ _INTRODUCTION = """\
 
 `make bench-report` writes this file from the rows under `benchmarks/results/`; do not edit it. How each suite measures
 is said in its section.
-
-![cost relative to PEFT's LoRA](six_bars.png)
 """
 _FINETUNE = """\
 `make demo`: MiniLM's q and v, the same data, batches, schedule and seeds for every method, the learning rates of a
@@ -56,11 +54,13 @@ def write_report(results: Path = RESULTS, root: Path = REPOSITORY) -> list[Path]
     if BEGIN not in text or END not in text or text.index(BEGIN) > text.index(END):
         raise ReportError(f"{readme} needs the lines {BEGIN} and {END}, in this order")
     bars = {_device(rows): costs for rows in devices.values() if (costs := six_bars.measured(rows))}
-    six_bars.draw(list(bars.items()), plot)
-    document.write_text("\n".join([_INTRODUCTION, *(_section(rows) for rows in devices.values())]))
+    if bars:
+        six_bars.draw(list(bars.items()), plot)
+    picture = ["![cost relative to PEFT's LoRA](six_bars.png)\n"] if bars else []
+    document.write_text("\n".join([_INTRODUCTION, *picture, *(_section(rows) for rows in devices.values())]))
     before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
     readme.write_text(f"{before}\n{_summary(devices, bars)}\n{after}")
-    return [document, plot, readme]
+    return [document, *([plot] if bars else []), readme]
 
 
 def _suites(folder: Path) -> dict[str, list[Row]]:
@@ -84,7 +84,7 @@ def _section(rows: dict[str, list[Row]]) -> str:
 
 def _summary(devices: dict[str, dict[str, list[Row]]], bars: dict[str, six_bars.Costs]) -> str:
     """README's section: the plot, its figures, and the fine-tuning comparison."""
-    parts = ["![cost relative to PEFT's LoRA](docs/six_bars.png)\n", six_bars.table(bars.items())]
+    parts = ["![cost relative to PEFT's LoRA](docs/six_bars.png)\n", six_bars.table(bars.items())] if bars else []
     for rows in devices.values():
         if finetune := rows.get(finetune_table.SUITE):
             parts.append(f"{finetune[0]['data']}, {_device(rows)}:\n\n{finetune_table.table(finetune)}")
