@@ -31,18 +31,22 @@ def _after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> 
     stepped = {id(parameter) for part in optimizer.param_groups for parameter in part["params"]}
     for group in all_groups():
         layers = group.layers
-        if not any(id(p) in stepped for layer in layers for p in layer.parameters(recurse=False)):
+        if not layers:
             continue
         generator = layers[0].generator
         shared = list(generator.parameters())
         if any(id(p) in stepped for p in shared):
             _steps_without[generator] = 0
-        elif any(p.requires_grad and p.grad is not None for p in shared):
-            _steps_without[generator] = _steps_without.get(generator, 0) + 1
-            if _steps_without[generator] == 2:
-                warn(
-                    f"an optimizer steps the layers' own units of shape {generator.in_features}x"
-                    f"{generator.out_features}, but not the generator that they share, which has gradients, too: it is "
-                    "not a part of what is trained. Register it there (part.genft_generators = "
-                    "model.genft_generators), so that it is trained and saved, or freeze it"
-                )
+        elif any(id(p) in stepped for layer in layers for p in layer.specific_parameters().values()):
+            _warn_of(generator, any(p.requires_grad and p.grad is not None for p in shared))
+
+
+def _warn_of(generator: GenFTGenerator, has_gradients: bool) -> None:
+    """At the second step in a row."""
+    steps = _steps_without[generator] = _steps_without.get(generator, 0) + has_gradients
+    if has_gradients and steps == 2:
+        warn(
+            f"an optimizer steps the layers' own units of shape {generator.in_features}x{generator.out_features}, but "
+            "not the generator that they share, which has gradients, too: it is not a part of what is trained. Register "
+            "it there (part.genft_generators = model.genft_generators), so that it is trained and saved, or freeze it"
+        )

@@ -147,13 +147,14 @@ class GenFTLinear(MarksMerged, GenFTUpdate, nn.Linear):
         """Rebind `weight` to W + dW, rounded to nearest; W itself is kept untouched for `unmerge`.
 
         Raises:
-            RuntimeError: already merged, or the weight is computed and could not be rebound.
+            RuntimeError: already merged; or the weight is computed, or the units are by a hook.
         """
         if self.merged:
             raise RuntimeError("the update is merged already: call unmerge() first")
-        if "weight" not in self._parameters:
+        # A hook computes them before each forward, and not now.
+        if "weight" not in self._parameters or any(name in vars(self) for name in self.specific_names):
             raise RuntimeError(
-                "its weight is computed (pruned or parametrized): make that permanent first "
+                "its weight or its units are computed (pruned or parametrized): make that permanent first "
                 "(prune.remove, parametrize.remove_parametrizations)"
             )
         delta = self.delta_weight()

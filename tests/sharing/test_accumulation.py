@@ -1,5 +1,6 @@
 """`accumulate`: one generation for all micro-batches, and the gradients of separate ones."""
 
+import contextlib
 from functools import partial
 
 import pytest
@@ -141,6 +142,126 @@ def test_sums_are_kept_in_float32(dtype):
     apart = gradients(model)  # float32 parameters sum in float32 as well
     for name, grad in apart.items():  # sums in 16 bits would lack a ninth; each gradient is rounded to 16 bits
         assert (ours[name] - grad).norm() < 0.05 * grad.norm(), name
+
+
+@pytest.mark.parametrize("settings", [{}, dict(outer_activation="gelu")], ids=["", "tiled"])
+@pytest.mark.parametrize("first", ["no_grad", "inference", "reentrant", "evaluation"])
+@pytest.mark.parametrize("dtype, autocast", [(torch.bfloat16, False), (torch.float16, False), (torch.float32, True)])
+def test_first_forward_without_gradients_in_16_bits(dtype, autocast, first, settings):
+    def run(model):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            if first == "evaluation":
+                with torch.no_grad():
+                    model.eval()(BATCHES[0])
+                model.train().classifier[0].eval()
+            elif first != "reentrant":
+                with torch.no_grad() if first == "no_grad" else torch.inference_mode():
+                    model(BATCHES[0])
+            for batch in BATCHES[:2]:
+                answer = Checkpointed(model, reentrant=True) if first == "reentrant" else model
+                answer(batch).float().square().sum().backward()
+
+    model = adapted(settings=settings, dtype=dtype).train()
+    model.classifier[0].eval()
+    run(model)
+    expected = gradients(model)
+    with accumulate(model):
+        run(model)
+    for name, gradient in gradients(model).items():
+        assert gradient is not None and gradient.any(), name
+        assert (gradient - expected[name]).norm() < 0.05 * expected[name].norm(), name
+
+
+PLACES = ["before-forward", "before-backward", "after-backward"]
+KINDS = {
+    "model": lambda model: model.zero_grad(),
+    "optimizer": lambda model: torch.optim.SGD([p for p in model.parameters() if p.requires_grad]).zero_grad(),
+    "zeros": lambda model: torch.optim.SGD([p for p in model.parameters() if p.requires_grad]).zero_grad(False),
+}
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["", "gradients-there-before"])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("clear", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("at", range(3))
+def test_zero_grad_between_micro_batches_drops_what_came_before(at, clear, place, before):
+    def run(model):
+        for index, batch in enumerate(BATCHES[:3]):
+            here = clear if index == at else lambda model: None
+            if place == "before-forward":
+                here(model)
+            loss = model(batch).square().sum()
+            if place == "before-backward":
+                here(model)
+            loss.backward()
+            if place == "after-backward":
+                here(model)
+
+    model = adapted()
+    if before:
+        separate(model, BATCHES[3:])
+        run_once = model(BATCHES[3]).square().sum()
+        run_once.backward()
+    start = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+    run(model)
+    expected = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    for name, parameter in model.named_parameters():
+        parameter.grad = start[name]
+    with accumulate(model):
+        run(model)
+    actual = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    for name, gradient in expected.items():
+        left = gradient is not None and gradient.any()
+        assert (actual[name] is not None and actual[name].any()) == left, name
+        assert not left or torch.allclose(actual[name], gradient, rtol=1e-10), name
+
+
+def test_marks_leave_other_gradients_alone():
+    model = adapted()
+    expected = separate(model)
+    name, parameter = "genft_generators.8x8.row_up", model.genft_generators["8x8"].row_up
+    with accumulate(model):
+        run(model, BATCHES[:2])
+        (parameter * 3).sum().backward()  # a penalty of the user's
+        run(model, BATCHES[2:])
+    expected[name] = expected[name] + 3
+    assert_close(gradients(model), expected)
+    with accumulate(model):
+        model.layers[0](model.embedding(BATCHES[0])).sum()
+    assert all(p.grad is None for p in model.parameters())
+
+
+FROZEN = [
+    ("generators", "0.attention.query.specific"),
+    ("generators", "1.attention.value.specific_up"),
+    ("column", "row_down", "1.attention.query.specific"),
+    ("down",),
+    ("specific",),
+]
+
+
+@pytest.mark.parametrize("twice", [False, True], ids=["", "retained"])
+@pytest.mark.parametrize("together", [False, True], ids=["", "accumulate"])
+@pytest.mark.parametrize("frozen", FROZEN, ids="+".join)
+def test_partly_frozen_adapters_with_checkpointing(frozen, together, twice):
+    model = adapted(partial(Encoder, layers=4)).train()
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in frozen):
+            parameter.requires_grad_(False)
+
+    def run(answer):
+        torch.manual_seed(5)
+        for batch in BATCHES[:2]:
+            loss = answer(batch).square().sum()
+            loss.backward(retain_graph=twice)
+            if twice:
+                loss.backward()
+
+    run(model)
+    expected = gradients(model)
+    with accumulate(model) if together else contextlib.nullcontext():
+        run(Checkpointed(model, reentrant=False))
+    assert_close(gradients(model), expected)
 
 
 def test_grad_scaler():

@@ -1,0 +1,222 @@
+"""Generators, units and weights that are pruned, parametrized, replaced or changed midway, and parts taken out."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+from genft_kernels import GenFTConfig, GenFTGenerator, GenFTLinear, accumulate, apply_genft, explain, merge
+from tests.helpers.adapted_models import adapted, generations, gradients, loss_of, train
+from tests.helpers.tiny_models import randomise, tokens
+
+
+def adapted_pair(**settings):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)).double()
+    config = GenFTConfig(shared_dim=3, specific_dim=1, inner_activation="tanh", target_modules=["0", "2"], **settings)
+    return randomise(apply_genft(model, config))
+
+
+X = torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def materialised(model):
+    """What the model must answer, by its layers' own account of their updates."""
+    x = X
+    for layer in (model[0], model[2]):
+        for hook in layer._forward_pre_hooks.values():  # by which pruning computes
+            hook(layer, ())
+        x = F.linear(torch.tanh(x) if layer is model[2] else x, layer.frozen_weight + layer.delta_weight(), layer.bias)
+    return x
+
+
+WAYS = {
+    "pruned-identity": prune.identity,
+    "pruned": lambda module, name: prune.random_unstructured(module, name, 0.5),
+    "parametrized": lambda module, name: parametrizations.weight_norm(module, name),
+}
+PARTS = {
+    "generator": lambda model: (model.genft_generators["8x8"], "column_up"),
+    "first-own": lambda model: (model[0], "specific_up"),
+    "last-own": lambda model: (model[2], "specific_down"),
+    "weight": lambda model: (model[2], "weight"),
+}
+every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+every_part = pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+
+
+@every_way
+@every_part
+def test_computed_tensors_count_as_they_are_now(way, part):
+    model = adapted_pair().eval()
+    with torch.no_grad():
+        model(X)
+    module, name = part(model)
+    way(module, name)
+    if name == "weight":
+        module.requires_grad_(False)
+        for each in model[2].specific_parameters().values():
+            each.requires_grad_(True)
+    for training in (True, False):
+        model.train(training)
+        for _ in range(3):
+            trained = [p for p in model.parameters() if p.requires_grad]
+            found = torch.autograd.grad(model(X).square().sum(), trained)
+            y = materialised(model)
+            wanted = torch.autograd.grad(y.square().sum(), trained)
+            assert all(torch.allclose(f, w, rtol=1e-9, atol=1e-12) for f, w in zip(found, wanted, strict=True))
+            with torch.no_grad():
+                for parameter, gradient in zip(trained, wanted, strict=True):
+                    parameter.sub_(gradient, alpha=0.01)
+                assert torch.allclose(model(X), materialised(model), rtol=1e-12)
+    with accumulate(model.train()):
+        for _ in range(2):
+            model(X).square().sum().backward()
+    wanted = torch.autograd.grad(2 * materialised(model).square().sum(), trained)
+    assert all(torch.allclose(p.grad, w, rtol=1e-9, atol=1e-12) for p, w in zip(trained, wanted, strict=True))
+    if name != "weight":
+        assert "computed (pruned, parametrized, a replica)" in explain(model)
+
+
+@pytest.mark.parametrize("part", [PARTS["first-own"], PARTS["weight"]], ids=["own", "weight"])
+def test_merging_what_pruning_computes_is_refused(part):
+    model = adapted_pair().eval()
+    prune.identity(*part(model))
+    with pytest.raises(RuntimeError, match="make that permanent first"):
+        merge(model)
+    assert not model[0].merged and not model[2].merged
+
+
+def test_merging_beside_a_pruned_generator_merges_what_is_left():
+    model = adapted_pair().eval()
+    prune.random_unstructured(model.genft_generators["8x8"], "row_up", 0.5)
+    with torch.no_grad():
+        expected = model(X)
+        assert torch.allclose(merge(model)(X), expected)
+
+
+def test_a_generator_that_is_assigned_to_a_layer_counts():
+    model = adapted_pair().eval()
+    with torch.no_grad():
+        first = model(X)
+    other = randomise(GenFTGenerator(8, 8, model[0].config, dtype=torch.float64), scale=1.0)
+    for layer in (model[0], model[2]):
+        layer.generator = other
+    y = model(X)
+    assert not torch.allclose(y, first) and torch.allclose(y, materialised(model), rtol=1e-12)
+    y.sum().backward()
+    assert other.row_up.grad.any()
+
+
+# --- changes between forward and backward ---------------------------------------------------------------------------
+
+MIDWAY = {
+    "weight": lambda model: model.layers[0].attention.query.weight,
+    "own": lambda model: model.layers[1].attention.value.specific_down,
+    "generator": lambda model: model.genft_generators["8x8"].column_down,
+}
+
+
+@pytest.mark.parametrize("part", MIDWAY.values(), ids=MIDWAY)
+def test_change_in_place_between_forward_and_backward_raises(part):
+    model = adapted()
+    x = torch.randn(4, 8, dtype=torch.float64)  # no gradient for x, so that the first product does not keep W
+    loss = sum(layer.attention.query(x).sum() + layer.attention.value(x).sum() for layer in model.layers)
+    with torch.no_grad():
+        part(model).mul_(1.5)
+    with pytest.raises(RuntimeError, match="changed in place between"):
+        loss.backward()
+    train(model)
+
+
+def test_change_of_a_layer_that_has_no_part_in_the_loss_is_none_of_its_business():
+    model = adapted()
+    x = torch.randn(4, 8, dtype=torch.float64)
+    loss = model.layers[0].attention.query(x).sum()
+    with torch.no_grad():
+        MIDWAY["own"](model).mul_(1.5)
+        model.layers[1].attention.value.weight.mul_(1.5)
+    loss.backward()
+    assert model.layers[0].attention.query.specific_up.grad.any()
+
+
+# --- parts taken out ------------------------------------------------------------------------------------------------
+
+
+class Around(nn.Module):
+    """Another model around a part of an adapted one."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part, self.head = part, nn.Linear(8, 2, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.head(self.part(x))
+
+
+def steps(model, count, optimizers):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(count):
+            model(torch.randn(3, 8, dtype=torch.float64)).square().sum().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+    return [str(each.message) for each in caught if "optimizer steps the layers' own units" in str(each.message)]
+
+
+def sgd(parameters):
+    return torch.optim.SGD([p for p in parameters if p.requires_grad], lr=1e-3)
+
+
+@pytest.mark.parametrize("taken", [lambda part: part, copy.deepcopy], ids=["itself", "a-copy"])
+def test_part_that_trains_without_its_generator_is_warned_of(taken):
+    model = adapted()
+    net = Around(taken(model.layers[0].attention.query))
+    (message,) = steps(net, 4, [sgd(net.parameters())])
+    assert "of shape 8x8" in message and "genft_generators" in message
+
+
+def test_part_with_its_generators_beside_it_trains_and_is_saved_whole():
+    model = adapted()
+    net = Around(model.layers[0].attention.query)
+    net.genft_generators = model.genft_generators
+    before = model.genft_generators["8x8"].row_up.clone()
+    assert not steps(net, 4, [sgd(net.parameters())])
+    assert not torch.equal(model.genft_generators["8x8"].row_up, before)
+    assert "genft_generators.8x8.row_up" in net.state_dict()
+
+
+def test_replaced_generator_is_warned_of():
+    model = adapted()
+    net = Around(model.layers[0].attention.query)
+    net.genft_generators = nn.ModuleDict({"8x8": GenFTGenerator(8, 8, net.part.config, dtype=torch.float64)})
+    assert len(steps(net, 4, [sgd(net.parameters())])) == 1
+
+
+def test_optimizers_that_step_in_turn_and_frozen_generators_are_not_warned_of():
+    model = adapted_pair()
+    own, shared = sgd([*model[0].parameters(), *model[2].parameters()]), sgd(model.genft_generators.parameters())
+    assert not steps(model, 4, [own, shared])
+    model.genft_generators.requires_grad_(False)
+    model.zero_grad()
+    assert not steps(model, 4, [own])
+    layer = GenFTLinear(8, 8, config=GenFTConfig(shared_dim=2), dtype=torch.float64)
+    assert not steps(layer, 4, [sgd(layer.parameters())])
+
+
+# --- frozen in part -------------------------------------------------------------------------------------------------
+
+
+def test_layers_that_differ_in_what_trains_are_generated_apart():
+    model = adapted()
+    model.layers[0].attention.query.requires_grad_(False)
+    loss_of(model).backward()
+    assert generations(model) == 2
+    assert all(gradient is not None for gradient in gradients(model).values())
+    assert "8x8: 3 layers on cpu in one generation" in explain(model)
+    assert model(tokens()).isfinite().all()
