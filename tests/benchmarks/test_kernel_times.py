@@ -23,9 +23,9 @@ def clock(call):
     return 1e-6, 2e-6, 4e-6
 
 
-def rows(name, rates=None, layers=(SMALL,)):
-    rates = rates or Rates(1e9, 1e12)
-    return list(measure([name], layers, [TOKENS, 1], [K], torch.float32, CPU, rates, clock))
+def rows(name):
+    sizes = kernels.Sizes([name], [SMALL], [TOKENS, 1], [K])
+    return list(measure(sizes, torch.float32, CPU, Rates(1e9, 1e12), clock))
 
 
 @on_the_cpu
@@ -74,7 +74,8 @@ def test_a_kernel_that_fails_is_named_and_the_others_go_on(monkeypatch):
     found = rows(NAME)
     assert {row["kernel"] for row in found if row["status"] != "measured"} == {"contract"}
     (row, *_) = [row for row in found if row["kernel"] == "contract"]
-    assert row["status"] == "failed: RuntimeError: no such luck" and "no such luck" in kernels.line(row)
+    assert (row["status"], row["reason"]) == ("failed", "RuntimeError: no such luck")
+    assert kernels.line(row).startswith("contract ")
 
 
 def test_only_a_lost_device_ends_the_run(monkeypatch):
@@ -85,7 +86,7 @@ def test_only_a_lost_device_ends_the_run(monkeypatch):
 
     broken = kernel_calls.Call("broken", fail, (), 1)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    assert kernels._timed(broken, Rates(1, 1), clock)["status"] == "failed: AcceleratorError: this failed"
+    assert kernels._timed(broken, Rates(1, 1), clock)["reason"] == "AcceleratorError: this failed"
     monkeypatch.setattr(torch.cuda, "synchronize", fail)
     with pytest.raises(torch.AcceleratorError):
         kernels._timed(broken, Rates(1, 1), clock)
@@ -98,7 +99,7 @@ def test_rates_come_from_the_clock():
         call()
         return next(seconds)
 
-    rates = kernels.measured_rates(CPU, torch.float32, given, size=16)
+    rates = Rates.measured(CPU, torch.float32, given, size=16)
     assert rates == Rates(2 * 2 * 16 * 16 * 4 / 2.0, 16**3 / 5.0)
 
 
