@@ -3,11 +3,10 @@
 import argparse
 import itertools
 import sys
-from collections.abc import Collection
 
 from benchmarks.layer import harness
 from benchmarks.layer.cases import DTYPES, FORMS, LAYERS, SPLITS, Case, default_cases
-from benchmarks.layer.providers import BASELINE, PROVIDERS, Provider
+from benchmarks.layer.providers import BASELINE, PROVIDERS
 from benchmarks.measure import command
 from benchmarks.measure.environment import environment
 from benchmarks.measure.rows import ResultStore, Row
@@ -50,7 +49,8 @@ def line(row: Row) -> str:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = command.parser_of("benchmarks.layer", __doc__, EPILOG)
     command.add_device_option(parser)
-    parser.add_argument("--provider", nargs="+", metavar="NAME", help=f"default all: {', '.join(PROVIDERS)}")
+    names = ", ".join(PROVIDERS)
+    parser.add_argument("--provider", nargs="+", choices=PROVIDERS, metavar="NAME", help=f"default all: {names}")
     parser.add_argument("--layer", nargs="+", choices=LAYERS)
     parser.add_argument("--tokens", nargs="+", type=command.positive(int), metavar="T")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES)
@@ -63,17 +63,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="leave out cases that have all rows of these sources")
     parser.add_argument("--list", action="store_true", help="show the cases and what is unavailable, and stop")
     options = parser.parse_args(argv)
-    options.providers = _providers(parser, options.provider)
+    # In the registry's order, whatever the order asked for.
+    options.providers = [each for name, each in PROVIDERS.items() if not options.provider or name in options.provider]
     options.cases = _cases(options)
     return options
-
-
-def _providers(parser: argparse.ArgumentParser, names: Collection[str] | None) -> list[Provider]:
-    unknown = [name for name in names or () if name not in PROVIDERS]
-    if unknown:
-        parser.error(f"--provider: no {', '.join(unknown)}; there are {', '.join(PROVIDERS)}")
-    # In the registry's order, whatever the order asked for.
-    return [provider for name, provider in PROVIDERS.items() if not names or name in names]
 
 
 def _cases(options: argparse.Namespace) -> list[Case]:

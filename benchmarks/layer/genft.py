@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._functorch import config as functorch_config
 
 from benchmarks.layer.problem import Problem
-from benchmarks.measure.workload import Products, Workload
+from benchmarks.measure.workload import Workload
 from genft_kernels import GeneratorParameters, GenFTConfig, reference
 from genft_kernels.activations import activate
 from genft_kernels.functional import factored_linear, genft_linear
@@ -50,7 +50,7 @@ def floor(problem: Problem, products: int) -> Workload:
         return (F.linear(leaves["x"], leaves.get("weight", weight).to(leaves["x"].dtype)),)
 
     same_as = "floor", products
-    return Products(forward, leaves, (dy,), formula, same_as, (weight,), backward_function=backward)
+    return Workload(forward, leaves, (dy,), formula, same_as, (weight,), own_backward=backward)
 
 
 def layer(problem: Problem, backend: str) -> Workload:

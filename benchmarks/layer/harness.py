@@ -33,14 +33,10 @@ class _Passed:
 def run(
     providers: Sequence[Provider], cases: Sequence[Case], device: torch.device, seconds: float = 12.0
 ) -> Iterator[Row]:
-    """Measure every provider on every case.
+    """Measure every provider on every case, a CPU's clocks for about `seconds` a case: rows keyed by `KEY`.
 
-    Args:
-        seconds: about how long the clocks of a case run on a CPU; a GPU's repetitions are `do_bench`'s.
-
-    Yields:
-        Rows keyed by `KEY`, with a `status`: "measured"; or, with a `reason`, "unavailable" (it cannot run here),
-        "wrong" (the gate is red: it is not timed) or "failed" (it raised).
+    Their `status` is "measured"; or, with a `reason`, "unavailable" (it cannot run here), "wrong" (the gate is red: it
+    is not timed) or "failed" (it raised).
     """
     fields = environment(device)
     for case in cases:

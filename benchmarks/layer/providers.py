@@ -43,11 +43,6 @@ class Provider:
     updates: bool = True
 
 
-def select(names: Iterable[str]) -> list[Provider]:
-    """Providers by name; an unknown one raises KeyError naming it."""
-    return [PROVIDERS[name] for name in names]
-
-
 def _floor_of_form(case: Case) -> str:
     return FLOORS[0] if case.form == "factored" else FLOORS[1]
 

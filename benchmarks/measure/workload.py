@@ -23,6 +23,7 @@ class Workload:
         frozen: tensors that are there anyway, and so are no cost of keeping: the weight.
         projections: how many layers one call computes; time and memory are reported for one of them.
         checked: what the gate runs in place of this one, where that alone can be compared.
+        own_backward: gradients without autograd, for products alone, into memory that is there already.
     """
 
     function: Callable[[], Tensor | tuple[Tensor, ...]]
@@ -33,6 +34,7 @@ class Workload:
     frozen: tuple[Tensor, ...] = ()
     projections: int = 1
     checked: "Workload | None" = None
+    own_backward: Callable[[], tuple[Tensor, ...]] | None = None
 
     def forward(self) -> tuple[Tensor, ...]:
         """The outputs, with their graph."""
@@ -41,6 +43,8 @@ class Workload:
 
     def backward(self, outputs: tuple[Tensor, ...], retain: bool = False) -> tuple[Tensor, ...]:
         """The gradient of every leaf; with `retain` it can be asked for again."""
+        if self.own_backward is not None:
+            return self.own_backward()
         return torch.autograd.grad(outputs, list(self.leaves.values()), self.grads, retain_graph=retain)
 
     def call(self, direction: str) -> Callable[[], object]:
@@ -58,17 +62,6 @@ class Workload:
             return self.checked.results()
         outputs = self.forward()
         return named(outputs, self.backward(outputs), self.leaves)
-
-
-@dataclasses.dataclass
-class Products(Workload):
-    """Matrix products alone, into memory that is there already: what no implementation can do without."""
-
-    function: Callable[[], tuple[Tensor, ...]]
-    backward_function: Callable[[], tuple[Tensor, ...]] = tuple
-
-    def backward(self, outputs: tuple[Tensor, ...], retain: bool = False) -> tuple[Tensor, ...]:
-        return self.backward_function()
 
 
 def named(outputs: tuple[Tensor, ...], grads: tuple[Tensor, ...], leaves: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -28,14 +28,9 @@ BASELINES = tuple(name for name in METHODS if name.startswith(("lora-", "officia
 
 
 def run(methods: Sequence[Method], cases: Sequence[StepCase], device: torch.device, seconds: float) -> Iterator[Row]:
-    """Measure the step of every method on every case.
+    """Measure every method's step on every case, at least three turns of it, for about `seconds`: rows keyed by `KEY`.
 
-    Args:
-        seconds: about how long the clocks of a case run; at least three turns.
-
-    Yields:
-        Rows keyed by `KEY`, with a `status`: "measured", or with a `reason` "unavailable" (it cannot run here), "wrong"
-        (the gate is red: it is not timed) or "failed" (it raised).
+    Their `status` is as that of `benchmarks.layer.harness.run`.
     """
     fields = environment(device)
     for case in cases:

@@ -11,12 +11,12 @@ import pytest
 
 from benchmarks.layer import harness
 from benchmarks.layer.__main__ import main as bench
-from benchmarks.layer.providers import PROVIDERS, select
+from benchmarks.layer.providers import PROVIDERS
 from benchmarks.measure import environment
 from benchmarks.measure.rows import RESULTS, ResultStore, folder_name, read_rows, write_rows
 from benchmarks.report import __main__ as report
 from benchmarks.report import six_bars
-from tests.helpers.small_benchmarks import CPU, case, measure, of, wrong
+from tests.helpers.small_benchmarks import CPU, case, measure, of, select, wrong
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,7 +74,7 @@ def test_folder_names():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--provider", "lora"], "no lora"),
+        (["--provider", "lora"], "invalid choice: 'lora'"),
         (["--layer", "gpt"], "--layer"),
         (["--tokens", "0"], "must be above 0"),
         (["--tokens", "many"], "invalid whole number"),

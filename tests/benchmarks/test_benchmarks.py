@@ -12,13 +12,13 @@ from benchmarks.layer import harness, third_party
 from benchmarks.layer import lora as lora_providers
 from benchmarks.layer.cases import DIRECTIONS, FORMS, LAYERS, Layer, cpu_cases, gpu_grid
 from benchmarks.layer.problem import Problem
-from benchmarks.layer.providers import PROVIDERS, Provider, select
+from benchmarks.layer.providers import PROVIDERS, Provider
 from benchmarks.measure import memory, timing
 from benchmarks.measure.gate import Expected, WrongResult
 from benchmarks.measure.rows import ResultStore
 from benchmarks.report import layer_tables
 from genft_kernels import GenFTConfig, GenFTGenerator, GenFTLinear
-from tests.helpers.small_benchmarks import CPU, case, measure, of, wrong
+from tests.helpers.small_benchmarks import CPU, case, measure, of, select, wrong
 
 # --- providers and the gate -----------------------------------------------------------------------------------------
 
@@ -35,6 +35,7 @@ def test_every_provider_passes_its_gate(name, form, dtype):
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler's
+@pytest.mark.slow
 def test_the_compiled_official_way_passes_its_gate():
     row = of(measure(select(["official-compiled"]), case("dropout")), "official-compiled")
     assert row["status"] == "measured", row
@@ -123,6 +124,16 @@ def test_ratios_are_to_lora_and_to_the_products_that_a_provider_needs_itself(mon
     assert of(rows, "genft-eager")["ratios"] == {"peft-lora": [1.5, 1.5, 1.5]}
     assert of(rows, "genft-eager")["floor_fraction"] == 0.5 and of(rows, "peft-lora")["floor_fraction"] == 0.5
     assert of(measure(select(seconds)), "genft-eager")["floor_fraction"] == pytest.approx(1 / 3, abs=1e-4)
+
+
+def test_on_a_gpu_ratios_are_to_the_medians_of_those_before(monkeypatch):
+    seconds = {"forward": 1.0, "backward": 2.0, "both": 3.0}
+    monkeypatch.setattr(timing, "gpu_quantiles", lambda workload, direction, replay: (0.5, seconds[direction], 6.0))
+    medians = {"peft-lora": 1.5}
+    times, relative = harness._of_gpu(None, case(), medians, "mine")
+    assert times["both"] == (0.5, 3.0, 6.0) and [each for _, each, _ in times.values()] == [1, 2, 3]
+    assert relative["peft-lora"] == pytest.approx((1 / 3, 2, 4)) and relative["mine"][1] == 1
+    assert medians == {"peft-lora": 1.5, "mine": 3.0}
 
 
 def test_delta_gain_tells_who_swallows_a_small_update():

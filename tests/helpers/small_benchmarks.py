@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from benchmarks.layer import genft as genft_providers
 from benchmarks.layer import harness
 from benchmarks.layer.cases import Case, Layer
-from benchmarks.layer.providers import Provider
+from benchmarks.layer.providers import PROVIDERS, Provider
 
 CPU = torch.device("cpu")
 SMALL = Layer("small", 96, 64, 4)
@@ -16,6 +16,10 @@ SMALL = Layer("small", 96, 64, 4)
 
 def case(form="factored", dtype="float32", tokens=33, k=8, layer=SMALL):
     return Case(layer, tokens, dtype, k, form)
+
+
+def select(names):
+    return [PROVIDERS[name] for name in names]
 
 
 def measure(providers, *cases):
