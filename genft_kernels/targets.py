@@ -79,7 +79,7 @@ def find_targets(model: nn.Module, config: GenFTConfig, full_matches: FullMatch 
         try:
             check_adaptable(module)
             for name in held_at:
-                _check_called(model, name)
+                check_called(model, name)
         except (TypeError, ValueError) as error:
             hint = " (exclude_modules leaves it out)" if config.target_modules == ALL_LINEAR else ""
             raise type(error)(f"target module {held_at[0]!r}: {error}{hint}") from None
@@ -121,7 +121,7 @@ def frozen_weight(module: nn.Module) -> torch.Tensor:
     return module.weight if isinstance(module, nn.Linear) else module.weight.t()
 
 
-def _check_called(model: nn.Module, path: str) -> None:
+def check_called(model: nn.Module, path: str) -> None:
     """Raise TypeError if the module's owner is known to read its weight past its forward, and so past an update."""
     parent, _, name = path.rpartition(".")
     owner, cure = model.get_submodule(parent), "choose others"

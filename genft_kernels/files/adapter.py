@@ -29,16 +29,19 @@ from ..matching import full_matches_in_time
 from ..saved_modules import tied_again, unsavable
 from ..targets import frozen_weight
 from .fingerprint import Fingerprint
-from .format import MODULES_TO_SAVE, AdapterFile, is_ours, read_adapter_file, write_adapter_file
+from .format import AdapterFile, is_ours, read_adapter_file, write_adapter_file
+from .names import MODULES_TO_SAVE
+from .peft_file import is_of_peft, read_peft_file
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     """Write the adapter of `model` to `directory`, which is made if need be.
 
-    `adapter_model.safetensors` holds the trained tensors under their names in the model, and `modules_to_save`'s
-    as `modules_to_save.<path>...`, a tensor of `get_extra_state` included; `adapter_config.json` the configuration
-    and a fingerprint of every adapted weight. Whenever it is interrupted, the folder holds one whole adapter, the
-    earlier one or this. A tensor that holds NaN is saved with a warning, because `load_adapter` will refuse it.
+    `adapter_model.safetensors` holds the trained tensors and those of `modules_to_save`, a tensor of
+    `get_extra_state` included, named as PEFT does; `adapter_config.json` the configuration and a fingerprint of every
+    adapted weight. PEFT opens both once `genft_kernels.integrations.peft` is imported. Whenever it is interrupted, the
+    folder holds one whole adapter, the earlier one or this. A tensor that holds NaN is saved with a warning, because
+    `load_adapter` will refuse it.
 
     Raises:
         TypeError: an argument is of the wrong type, or a module to save has an extra state that is no tensor.
@@ -60,16 +63,16 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
         if not fingerprint.is_finite:
             raise ValueError(f"the frozen weight of {path!r} holds NaN or infinity, and so will its update")
     copies = {name: tensor.detach().cpu().clone(memory_format=_DENSE) for name, tensor in tensors.items()}
-    write_adapter_file(directory, AdapterFile(config, copies, fingerprints))
+    write_adapter_file(directory, AdapterFile(config, copies, fingerprints), _base(model))
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     """Load an adapter into `model` and return it.
 
     A model without an adapter is adapted first, as the file says; one that is adapted already must have the same
-    configuration. Besides this package's files it reads official checkpoints: the PEFT variant's folder, and the
-    ViT variant's with `best_model.pt` and `args.yaml`. Everything is looked at before anything is changed or made;
-    a regular expression from a file has ten seconds.
+    configuration. Besides this package's files it reads those of its PEFT tuner, and official checkpoints: the PEFT
+    variant's folder, and the ViT variant's with `best_model.pt` and `args.yaml`. Everything is looked at before
+    anything is changed or made; a regular expression from a file has ten seconds.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -108,6 +111,16 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
 _DENSE = torch.contiguous_format
 
 
+def _base(model: nn.Module) -> dict[str, object]:
+    """By what PEFT finds the model, if it has a name or path, as models of transformers have."""
+    name = getattr(getattr(model, "config", None), "name_or_path", None)
+    if not name:
+        return {}
+    kind = type(model)
+    mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    return {"base_model_name_or_path": name, "auto_mapping": mapping}
+
+
 class _Kind(NamedTuple):
     """What a tensor of the file must be like."""
 
@@ -122,6 +135,8 @@ class _Kind(NamedTuple):
 def _read(directory: Path) -> AdapterFile:
     if is_ours(directory):
         return read_adapter_file(directory)
+    if is_of_peft(directory):
+        return read_peft_file(directory)
     from .official import read_official  # needed by few
 
     return read_official(directory)
@@ -131,9 +146,15 @@ def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What trains in the generators and the layers of `model`, by its name in a file; no copies."""
     layers = layers_of_an_adapted_model(model)
     check_enabled(model)
-    tensors = dict(getattr(model, GENERATORS).named_parameters(prefix=GENERATORS))
-    for path, layer in layers.items():
-        tensors |= {f"{path}.{name}": getattr(layer, name) for name in layer.specific_names}
+    owners = {f"{GENERATORS}.{key}": (each, each.tensor_names) for key, each in getattr(model, GENERATORS).items()}
+    owners |= {path: (layer, layer.specific_names) for path, layer in layers.items()}
+    tensors = {f"{path}.{name}": getattr(owner, name) for path, (owner, names) in owners.items() for name in names}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, nn.Parameter):
+            raise RuntimeError(
+                f"{name!r} is computed (pruned or parametrized): make that permanent first "
+                "(prune.remove, parametrize.remove_parametrizations)"
+            )
     _check_resident(tensors)
     return tensors
 

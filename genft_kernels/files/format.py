@@ -10,22 +10,25 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
 
-from ..config import GenFTConfig
-from . import folder
+from ..arguments import about
+from ..config import ALL_LINEAR, GenFTConfig
+from ..matching import full_matches_in_time
+from . import folder, names
 from .fingerprint import Fingerprint
-from .untrusted import parse_tensors, read_json
+from .untrusted import parse_tensors, read_file, read_json
 
 TENSORS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 FORMAT = "genft_kernels"
-FORMAT_VERSION = 1
-MODULES_TO_SAVE = "modules_to_save."
+FORMAT_VERSION = 2  # 1 had the tensors under their names in the model
+PEFT_TYPE = "GENFT"  # as which PEFT opens the files, by genft_kernels/integrations/peft
 
 # The description of a tensor file that is about to take its place, within that of the one before.
 _NEXT = "next"
@@ -40,9 +43,12 @@ class AdapterFile(NamedTuple):
     fingerprints: dict[str, Fingerprint] | None  # by layer path; None where the format has none
 
 
-def write_adapter_file(directory: str | os.PathLike, adapter: AdapterFile) -> None:
+def write_adapter_file(
+    directory: str | os.PathLike, adapter: AdapterFile, base: Mapping[str, Any] | None = None
+) -> None:
     """Write both files, so that at any moment the folder holds one whole adapter, the earlier one or this.
 
+    `base` has the fields by which PEFT finds the model, for its classes that load a model with its adapter.
     First the JSON announces the new description beside the old one, then the tensors take their place, which is the
     moment that counts, and then the JSON drops the old description. A reader takes the one whose digest fits.
 
@@ -53,8 +59,11 @@ def write_adapter_file(directory: str | os.PathLike, adapter: AdapterFile) -> No
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    payload = safetensors.torch.save(adapter.tensors, {"format": "pt"})
+    tensors = {names.in_file(name): tensor for name, tensor in adapter.tensors.items()}
+    payload = safetensors.torch.save(tensors, {"format": "pt"})
     description = {
+        "peft_type": PEFT_TYPE,
+        **(base or {}),
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "genft_kernels_version": __version__,
@@ -70,7 +79,7 @@ def write_adapter_file(directory: str | os.PathLike, adapter: AdapterFile) -> No
             staged.callback(place.unlink, missing_ok=True)
             return place
 
-        before = config_path.read_bytes() if config_path.exists() else None
+        before = read_file(config_path) if config_path.exists() else None
         new_tensors, new_config = stage(tensors_path, payload), stage(config_path, _encoded(description))
         announced = stage(config_path, _encoded({**_earlier_description(config_path), _NEXT: description}))
         folder.put(announced, config_path)
@@ -96,7 +105,7 @@ def read_adapter_file(directory: str | os.PathLike) -> AdapterFile:
     config_path, tensors_path = Path(directory) / CONFIG_FILE, Path(directory) / TENSORS_FILE
     for _ in range(_ATTEMPTS):
         read = read_json(config_path)
-        payload = tensors_path.read_bytes()
+        payload = read_file(tensors_path)
         digest = hashlib.sha256(payload).hexdigest()
         for description in (read.get(_NEXT), read):
             if isinstance(description, dict) and description.get("tensors_sha256") == digest:
@@ -122,23 +131,52 @@ def _parsed(description: dict[str, Any], payload: bytes, config_path: Path, tens
         if not isinstance(description.get(key), dict):
             raise ValueError(f"{config_path} is damaged: {key!r} is not an object")
     try:
+        check_patterns(description["config"])
         config = GenFTConfig.from_dict(description["config"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{config_path} is damaged: config: {error}") from None
+    try:
+        fingerprints = parsed_fingerprints(description["fingerprints"])
+    except ValueError as error:
+        raise ValueError(f"{config_path} is damaged: {error}") from None
+    tensors = parse_tensors(payload, tensors_path)
+    if description["format_version"] > 1:
+        try:
+            tensors = names.all_in_model(tensors)
+        except ValueError as error:
+            raise ValueError(f"{tensors_path} is damaged: {error}") from None
+    return AdapterFile(config, tensors, fingerprints)
+
+
+def check_patterns(config: Mapping[str, Any]) -> None:
+    """ValueError for a regular expression in a file's configuration that is none, or that takes too long to compile."""
+    for field in ("target_modules", "exclude_modules"):
+        pattern = config.get(field)
+        if isinstance(pattern, str) and pattern != ALL_LINEAR:
+            with about(field):
+                full_matches_in_time(pattern, ())
+
+
+def parsed_fingerprints(entries: object) -> dict[str, Fingerprint]:
+    """Those of a JSON object; ValueError that names the one that is none."""
+    if not isinstance(entries, dict):
+        raise ValueError("'fingerprints' is not an object")
     fingerprints = {}
-    for name, entry in description["fingerprints"].items():
+    for name, entry in entries.items():
         try:
             fingerprints[name] = Fingerprint.parsed(entry)
         except ValueError as error:
-            raise ValueError(f"{config_path} is damaged: the fingerprint of {name[:200]!r}: {error}") from None
-    return AdapterFile(config, parse_tensors(payload, tensors_path), fingerprints)
+            raise ValueError(f"the fingerprint of {name[:200]!r}: {error}") from None
+    return fingerprints
 
 
 def _check_format(description: dict[str, Any], path: Path) -> None:
-    for key, ours in (("format", FORMAT), ("format_version", FORMAT_VERSION)):
+    versions = tuple(range(1, FORMAT_VERSION + 1))
+    for key, ours in (("format", (FORMAT,)), ("format_version", versions)):
         value = description.get(key)
-        if type(value) is not type(ours) or value != ours:
-            raise ValueError(f"{path} has {key}={str(value)[:80]}; this package reads {ours}")
+        if type(value) is not type(ours[0]) or value not in ours:
+            read = " and ".join(map(str, ours))
+            raise ValueError(f"{path} has {key}={str(value)[:80]}; this package reads {read}")
 
 
 def _earlier_description(path: Path) -> dict[str, Any]:
@@ -154,7 +192,7 @@ def _earlier_description(path: Path) -> dict[str, Any]:
 
 
 def _digest(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+    return hashlib.sha256(read_file(path)).hexdigest() if path.exists() else None
 
 
 def _encoded(description: dict[str, Any]) -> bytes:

@@ -20,8 +20,9 @@ from ..adapt import GENERATORS
 from ..arguments import is_finite, is_integer, shown
 from ..checks import SUPPORTED_DTYPES
 from ..config import GenFTConfig
-from .format import CONFIG_FILE, MODULES_TO_SAVE, TENSORS_FILE, AdapterFile
-from .untrusted import load_checkpoint, parse_tensors, read_json, read_yaml
+from .format import CONFIG_FILE, TENSORS_FILE, AdapterFile
+from .names import MODULES_TO_SAVE
+from .untrusted import load_checkpoint, parse_tensors, read_file, read_json, read_yaml
 
 VIT_TENSORS_FILE = "best_model.pt"
 VIT_CONFIG_FILE = "args.yaml"
@@ -81,7 +82,7 @@ def _read_peft(directory: Path) -> AdapterFile:
             f"{settings.path}: generator_share_dim=0 cannot be represented: the official code then has no generator "
             "and adds the plain product of the individual matrices, with dropout even in evaluation"
         )
-    tensors = parse_tensors(path.read_bytes(), path)
+    tensors = parse_tensors(read_file(path), path)
     targets = sorted({match[1] for match in map(_PEFT_TARGET.fullmatch, tensors) if match})
     saved = _modules_to_save((key for key in tensors if not _PEFT_TARGET.fullmatch(key)), settings)
 

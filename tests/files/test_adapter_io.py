@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from genft_kernels import GenFTConfig, apply_genft, disabled, load_adapter, merge, remove_genft, save_adapter, unmerge
+from genft_kernels.files import names
 from genft_kernels.files.fingerprint import Fingerprint
 from genft_kernels.files.format import CONFIG_FILE, TENSORS_FILE
 from tests.helpers.tiny_models import Encoder, FusedEncoder, GroupedQueryBlock, TiedModel, randomise, snapshot, tokens
@@ -54,11 +55,11 @@ def edit_config(directory: Path, change) -> None:
 
 
 def edit_tensors(directory: Path, change) -> None:
-    """Change the tensors and the digest that goes with them."""
+    """Change the tensors, by their names in the model, and the digest that goes with them."""
     path = directory / TENSORS_FILE
-    tensors = safetensors.torch.load_file(path)
+    tensors = names.all_in_model(safetensors.torch.load_file(path))
     change(tensors)
-    payload = safetensors.torch.save(tensors)
+    payload = safetensors.torch.save({names.in_file(name): tensor for name, tensor in tensors.items()})
     path.write_bytes(payload)
     edit_config(directory, lambda d: d.update(tensors_sha256=hashlib.sha256(payload).hexdigest()))
 
@@ -102,13 +103,13 @@ def test_the_files_hold_the_adapter_and_nothing_else(tmp_path):
     model = adapted(**SAVED)
     save_adapter(model, tmp_path)
     assert sorted(contents(tmp_path)) == [CONFIG_FILE, TENSORS_FILE]
-    tensors = safetensors.torch.load_file(tmp_path / TENSORS_FILE)
+    tensors = names.all_in_model(safetensors.torch.load_file(tmp_path / TENSORS_FILE))
     trained = [name for name, p in model.named_parameters() if p.requires_grad and "classifier" not in name]
     saved = [f"modules_to_save.classifier.{name}" for name in model.classifier.state_dict()]
     assert sorted(tensors) == sorted(trained + saved)
     assert "genft_generators.8x8.row_up" in trained and f"{QUERY}.specific_down" in trained
     description = json.loads((tmp_path / CONFIG_FILE).read_text())
-    assert description["format_version"] == 1 and GenFTConfig.from_dict(description["config"]) == config(**SAVED)
+    assert description["format_version"] == 2 and GenFTConfig.from_dict(description["config"]) == config(**SAVED)
     fingerprint = description["fingerprints"][QUERY]
     weight = dict(model.named_parameters())[f"{QUERY}.weight"]
     assert fingerprint["shape"] == [8, 8] and fingerprint["samples"] == weight.double().flatten().tolist()
@@ -364,7 +365,7 @@ DAMAGES = {
     "truncated-json": (truncate(CONFIG_FILE, 200), f"{CONFIG_FILE} is not valid JSON"),
     "binary-json": (lambda d: (d / CONFIG_FILE).write_bytes(b"\xff\xfe{"), f"{CONFIG_FILE} is not valid JSON"),
     "json-list": (lambda d: (d / CONFIG_FILE).write_text("[]"), f"{CONFIG_FILE} does not hold a JSON object"),
-    "newer-format": (on_config(lambda d: d.update(format_version=2)), "format_version=2; this package reads 1"),
+    "newer-format": (on_config(lambda d: d.update(format_version=3)), "format_version=3; this package reads 1 and 2"),
     "no-config": (on_config(lambda d: d.pop("config")), f"{CONFIG_FILE} is damaged: 'config' is not an object"),
     "unknown-field": (on_config(lambda d: d["config"].update(rank=3)), f"{CONFIG_FILE} is damaged.*rank"),
     "bad-field": (on_config(lambda d: d["config"].update(dropout=2)), f"{CONFIG_FILE} is damaged.*dropout"),

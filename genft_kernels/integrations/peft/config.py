@@ -7,8 +7,12 @@ from dataclasses import InitVar, dataclass
 from typing import Any
 
 from peft import PeftConfig
+from torch import Tensor
 
 from ...config import PRESETS, GenFTConfig
+from ...files.fingerprint import Fingerprint
+from ...files.format import FORMAT_VERSION, parsed_fingerprints
+from ...files.peft_file import RENAMED, SETTINGS
 from .types import GENFT
 
 # What the names of all of an adapter's parts begin with.
@@ -16,12 +20,6 @@ PREFIX = "genft_"
 
 # What PEFT knows for a model's own biases.
 BIASES = ("none", "all", f"{PREFIX}only")
-
-# The fields here that are GenFTConfig's, under other names where PEFT has taken theirs.
-_RENAMED = {"bias": "generator_bias"}
-# Those that choose modules: PEFT's own matching reads them.
-_CHOICES = ("target_modules", "exclude_modules", "modules_to_save")
-SETTINGS = tuple(field.name for field in dataclasses.fields(GenFTConfig) if field.name not in _CHOICES)
 
 
 @dataclass
@@ -81,8 +79,12 @@ class PeftGenFTConfig(PeftConfig):
     genft_kernels_version: InitVar[str | None] = None
     tensors_sha256: InitVar[str | None] = None
 
-    def __post_init__(self, config: dict[str, Any] | None, *rest: Any) -> None:
+    def __post_init__(
+        self, config: dict[str, Any] | None, format: str | None, format_version: int | None, *rest: Any
+    ) -> None:
         super().__post_init__()
+        if (format_version or 0) > FORMAT_VERSION:
+            raise ValueError(f"format_version={format_version}: a newer genft_kernels has written this adapter")
         self.peft_type = GENFT
         if self.bias not in BIASES:
             raise ValueError(
@@ -94,19 +96,35 @@ class PeftGenFTConfig(PeftConfig):
             raise ValueError("layers_pattern has a meaning only with layers_to_transform")
         if self.preset is not None and self.preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {self.preset!r}")
+        # None for a new adapter, whose own fingerprints are taken as it is saved.
+        self._base: dict[str, Fingerprint] | None = None
+        if self.fingerprints is not None:
+            self._base = parsed_fingerprints(self.fingerprints)
+        if config is not None:  # its rules for choosing modules are not PEFT's, but these are what they chose
+            self.target_modules, self.modules_to_save = sorted(self._base or ()), config.get("modules_to_save")
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
         settings = GenFTConfig().to_dict() | PRESETS.get(self.preset or "", {}) | (config or {})
         for name in SETTINGS:
-            field = _RENAMED.get(name, name)
+            field = RENAMED.get(name, name)
             if getattr(self, field) is None:
                 setattr(self, field, settings[name])
         self.native()
 
     def native(self) -> GenFTConfig:
         """The settings of the update alone, which know of no modules."""
-        settings = {name: getattr(self, _RENAMED.get(name, name)) for name in SETTINGS}
+        settings = {name: getattr(self, RENAMED.get(name, name)) for name in SETTINGS}
         if not self.init_weights:
             settings["zero_delta"] = False
         return GenFTConfig(**settings)
+
+    def check_base(self, path: str, weight: Tensor) -> None:
+        """ValueError if the adapter comes from a file, and was not trained on this weight [out, in] of this layer."""
+        expected = (self._base or {}).get(path)
+        difference = None if expected is None else expected.difference(Fingerprint.of(weight))
+        if difference:
+            raise ValueError(
+                f"the adapter belongs to another base model: the weight of {path!r}: {difference} "
+                "(for a new adapter make a new PeftGenFTConfig)"
+            )

@@ -55,6 +55,9 @@ class AdapterUpdate(GenFTUpdate):
     def stored_weight(self) -> Tensor:
         return self.layer.stored_weight
 
+    def extra_repr(self) -> str:
+        return f"shared_dim={self.config.shared_dim}, specific_dim={self.config.specific_dim}"
+
 
 class GenFTLayer(nn.Module, BaseTunerLayer):
     """A frozen `nn.Linear` or transformers `Conv1D` with GenFT adapters.
@@ -97,6 +100,11 @@ class GenFTLayer(nn.Module, BaseTunerLayer):
     def stored_weight(self) -> Tensor:
         """W as the base layer stores it, merged or not."""
         return self._frozen.get("weight", self.base_layer.weight)
+
+    @property
+    def frozen_weight(self) -> Tensor:
+        """W [out, in], merged or not."""
+        return self.stored_weight.t() if self.fan_in_fan_out else self.stored_weight
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """dW in the orientation in which W is stored, without dropout."""
@@ -144,11 +152,11 @@ class GenFTLayer(nn.Module, BaseTunerLayer):
         updates = [self.genft_own[name] for name in adapters if name in self.genft_own]
         if not updates:
             return self.base_layer.forward(x)
-        weight = self.stored_weight
+        weight = self.frozen_weight
         if not torch.is_grad_enabled():  # FSDP's say that they train, because others do that it keeps them with
             weight = weight.detach()
         x = x if torch.is_autocast_enabled(x.device.type) else self._cast_input_dtype(x, weight.dtype)
-        return updated_linear(x, weight.t() if self.fan_in_fan_out else weight, self.base_layer.bias, updates)
+        return updated_linear(x, weight, self.base_layer.bias, updates)
 
     def _mixed(self, x: Tensor, adapter_names: list[str]) -> Tensor:
         """A batch whose samples [batch, ...] have an adapter each, `__base__` for none."""

@@ -14,8 +14,12 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ...config import GenFTConfig
+from ...files.fingerprint import Fingerprint
 from ...generator import GenFTGenerator
 from ...matching import ends
+from ...modules import is_conv1d
+from ...sharing.source import is_tensor_subclass
+from ...targets import check_called, frozen_weight
 from .config import PREFIX, PeftGenFTConfig
 from .layer import BASE, GenFTLayer, StoredGenerator
 
@@ -32,7 +36,12 @@ class PeftGenFTModel(BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As ever; and the adapter gets its place for shared tensors."""
+        """As ever; and the adapter gets its place for shared tensors.
+
+        Raises:
+            ValueError: the adapter comes from a file, and was trained on another base model.
+        """
+        _check_base(self.peft_config[adapter_name], model)
         if "genft_shared" not in self._modules:
             self.genft_shared = nn.ModuleDict()
             self._generators: dict[str, dict[tuple[int, int], GenFTGenerator]] = {}
@@ -47,6 +56,14 @@ class PeftGenFTModel(BaseTuner):
             raise
         for parameter, train in trains:
             parameter.requires_grad_(train)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: PeftGenFTConfig, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """As ever; and the configuration, which is saved next, tells what the adapter was trained on."""
+        config.fingerprints = _fingerprints(model, adapter_name)
+        return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As ever, with the adapter's shared tensors."""
@@ -72,7 +89,11 @@ class PeftGenFTModel(BaseTuner):
         if not isinstance(target, GenFTLayer):
             if isinstance(target, BaseTunerLayer):
                 raise TypeError(f"{current_key!r} has an adapter of another kind: {type(target).__name__}")
+            held_at = _held_twice(self.model).get(target)
+            if held_at:
+                raise ValueError(f"{held_at[0]!r} and {held_at[1]!r} are one module: PEFT would adapt only one of them")
             try:
+                check_called(self.model, current_key)
                 layer = GenFTLayer(target, self.genft_shared)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"Target module {current_key!r} is not supported. {error}") from None
@@ -133,6 +154,40 @@ class PeftGenFTModel(BaseTuner):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _check_base(config: PeftGenFTConfig, model: nn.Module) -> None:
+    """Raise ValueError where the weights are not those that the adapter was trained on, if that is known."""
+    modules = dict(model.named_modules())
+    for path in config.fingerprints or {}:
+        module = modules.get(path)
+        if module is None:
+            raise ValueError(f"the adapter belongs to another base model: there is no module {path!r}")
+        if isinstance(module, GenFTLayer):
+            config.check_base(path, module.frozen_weight)
+        elif isinstance(module, nn.Linear) or is_conv1d(module):
+            config.check_base(path, frozen_weight(module))
+
+
+def _fingerprints(model: nn.Module, adapter_name: str) -> dict[str, Any] | None:
+    """Those of the weights that an adapter is for, by the layers' paths; None if they are not at hand."""
+    found = {}
+    for path, module in model.named_modules():
+        if isinstance(module, GenFTLayer) and adapter_name in module.genft_own:
+            if module.stored_weight.device.type == "meta" or is_tensor_subclass(module.stored_weight):
+                return None
+            entry = Fingerprint.of(module.frozen_weight)._asdict()
+            entry |= {"shape": list(entry["shape"]), "samples": list(entry["samples"])}
+            found[path.removeprefix("_fsdp_wrapped_module.").removeprefix("base_model.model.")] = entry
+    return found
+
+
+def _held_twice(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """The paths of modules that have more than one."""
+    paths: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(module, []).append(path)
+    return {module: held for module, held in paths.items() if len(held) > 1}
 
 
 def _pass_names(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], names: list[str]) -> Any:

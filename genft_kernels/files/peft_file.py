@@ -1,0 +1,77 @@
+"""Adapters that PEFT has saved, by the tuner in genft_kernels/integrations/peft: our tensors, and its settings.
+
+PEFT need not be installed to read them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import GenFTConfig
+from . import names
+from .format import CONFIG_FILE, TENSORS_FILE, AdapterFile, check_patterns, parsed_fingerprints
+from .untrusted import parse_tensors, read_file, read_json
+
+# GenFTConfig's fields whose names PEFT has taken for something else.
+RENAMED = {"bias": "generator_bias"}
+# Those that choose modules, by rules of PEFT's own.
+CHOICES = ("target_modules", "exclude_modules", "modules_to_save")
+SETTINGS = tuple(field.name for field in dataclasses.fields(GenFTConfig) if field.name not in CHOICES)
+
+
+def is_of_peft(directory: Path) -> bool:
+    """Whether `directory` has an adapter that the tuner has saved."""
+    path = directory / CONFIG_FILE
+    return path.exists() and RENAMED["bias"] in read_json(path)
+
+
+def read_peft_file(directory: Path) -> AdapterFile:
+    """Read and verify the two files.
+
+    Raises:
+        FileNotFoundError: one of them is missing.
+        ValueError: one is damaged, or PEFT has trained what this package does not; the message names the file.
+    """
+    config_path, tensors_path = directory / CONFIG_FILE, directory / TENSORS_FILE
+    description = read_json(config_path)
+    tensors = parse_tensors(read_file(tensors_path), tensors_path)
+    try:
+        config = _config(description, tensors)
+        fingerprints = description.get("fingerprints")
+        found = None if fingerprints is None else parsed_fingerprints(fingerprints)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{config_path}: {error}") from None
+    try:
+        return AdapterFile(config, names.all_in_model(tensors), found)
+    except ValueError as error:
+        raise ValueError(f"{tensors_path}: {error}") from None
+
+
+def _config(description: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> GenFTConfig:
+    """The configuration that targets the layers of which there are tensors."""
+    if description.get("bias", "none") != "none":
+        raise ValueError(f"bias={description['bias']!r}: biases of the model itself were trained, which only PEFT does")
+    settings = {
+        name: description[RENAMED.get(name, name)] for name in SETTINGS if RENAMED.get(name, name) in description
+    }
+    layers = names.adapted_layers(tensors)
+    if not layers:
+        if description.get("layers_to_transform") is not None:
+            raise ValueError("layers_to_transform with specific_dim=0: no tensor tells which layers are adapted")
+        check_patterns(description)
+        return GenFTConfig(**settings, **{name: description.get(name) for name in CHOICES})
+    return GenFTConfig(**settings, target_modules=layers, modules_to_save=_saved(description, tensors))
+
+
+def _saved(description: Mapping[str, Any], tensors: Iterable[str]) -> list[str] | None:
+    """The names in `modules_to_save` of which there are tensors: PEFT adds all that a head may be called."""
+    saved = description.get("modules_to_save")
+    if not isinstance(saved, list):
+        return None
+    dotted = [f".{name}" for name in tensors]
+    return [name for name in saved if any(f".{name}." in tensor for tensor in dotted)] or None
