@@ -65,22 +65,14 @@ class Recipe:
                 found[key].append(value.strip())
         if len(found["module"]) != 1 or len(found["binding"]) != 1:
             raise BuildError(f"{folder / 'build.txt'} must name one module and one binding")
-        for name in (*found["kernel"], *found["binding"]):
-            if name not in files:
-                raise BuildError(f"{folder / 'build.txt'} names {name}, which does not exist")
-        return cls(
-            found["module"][0],
-            found["binding"][0],
-            *(tuple(found[key]) for key in ("kernel", "arch", "flag", "strict")),
-            files,
-        )
+        if missing := {*found["kernel"], *found["binding"]} - set(files):
+            raise BuildError(f"{folder / 'build.txt'} names {', '.join(sorted(missing))}, which does not exist")
+        (module,), (binding,), *lists = found.values()
+        return cls(module, binding, *map(tuple, lists), files)
 
     def digest(self) -> str:
         """SHA-256 of all sources, headers and flags."""
-        total = hashlib.sha256()
-        for name, content in self.files.items():
-            total.update(f"{name}\0{len(content)}\0".encode() + content)
-        return total.hexdigest()
+        return hashlib.sha256(repr(self.files).encode()).hexdigest()
 
 
 class Nvcc(NamedTuple):

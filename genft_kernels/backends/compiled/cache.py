@@ -143,7 +143,7 @@ def _from(folder: Path, library: Library) -> Any:
             say(f"{error}: it is compiled anew")
         for leftover in folder.glob(f"{library.name}-*.building"):  # of a process that was killed
             shutil.rmtree(leftover, ignore_errors=True)
-        say(f"compiling {library.words}, kept in {folder}")
+        say(f"compiling {library.words} in {folder}")
         start = time.perf_counter()
         _compile(folder, library)
         loaded = _load(folder, library)

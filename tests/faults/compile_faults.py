@@ -1,0 +1,28 @@
+"""Faults in what compiles code and keeps it: trust, damage, and compilers that do not end."""
+
+from tests.faults.planting import Fault
+
+CACHE = "genft_kernels/backends/compiled/cache.py"
+RUN = "genft_kernels/backends/compiled/run.py"
+OF_CACHE = ["tests/backends/test_compile_cache.py"]
+OF_RUN = ["tests/backends/test_compiler_run.py"]
+
+FAULTS = [
+    Fault("compile cache: root trusts everybody", CACHE, "not in (0, os.geteuid())", "in ()", OF_CACHE),
+    Fault("compile cache: what others may write is trusted", CACHE, "& 0o022", "& 0", OF_CACHE),
+    Fault("compile cache: the folder not looked at", CACHE, "(folder, *(entry if", "(*(entry if", OF_CACHE),
+    Fault("compile cache: the files not looked at", CACHE, "*(entry if found else ())", "*()", OF_CACHE),
+    Fault("compile cache: damage not noticed", CACHE, '!= manifest["sha256"]', "is None", OF_CACHE),
+    Fault("compile cache: noexec not noticed", CACHE, 'getattr(os, "ST_NOEXEC", 0)', "0", OF_CACHE),
+    Fault("compile cache: entries only for their owner", CACHE, "os.O_EXCL, 0o644", "os.O_EXCL, 0o600", OF_CACHE),
+    Fault(
+        "compile cache: compiled by every process",
+        CACHE,
+        "    with held:",
+        "    held.lock.release()\n    if True:",
+        OF_CACHE,
+    ),
+    Fault("compile cache: leftovers stay", CACHE, "shutil.rmtree(leftover, ignore_errors=True)", "pass", OF_CACHE),
+    Fault("compiler: waited for without end", RUN, "timeout=limit", "timeout=30", OF_RUN),
+    Fault("compiler: its children left alone", RUN, "os.killpg(process.pid, signal.SIGKILL)", "process.kill()", OF_RUN),
+]
