@@ -1,8 +1,7 @@
 """`make demo`: fine-tune MiniLM (6 layers) on labelled questions with GenFT, LoRA and a linear probe, and compare.
 
 Every method gets the same budget, LoRA the trainable size of GenFT. A row for each run goes to
-OUTPUT/<device>/finetune.jsonl; then the GenFT adapter is saved beside it, loaded into a fresh model and merged, and the
-logits are compared each time. `make sweep`: with --sweep, choose the learning rates anew.
+OUTPUT/<device>/finetune.jsonl. `make sweep`: with --sweep, choose the learning rates anew.
 """
 
 import argparse
@@ -22,14 +21,12 @@ from benchmarks.measure.gate import refusal
 from benchmarks.measure.rows import ResultStore, Row
 
 from . import data, encoder, rates
-from .encoder import Encoded, TextClassifier
+from .encoder import Encoded
 from .methods import DEFAULT_METHODS, METHODS
-from .roundtrip import check_adapter
 from .table import SUITE, table
 from .training import CPU, Diverged, Job, train
 
 KEY = ("data", "epochs", "batch_size", "method", "seed")
-SAVED_METHOD = "fast"
 LIBRARIES = ("transformers", "peft")
 EPILOG = """\
 examples:
@@ -55,17 +52,18 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if options.sweep:
             grid = itertools.product(options.methods or METHODS, rates.GRID, options.seeds)
-            rows = rows_of((Job(*each, options.epochs) for each in grid), prepare(options), {})
+            rows = rows_of((Job(*each, options.epochs) for each in grid), prepare(options))
             rates.write_sweep(options.rates, list(rows))
             return 0
         methods = dict.fromkeys(options.methods or DEFAULT_METHODS)
         chosen = rates.read_rates(options.rates, list(methods))
-        jobs = [
-            Job(method, chosen[method], seed, options.epochs)
-            for method in methods
-            for seed in dict.fromkeys(options.seeds)
-        ]
-        return compare(jobs, prepare(options), options.output)
+        runs = itertools.product(methods, dict.fromkeys(options.seeds))
+        rows = rows_of((Job(method, chosen[method], seed, options.epochs) for method, seed in runs), prepare(options))
+        store = ResultStore.of_command(device_name(CPU), SUITE, KEY, options.output)
+        finished: list[Row] = []
+        status = command.record((finished.append(row) or row for row in rows), store, lambda row: row["method"])
+        print("\n" + table(row for row in finished if row["status"] == "measured"))
+        return status
     except (data.DemoError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -94,34 +92,16 @@ def prepare(options: argparse.Namespace) -> Inputs:
     return Inputs(pretrained, split.labels, train, test, title)
 
 
-def rows_of(jobs: Iterable[Job], inputs: Inputs, models: dict[str, nn.Module]) -> Iterator[Row]:
-    """A row for each run as it ends; its model goes to `models`. One that diverges has a status and a reason."""
+def rows_of(jobs: Iterable[Job], inputs: Inputs) -> Iterator[Row]:
+    """A row for each run as it ends; one that diverges has a status and a reason."""
     fields = environment(CPU) | {"data": inputs.title}
     for job in jobs:
         model = job.model(inputs.encoder, len(inputs.labels))
         try:
             row = train(model, inputs.train, inputs.test, job) | {"status": "measured"}
-            models[job.method] = model
         except Diverged as error:
             row = refusal(error)
         yield vars(job) | fields | row
-
-
-def compare(jobs: list[Job], inputs: Inputs, output: Path) -> int:
-    """Run every job, show what came out, and carry the last GenFT adapter through a file."""
-    store = ResultStore.of_command(device_name(CPU), SUITE, KEY, output)
-    models: dict[str, nn.Module] = {}
-    finished: list[Row] = []
-    rows = (finished.append(row) or row for row in rows_of(jobs, inputs, models))
-    status = command.record(rows, store, lambda row: row["method"])
-    print("\n" + table(row for row in finished if row["status"] == "measured"))
-    if SAVED_METHOD in models and status != command.INTERRUPTED:
-        fresh = TextClassifier(inputs.encoder, len(inputs.labels))
-        checks = check_adapter(models[SAVED_METHOD], fresh, inputs.test, store.path.with_name("adapter"))
-        for what, passed in checks.items():
-            print(f"{'passed' if passed else 'FAILED'}: {what}")
-        status = status or int(not all(checks.values()))
-    return status
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

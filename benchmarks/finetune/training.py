@@ -97,16 +97,10 @@ def train(model: nn.Module, train_set: Encoded, test_set: Encoded, job: Job) -> 
 
 
 @torch.no_grad()
-def logits_of(model: nn.Module, data: Encoded) -> torch.Tensor:
-    """Logits [examples, labels] in evaluation mode, in the order of `data`."""
+def evaluate(model: nn.Module, data: Encoded) -> tuple[float, float]:
+    """Accuracy and mean loss, texts of like length together."""
     model.eval()
     rows = torch.tensor(data.by_length())
-    outputs = torch.cat([model(*data.batch(part.tolist())[:2]) for part in rows.split(EVALUATION_BATCH)])
-    return torch.empty_like(outputs).index_copy_(0, rows, outputs)
-
-
-def evaluate(model: nn.Module, data: Encoded) -> tuple[float, float]:
-    """Accuracy and mean loss."""
-    logits = logits_of(model, data)
-    hits = (logits.argmax(-1) == data.labels).sum().item()
-    return hits / len(data), cross_entropy(logits, data.labels).item()
+    logits = torch.cat([model(*data.batch(part.tolist())[:2]) for part in rows.split(EVALUATION_BATCH)])
+    labels = data.labels[rows]
+    return (logits.argmax(-1) == labels).double().mean().item(), cross_entropy(logits, labels).item()
