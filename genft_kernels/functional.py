@@ -20,7 +20,7 @@ from .checks import (
 from .config import GenFTConfig, is_factored
 from .parameters import GeneratorParameters
 from .philox import ROW_STREAM
-from .update import Factors, apply_factors, compute_dtype, forward_seed, generate_factors
+from .update import Factors, apply_factors, compute_dtype, forward_seed, generate_factors, with_zero_units
 
 __all__ = ["factored_linear", "genft_linear"]
 
@@ -112,5 +112,6 @@ def factored_linear(
     dtype = compute_dtype(x)
     dropout = dropout if training else 0.0
     seed = forward_seed(seed, x.device, training, dropout, activation, dtype, chosen)
-    factors = Factors(h.to(x.device, dtype), b.to(x.device, dtype), ROW_STREAM)
+    h, b = (with_zero_units(factor.to(x.device, dtype), -1) for factor in (h, b))
+    factors = Factors(h, b, ROW_STREAM)
     return apply_factors(x, weight, bias, factors, scale, activation, dropout, seed, chosen)

@@ -34,6 +34,7 @@ class GeneratorParameters(NamedTuple):
         specific: Mapping[str, torch.Tensor],
         device: torch.device,
         layers: int | None = None,
+        multiple: int = 1,
     ) -> GeneratorParameters:
         """The shared units followed by the layer's own, on `device`; differentiable.
 
@@ -41,6 +42,7 @@ class GeneratorParameters(NamedTuple):
             shared: a generator's parameters, by the names here with s in place of k.
             specific: a layer's own, by their names there; with `layers`, those of L layers, stacked [L, ...].
             layers: L, which gives every matrix, but no bias, a leading dimension.
+            multiple: zero units after them make the number of a matrix's units one of it.
 
         Raises:
             RuntimeError: the shared units are on the meta device, that is, offloaded.
@@ -60,8 +62,12 @@ class GeneratorParameters(NamedTuple):
             own = specific.get(f"{stage}_specific_{end}", specific.get(f"specific_{end}"))
             if common is not None and layers is not None:
                 common = common.expand(layers, *common.shape)
-            halves = [half for half in (common, own) if half is not None]
-            return torch.cat(halves, -1 if end == "up" else -2) if len(halves) == 2 else next(iter(halves), None)
+            parts, dim = [half for half in (common, own) if half is not None], -1 if end == "up" else -2
+            if parts and (missing := -sum(part.shape[dim] for part in parts) % multiple):
+                shape = list(parts[0].shape)
+                shape[dim] = missing
+                parts.append(parts[0].new_zeros(()).expand(shape))
+            return torch.cat(parts, dim) if len(parts) > 1 else next(iter(parts), None)
 
         return cls(**{name: along_units(name) for name in cls._fields})
 

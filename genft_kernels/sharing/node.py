@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..ops import first_order
 from ..parameters import GeneratorParameters
-from ..update import Factors, generate_factors
+from ..update import Factors, generate_factors, unit_multiple
 from .source import Source
 
 
@@ -87,7 +87,8 @@ class _Recipe:
             of_blocks = [of_layers[owner] for owner in self.owners]
             specific[name] = torch.stack(of_blocks) if len(of_blocks) > 1 else of_blocks[0][None]  # not even a copy
         with torch.autocast(device.type, enabled=False):
-            stacked = GeneratorParameters.concatenated(shared, specific, device, len(self.weights))
+            multiple = unit_multiple(device, self.options["dtype"])
+            stacked = GeneratorParameters.concatenated(shared, specific, device, len(self.weights), multiple)
             h, b, self.stream = generate_factors(self.weights, stacked, self.config, **self.options)
         return [h.squeeze(0), b.squeeze(0)] if len(self.weights) == 1 else [*h.unbind(0), *b.unbind(0)]
 

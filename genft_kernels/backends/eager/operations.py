@@ -69,6 +69,11 @@ def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
     return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
 
 
+def _long_sums(left: Tensor, right: Tensor) -> Tensor:
+    """left [L, k, n] @ right [L, n, k]. For one layer as no batch: cuBLAS splits long sums of single products only."""
+    return torch.mm(left[0], right[0])[None] if left.shape[0] == 1 else left.bmm(right)
+
+
 def _is_16_bit(tensor: Tensor) -> bool:
     return tensor.dtype.itemsize == 2
 
@@ -124,7 +129,7 @@ def column_backward(grad: Tensor, weights: list[Tensor], pre: Tensor, activation
 def row(left, right, down, bias, seed, outer: str, dropout: float, inner: str):
     """h = phi(Y^T A^T + a)  [L, in, k], Y = drop(psi(left right^T))  [out, in], for L layers."""
     if is_factored(outer, dropout):
-        z = right.bmm(down.bmm(left).mT)  # the stages meet in a core [k, k1]
+        z = right.bmm(_long_sums(down, left).mT)  # the stages meet in a core [k, k1]
     else:
         seeds = _seeds(seed, left)
         z = torch.stack([_tiled_row(*layer, outer, dropout) for layer in zip(left, right, down, seeds, strict=True)])
@@ -150,10 +155,10 @@ def _seeds(seed: Tensor | None, layers: Tensor):
 
 
 def _factored_row_backward(dz, left, right, down, need_left, need_right, need_down):
-    core_grad = dz.mT.bmm(right) if need_left or need_down else None  # [L, k, k1]
+    core_grad = _long_sums(dz.mT, right) if need_left or need_down else None  # [L, k, k1]
     return (
         down.mT.bmm(core_grad) if need_left else None,
-        dz.bmm(down.bmm(left)) if need_right else None,
+        dz.bmm(_long_sums(down, left)) if need_right else None,
         core_grad.bmm(left.mT) if need_down else None,
     )
 

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import dropout_arguments, edge, precision, slices, unit_block
+from .launch import dropout_arguments, edge, precision, slices, stages, unit_block
 from .math import (
     activation_slope,
     add_product,
@@ -16,13 +16,11 @@ from .math import (
     thin_rows,
     tile_of_program,
 )
-from .tuned import bucket, tuned
 
 
-@tuned("bucket", "n_out", "n_in", "k", "stride_do", "stride_xi", "ACTIVATION", "DROPOUT", "BLOCK_OUT")
-@triton.jit(do_not_specialize=["t", "bucket", "tokens_per_split"])
+@triton.jit(do_not_specialize=["t", "tokens_per_split"])
 def _contract(
-    dy, x, b, h, seed, dh, db, t, bucket, tokens_per_split, n_out, n_in, k, stride_dt, stride_do, stride_xt, stride_xi,
+    dy, x, b, h, seed, dh, db, t, tokens_per_split, n_out, n_in, k, stride_dt, stride_do, stride_xt, stride_xi,
     threshold, keep_scale, stream, scale,
     ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr, NEED_H: tl.constexpr, NEED_B: tl.constexpr,
     PRECISION: tl.constexpr, SLICES: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr,
@@ -67,7 +65,7 @@ def _contract(
 def contract(dy, x, h, b, seed, scale, activation, dropout, stream, need_h: bool, need_b: bool):
     """(dh [in, k], db [out, k]) in the factors' dtype, None where not needed."""
     (t, n_out), n_in, k = dy.shape, x.shape[1], h.shape[1]
-    block_out, block_in = _blocks(dy, k)
+    block_out, block_in = _blocks(dy, k, activation, dropout)
     block_t, block_k = edge(dy), min(32, unit_block(k, h))
     out_tiles, in_tiles = triton.cdiv(n_out, block_out), triton.cdiv(n_in, block_in)
     # Enough programs for a large card, but at least 512 tokens for each.
@@ -76,18 +74,20 @@ def contract(dy, x, h, b, seed, scale, activation, dropout, stream, need_h: bool
     dh = torch.empty((splits * out_tiles, n_in, k), dtype=torch.float32, device=dy.device) if need_h else None
     db = torch.empty((splits * in_tiles, n_out, k), dtype=torch.float32, device=dy.device) if need_b else None
     _contract[(out_tiles * in_tiles, splits)](
-        dy, x, b.contiguous(), h.contiguous(), seed, dh, db, t, bucket(t), tokens_per_split, n_out, n_in, k,
+        dy, x, b.contiguous(), h.contiguous(), seed, dh, db, t, tokens_per_split, n_out, n_in, k,
         *dy.stride(), *x.stride(), *dropout_arguments(dropout), stream, scale,
         ACTIVATION=activation, DROPOUT=dropout > 0, NEED_H=need_h, NEED_B=need_b,
         PRECISION=precision(h), SLICES=slices(k), BLOCK_K=block_k, CHUNKS=triton.cdiv(k, block_k),
         BLOCK_OUT=block_out, BLOCK_IN=block_in, BLOCK_T=block_t, num_warps=8,
+        num_stages=stages(dy, 4, (block_out + block_in) * block_t),
     )  # fmt: skip
     return dh.sum(0).to(h.dtype) if need_h else None, db.sum(0).to(b.dtype) if need_b else None
 
 
-def _blocks(tokens: Tensor, k: int) -> tuple[int, int]:
-    """Edges of a tile of G. A larger one reads less, but an epilogue with many units leaves no registers for it."""
+def _blocks(tokens: Tensor, k: int, activation: str, dropout: float) -> tuple[int, int]:
+    """Edges of a tile of G. The larger, the less is read; but the epilogue must find registers, or it spills."""
     small = edge(tokens)
     if tokens.dtype.itemsize == 4 or tokens.shape[0] < 128 or k > 128:
         return small, small
-    return 128, 128 if k <= 32 or (k <= 48 and k % 16 == 0) else small
+    light = k <= 48 and k % 16 == 0 and (dropout == 0 or activation in ("identity", "relu", "leaky_relu"))
+    return 128, 128 if light else small

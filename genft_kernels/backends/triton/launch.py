@@ -1,4 +1,6 @@
-"""Small decisions that every Triton launch makes: padding, precision, seeds."""
+"""Small decisions that every Triton launch makes: blocks, depth, precision, seeds."""
+
+import functools
 
 import torch
 import triton
@@ -17,11 +19,6 @@ def unit_block(k: int, tensor: Tensor) -> int:
     return min(edge(tensor), max(SLICE, triton.next_power_of_2(k)))
 
 
-def matrix_block(tokens: Tensor) -> int:
-    """Edge of an output tile of a big product: 128 for many 16-bit tokens, else that of any tile."""
-    return 128 if tokens.dtype.itemsize == 2 and tokens.shape[0] >= 128 else edge(tokens)
-
-
 def slices(k: int) -> int:
     """The number of 16-wide slices that cover k."""
     return triton.cdiv(k, SLICE)
@@ -30,6 +27,26 @@ def slices(k: int) -> int:
 def precision(tensor: Tensor) -> str:
     """float32 products are exact, never tf32; 16-bit ones accumulate in float32 anyway."""
     return "ieee" if tensor.dtype == torch.float32 else "tf32"
+
+
+def stages(tensor: Tensor, deepest: int, stage_elements: int) -> int:
+    """Depth of a software pipeline whose stages hold `stage_elements` each: the deepest that fits on the card.
+
+    The deepest were the fastest on an H200, by a factor of two over two stages (docs/backends.md#measured). In float32,
+    whose products run without matrix instructions, a deeper pipeline only spills.
+    """
+    if tensor.dtype.itemsize == 4:
+        return min(3, deepest)
+    return max(2, min(deepest, shared_memory(tensor.device) // (stage_elements * tensor.dtype.itemsize)))
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have; where none are (compiling ahead of time), those of sm_80."""
+    if device.type != "cuda":
+        return 163 << 10
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
 
 
 def dropout_arguments(dropout: float) -> tuple[int, float]:

@@ -11,9 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import precision, unit_block
+from .launch import precision, stages, unit_block
 from .math import activate, activation_slope, add_product, thin_rows
-from .tuned import bucket, tuned
 
 
 @triton.jit
@@ -25,10 +24,9 @@ def _matrix_of_layer(first, offsets, layer, DIVISIBILITY: tl.constexpr):
         return first + tl.multiple_of(tl.load(offsets + layer), DIVISIBILITY)
 
 
-@tuned("bucket", "n", "k", "stride_n", "ACTIVATION")
-@triton.jit(do_not_specialize=["bucket"])
+@triton.jit
 def _thin_product(
-    first, offsets, thins, bias, outs, pres, m, bucket, n, k, stride_m, stride_n, stride_tl, stride_tk, stride_tn,
+    first, offsets, thins, bias, outs, pres, m, n, k, stride_m, stride_n, stride_tl, stride_tk, stride_tn,
     DIVISIBILITY: tl.constexpr,
     ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -61,10 +59,9 @@ def _thin_product(
     tl.store(outs + at, activate(z, ACTIVATION).to(outs.dtype.element_ty), mask=mask)
 
 
-@tuned("bucket", "n", "k", "stride_n", "ACTIVATION")
-@triton.jit(do_not_specialize=["bucket"])
+@triton.jit
 def _thin_transposed(
-    grads, pres, first, offsets, outs, m, bucket, n, k, stride_m, stride_n, rows_per_split, splits,
+    grads, pres, first, offsets, outs, m, n, k, stride_m, stride_n, rows_per_split, splits,
     DIVISIBILITY: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -106,9 +103,9 @@ def thin_product(
         block_k = unit_block(k, thin)
         offsets, divisibility = _offsets(matrices)
         _thin_product[(triton.cdiv(m, 64), triton.cdiv(k, block_k), layers)](
-            matrices[0], offsets, thin, bias, out, pre, m, bucket(m), n, k, *matrices[0].stride(), *thin.stride(),
+            matrices[0], offsets, thin, bias, out, pre, m, n, k, *matrices[0].stride(), *thin.stride(),
             DIVISIBILITY=divisibility, ACTIVATION=activation, HAS_BIAS=bias is not None, PRECISION=precision(thin),
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=block_k, num_warps=8,
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=block_k, num_warps=8, num_stages=stages(thin, 5, 64 * (64 + block_k)),
         )  # fmt: skip
     return out, pre
 
@@ -127,9 +124,9 @@ def thin_transposed(grad: Tensor, matrices: list[Tensor], pre: Tensor | None, ac
     out = torch.empty((layers, splits, k, n), dtype=dtype, device=grad.device)
     offsets, divisibility = _offsets(matrices)
     _thin_transposed[(*grid, layers * splits)](
-        grad.contiguous(), pre, matrices[0], offsets, out, m, bucket(m), n, k, *matrices[0].stride(), rows, splits,
+        grad.contiguous(), pre, matrices[0], offsets, out, m, n, k, *matrices[0].stride(), rows, splits,
         DIVISIBILITY=divisibility, ACTIVATION=activation, PRECISION=precision(grad),
-        BLOCK_M=64, BLOCK_N=64, BLOCK_K=block_k, num_warps=8,
+        BLOCK_M=64, BLOCK_N=64, BLOCK_K=block_k, num_warps=8, num_stages=stages(grad, 4, 64 * (64 + block_k)),
     )  # fmt: skip
     return out[:, 0] if splits == 1 else out.sum(1).to(grad.dtype)
 
