@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -91,7 +91,7 @@ def hidden_from_selective_checkpointing() -> Iterator[None]:
             _push(reversed(removed))
 
 
-def _mode_stack() -> list:
+def _mode_stack() -> list[Any]:
     return _private("torch.utils._python_dispatch", "_get_current_dispatch_mode_stack")()
 
 
@@ -100,6 +100,6 @@ def _selective_modes() -> tuple[type, ...]:
     return tuple(_private("torch.utils.checkpoint", name) for name in names)
 
 
-def _push(modes) -> None:
+def _push(modes: Iterable[object]) -> None:
     for mode in modes:
         _private("torch.utils._python_dispatch", "_push_mode")(mode)

@@ -9,6 +9,7 @@ import numbers
 import sys
 import warnings
 from collections.abc import Iterator
+from typing import TypeGuard
 
 _SHOWN = 80  # characters of a value in a message
 _about = contextvars.ContextVar("_about", default="")
@@ -45,12 +46,12 @@ def shown(value: object) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
-def is_integer(value: object) -> bool:
+def is_integer(value: object) -> TypeGuard[int]:
     """Whether it is an integer, Python's or as good as one; no bool."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def is_finite(value: object) -> bool:
+def is_finite(value: object) -> TypeGuard[float]:
     """Whether it is a finite number, a Python one or as good as one; no tensor, no bool."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return False

@@ -6,7 +6,7 @@ cannot be known beforehand, so the first forward is watched; later ones are not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -19,12 +19,14 @@ _NAMED = 3  # in a warning
 class FirstForward:
     """Watches until the model's forward has run once outside of `torch.compile`; then it is gone."""
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], warn_of_ties) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Mapping[str, nn.Module], warn_of_ties: Callable[[nn.Module], None]
+    ) -> None:
         self._waiting = {name: layer.register_forward_pre_hook(_Note(self, name)) for name, layer in layers.items()}
         self._handle = model.register_forward_hook(self)
         self._warn_of_ties = warn_of_ties
 
-    def __call__(self, model: nn.Module, args, output) -> None:
+    def __call__(self, model: nn.Module, args: object, output: object) -> None:
         """The model's forward has run."""
         if torch.compiler.is_compiling():
             return
@@ -55,7 +57,7 @@ class _Note:
     def __init__(self, watch: FirstForward, name: str) -> None:
         self._watch, self._name = watch, name
 
-    def __call__(self, layer: nn.Module, args) -> None:
+    def __call__(self, layer: nn.Module, args: object) -> None:
         if not torch.compiler.is_compiling():
             self._watch.note(self._name)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -82,7 +83,7 @@ class GenFTGenerator(nn.Module):
         """The shared tensors by name. A call rather than attributes, so that hooks run: pruning's, offloading's."""
         return {name: getattr(self, name) for name in self.tensor_names}
 
-    def __setattr__(self, name, value) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if isinstance(value, torch.Tensor):  # FSDP shards so, and in a forward the parameters are plain ones
             self.__dict__["sharded"] = self.sharded or is_tensor_subclass(value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -11,7 +13,7 @@ MARK = "merged"
 class MarksMerged(nn.Module):
     """A layer with `merged`, whose state dict says so, and which takes in no state that would add its update twice."""
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:
             destination[prefix + MARK] = torch.tensor(True)

@@ -28,7 +28,7 @@ def trained_copies(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Modul
             warn(f"modules_to_save: {path}.{name} is of type {kind}, and only tensors can be saved by save_adapter")
     for name, other in _ties(model, originals).items():
         warn(f"modules_to_save: {name!r} is tied to {other!r}, and its trained copy is not: they go separate ways")
-    memo = {}
+    memo: dict[int, object] = {}
     return {path: copy.deepcopy(original, memo).requires_grad_(True) for path, original in originals.items()}
 
 
@@ -60,8 +60,8 @@ def beside(original: nn.Module, trained: nn.Module) -> nn.Module:
     for tensors in (nn.Module.parameters, nn.Module.buffers):
         for mine, theirs in zip(tensors(original), tensors(trained), strict=True):
             mine.data = mine.data.to(theirs)
-    for mine, theirs in zip(original.modules(), trained.modules(), strict=True):
-        mine.training = theirs.training
+    for module, copied in zip(original.modules(), trained.modules(), strict=True):
+        module.training = copied.training
     return original
 
 
@@ -92,7 +92,7 @@ class _TieTheRest:
     def __init__(self, owner: nn.Module, root: nn.Module, paths: tuple[str, ...]) -> None:
         self.owner, self.root, self.paths = owner, root, paths
 
-    def __call__(self, *args, **options):
+    def __call__(self, *args: object, **options: object) -> object:
         trained = [
             (module, name, parameter)
             for path in self.paths
@@ -107,7 +107,8 @@ class _TieTheRest:
 
 def _ties(model: nn.Module, saved: Mapping[str, nn.Module]) -> dict[str, str]:
     """Parameters within the saved modules that the model also has elsewhere, by name."""
-    elsewhere, within = {}, []
+    elsewhere: dict[nn.Parameter, str] = {}
+    within = []
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if any(path in saved for path in upwards(name)):
             within.append((name, parameter))

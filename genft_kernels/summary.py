@@ -7,7 +7,7 @@ from torch import nn
 from .adapt import GENERATORS, adapter_state, layers_of_an_adapted_model, warn_if_tied_again
 
 
-class TrainableSummary(dict):
+class TrainableSummary(dict[str, int]):
     """Numbers of parameters: "generators", "specific", "modules_to_save", "other", "trainable" and "total"."""
 
     def __str__(self) -> str:
@@ -27,7 +27,8 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
     layers = tuple(name + "." for name in layers_of_an_adapted_model(model))
     saved = tuple(name + "." for name in adapter_state(model).saved_modules)
     warn_if_tied_again(model)
-    summary = TrainableSummary.fromkeys(("generators", "specific", "modules_to_save", "other", "trainable", "total"), 0)
+    parts = ("generators", "specific", "modules_to_save", "other", "trainable", "total")
+    summary = TrainableSummary(dict.fromkeys(parts, 0))
     for name, parameter in model.named_parameters():
         summary["total"] += parameter.numel()
         if not parameter.requires_grad:

@@ -23,7 +23,7 @@ class Source(NamedTuple):
     obstacle: str | None  # what the layer knows against sharing
 
     @property
-    def cell(self) -> tuple:
+    def cell(self) -> tuple[object, ...]:
         """What layers must agree in to be generated together.
 
         In what trains, too: a factor has a gradient here if it has one in a generation of the layer alone, as the
