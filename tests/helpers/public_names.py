@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -22,6 +23,7 @@ from torch import nn
 import genft_kernels
 from genft_kernels import GenFTConfig, apply_genft, save_adapter
 from genft_kernels.config import PRESETS
+from genft_kernels.integrations.peft import PeftGenFTConfig
 from tests.helpers.tiny_models import Encoder, FusedEncoder, GroupedQueryBlock
 
 SNAPSHOT = Path(__file__).parents[1] / "packaging" / "public_names.json"
@@ -60,6 +62,7 @@ def snapshot() -> dict[str, Any]:
     """All of it, as the snapshot's file holds it. Tensors have shared_dim 2, specific_dim 1 and models of width 8."""
     return {
         "modules": {name: _names_of(name) for name in (*MODULES, "genft_kernels.backends")},
+        "PeftGenFTConfig": _own_fields(PeftGenFTConfig),
         "presets": {name: _overrides(name) for name in PRESETS},
         "adapter_config.json": _description(),
         "adapter_model.safetensors": {title: _tensors(*made) for title, made in ADAPTERS.items()},
@@ -115,6 +118,12 @@ def _text(value: Any) -> str | list[str]:
 def _unquoted(text: str) -> str:
     """Annotations without the quotes that they have while they are not evaluated."""
     return re.sub(r"(: |-> )'([^']*)'", r"\1\2", re.sub(r"ForwardRef\(('[^']*')\)", r"\1", text))
+
+
+def _own_fields(config: type) -> dict[str, str]:
+    """Those of a dataclass but its bases', with their defaults: PEFT's own differ from version to version."""
+    own = vars(config)["__annotations__"]
+    return {field.name: repr(field.default) for field in dataclasses.fields(config) if field.name in own}
 
 
 def _overrides(preset: str) -> dict[str, Any]:
