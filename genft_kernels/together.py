@@ -49,7 +49,10 @@ def updated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequ
                 f"and {list(update.blocks[1])} of {update.blocks[0]}"
             )
     dtype = compute_dtype(x)
-    backend = backends.choose(updates[0].backend, x.device, dtype)
+    tiled = any(
+        not is_factored(each.config.outer_activation, each.config.dropout if each.training else 0.0) for each in updates
+    )
+    backend = backends.choose(updates[0].backend, x.device, dtype, tiled)
     check_transforms(backend)
     generated = [_generated(update, x, dtype, backend) for update in updates]
     if count == 1:
