@@ -183,10 +183,12 @@ class Machine(stateful.RuleBasedStateMachine):
         checkpointing=st.sampled_from(sorted(CHECKPOINTS)),
         autocast=st.sampled_from([False, False, True]),
         zero=st.sampled_from([True, True, False]),
+        times=st.sampled_from([1, 1, 2]),
         optimizer=st.sampled_from([None, *OPTIMIZERS]),
     )
-    def train(self, together, count, first_without, checkpointing, autocast, zero, optimizer):
-        """`count` micro-batches, in `accumulate` or not, and a step."""
+    def train(self, together, count, first_without, checkpointing, autocast, zero, times, optimizer):
+        """`count` micro-batches, in `accumulate` or not, each backward so many `times`, and a step."""
+        times = 1 if checkpointing == "selective" else times  # what it saves it gives only once
         self.model.train()
         self.model.checkpointing = checkpointing
         if zero:
@@ -204,7 +206,9 @@ class Machine(stateful.RuleBasedStateMachine):
             for x in inputs:
                 with autocasting:
                     y = self.model(x)
-                y.double().square().sum().backward()
+                loss = y.double().square().sum()
+                for repetition in range(times, 0, -1):
+                    loss.backward(retain_graph=repetition > 1)
                 seen.append((y, x.grad))
         self.model.checkpointing = "none"
         missing = [n for n, p in self.trained().items() if p.grad is None or not p.grad.isfinite().all()]
@@ -213,7 +217,7 @@ class Machine(stateful.RuleBasedStateMachine):
             oracle = Oracle(self.model, self.frozen)
             wide = [x.detach().double().requires_grad_() for x in inputs]
             answers = [oracle.output(x) for x in wide]
-            of_parameters, of_inputs = oracle.backward(sum(y.square().sum() for y in answers), wide)
+            of_parameters, of_inputs = oracle.backward(sum(times * y.square().sum() for y in answers), wide)
             for (y, _), answer in zip(seen, answers, strict=True):
                 self.assert_close(y, answer, "training output", autocast)
             if self.gradients_follow(autocast):
