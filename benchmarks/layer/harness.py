@@ -10,12 +10,14 @@ from benchmarks.layer.problem import Problem
 from benchmarks.layer.providers import BASELINE, FLOORS, Provider
 from benchmarks.measure import memory, timing
 from benchmarks.measure.environment import environment
-from benchmarks.measure.gate import SMALL_RATIO, Expected, delta_gain, refusal
+from benchmarks.measure.gate import Expected, refusal
 from benchmarks.measure.rows import ResultStore, Row
 from benchmarks.measure.workload import Workload
 
 # What a row of the suite "layer" is told apart by.
 KEY = ("layer", "in", "out", "tokens", "dtype", "k", "form", "provider")
+# ||dW|| / ||W|| where delta gain is measured (docs/method.md#precision).
+SMALL_RATIO = 1e-3
 # (p20, p50, p80) by direction.
 Times = dict[str, tuple[float, float, float]]
 
@@ -100,8 +102,26 @@ def _gated(provider: Provider, problem: Problem, expected: dict[tuple, Expected]
     truth = expected[workload.same_as]
     truth.check(workload, problem.case.dtype)
     small = problem.with_ratio(SMALL_RATIO)
-    gain = delta_gain(provider.build(small), truth, problem, small) if provider.updates else None
+    gain = _delta_gain(provider.build(small), truth, problem, small) if provider.updates else None
     return _Passed(provider, workload, gain, memory.workload_kept_bytes(workload))
+
+
+def _delta_gain(workload: Workload, expected: Expected, problem: Problem, small: Problem) -> tuple[float, float]:
+    """Of y and dx: <y - y0, d> / <d, d>, d the update's exact contribution, y0 the exact output without it.
+
+    `workload` is built on `small`, `expected` on `problem`; they differ in sigma alone, and d is linear in sigma.
+    """
+    results = workload.results()
+    x, weight = problem.x.detach().double(), problem.weight.double()
+    if "y" not in results:  # several projections of one x: their dx is a sum
+        weight = weight * len([name for name in results if name.startswith("y")])
+    without = {"y": x @ problem.weight.double().T, "dx": problem.dy.double() @ weight}
+    first = "y" if "y" in results else "y0"
+    gains = []
+    for key, name in (("y", first), ("dx", "dx")):
+        update = (expected.exact[name] - without[key]) * small.ratio / problem.ratio
+        gains.append((((results[name].double() - without[key]) * update).sum() / update.square().sum()).item())
+    return tuple(gains)
 
 
 def _of_samples(samples: dict[str, list[timing.Sample]], name: str) -> tuple[Times, Times]:

@@ -1,4 +1,4 @@
-"""The gate before every timing: outputs and all gradients against float64, and whether a small update is seen.
+"""The gate before every timing: outputs and all gradients against float64.
 
 A provider may be off by at most twice what plain PyTorch is off by at that dtype, for each tensor by itself.
 """
@@ -8,11 +8,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from benchmarks.layer.problem import Problem
 from benchmarks.measure.workload import Workload, named
-
-# ||dW|| / ||W|| where delta gain is measured (docs/method.md#precision).
-SMALL_RATIO = 1e-3
 
 
 class WrongResult(Exception):
@@ -59,31 +55,10 @@ class Expected:
                 raise WrongResult(f"{name} is off by {error:.2g} of its norm; twice plain PyTorch is {allowed:.2g}")
 
 
-def delta_gain(workload: Workload, expected: Expected, problem: Problem, small: Problem) -> tuple[float, float]:
-    """Of y and dx: <y - y0, d> / <d, d>, d the update's exact contribution, y0 the exact output without it.
-
-    `workload` is built on `small`, `expected` on `problem`; they differ in sigma alone, and d is linear in sigma.
-    """
-    results = workload.results()
-    x, weight = problem.x.detach().double(), problem.weight.double()
-    if "y" not in results:  # several projections of one x: their dx is a sum
-        weight = weight * len([name for name in results if name.startswith("y")])
-    without = {"y": x @ problem.weight.double().T, "dx": problem.dy.double() @ weight}
-    first = "y" if "y" in results else "y0"
-    return tuple(
-        _gain(results[name].double(), without[key], (expected.exact[name] - without[key]) * small.ratio / problem.ratio)
-        for key, name in (("y", first), ("dx", "dx"))
-    )
-
-
 def relative_error(actual: Tensor, exact: Tensor) -> float:
     """Norm of the difference over the norm of `exact`, in float64."""
     difference = (actual.double() - exact.double()).norm().item()
     return difference / max(exact.double().norm().item(), 1e-300)
-
-
-def _gain(actual: Tensor, without: Tensor, update: Tensor) -> float:
-    return ((actual - without) * update).sum().item() / update.square().sum().item()
 
 
 def _evaluate(workload: Workload, dtype: torch.dtype) -> dict[str, Tensor]:
