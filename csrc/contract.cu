@@ -5,17 +5,15 @@
 namespace genft {
 namespace {
 
-constexpr int kThreads = Warps<kEdge>::kThreads;
-
 // A block has kSide x kSide tiles of G, which share what they read.
 template <class T, int kSide>
 struct ContractShared {
     union {
         Operand<T> operand[2][2 * kSide];  // two buffers of slices of dy, then of x
-        Stage<> stage[2];                  // 0 leaves operand[1] alone
+        Stage stage[2];                  // 0 leaves operand[1] alone
     };
     Operand<T> p;
-    static_assert(sizeof(Stage<>) <= sizeof(Operand<T>[2]));
+    static_assert(sizeof(Stage) <= sizeof(Operand<T>[2]));
 };
 
 // Partial sums, added up afterwards in a fixed order: dbs [in tile, out, k], dhs [out tile, in, k].
@@ -29,14 +27,14 @@ __global__ void __launch_bounds__(kThreads)
     const int n_out = b.rows, n_in = h.rows, k = b.columns;
     const uint64_t key = dropout.key();
 
-    Accumulator<> g[kSide * kSide];  // [out, in] each
+    Accumulator g[kSide * kSide];  // [out, in] each
     pipelined(
         ceil_divide(dy.rows, kDepth),
         [&](int step, int buffer) {
             for (int i = 0; i < kSide; ++i) {
                 const int row = (out_tile + i) * kEdge, column = (in_tile + i) * kEdge;
-                load_operand<true, kEdge, kThreads>(operand[buffer][i], dy, row, step * kDepth);
-                load_operand<true, kEdge, kThreads>(operand[buffer][kSide + i], x, column, step * kDepth);
+                load_operand<true>(operand[buffer][i], dy, row, step * kDepth);
+                load_operand<true>(operand[buffer][kSide + i], x, column, step * kDepth);
             }
         },
         [&](int buffer) {
@@ -54,7 +52,7 @@ __global__ void __launch_bounds__(kThreads)
         for (int i = 0; i < kSide * kSide; ++i) {  // a constant index, or g would leave the registers
             if (i == tile) g[i].store(shared.stage[0]);
         }
-        Accumulator<> s;
+        Accumulator s;
         rank_k(s, operand[1], b, h, row, column);
         __syncthreads();  // the factors' room is free
         s.store(shared.stage[1]);
@@ -69,13 +67,13 @@ __global__ void __launch_bounds__(kThreads)
         });
         for (int unit = 0; unit < k; unit += kEdge) {
             __syncthreads();  // P is there, all else is free
-            load_operand<true, kEdge, kThreads>(operand[0][0], h, unit, column);
-            load_operand<true, kEdge, kThreads>(operand[0][1], b, unit, row);
+            load_operand<true>(operand[0][0], h, unit, column);
+            load_operand<true>(operand[0][1], b, unit, row);
             commit_copies();
             wait_for_copies<0>();
             __syncthreads();  // h and b are there
             if (dbs != nullptr) {
-                Accumulator<> db;  // [out, unit]
+                Accumulator db;  // [out, unit]
                 multiply<false, true>(db, shared.p, operand[0][0], kDepth, k - unit);
                 db.for_each([&](int r, int c, float element) {
                     if (row + r >= n_out || unit + c >= k) return;
@@ -83,7 +81,7 @@ __global__ void __launch_bounds__(kThreads)
                 });
             }
             if (dhs != nullptr) {
-                Accumulator<> dh;  // [in, unit]
+                Accumulator dh;  // [in, unit]
                 multiply<true, true>(dh, shared.p, operand[0][1], kDepth, k - unit);
                 dh.for_each([&](int r, int c, float element) {
                     if (column + r >= n_in || unit + c >= k) return;

@@ -4,12 +4,10 @@
 namespace genft {
 namespace {
 
-constexpr int kThreads = Warps<kEdge>::kThreads;
-
 template <class T>
 struct FoldShared {
     Operand<T> factor[2], weight;
-    Stage<> stage;
+    Stage stage;
 };
 
 // A block has one tile [out, in] of W. It lies in shared memory as W does in memory, and so does `out`.
@@ -22,8 +20,8 @@ __global__ void __launch_bounds__(kThreads)
     const int first = transposed ? column : row, second = transposed ? row : column;  // in W's memory
     const uint64_t key = dropout.key();
 
-    load_tile<kEdge, kEdge, kThreads>(shared.weight.value, weight, first, second);
-    Accumulator<> s;
+    load_tile<kEdge, kEdge>(shared.weight.value, weight, first, second);
+    Accumulator s;
     rank_k(s, shared.factor, b, h, row, column);
     s.store(shared.stage);
     __syncthreads();  // W and s are there
@@ -38,7 +36,7 @@ __global__ void __launch_bounds__(kThreads)
         }
     });
     __syncthreads();  // the folded tile is there
-    store_tile<kThreads>(out, weight.rows, weight.columns, shared.weight.value, first, second);
+    store_tile(out, weight.rows, weight.columns, shared.weight.value, first, second);
 }
 
 }  // namespace

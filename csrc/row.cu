@@ -6,7 +6,6 @@
 namespace genft {
 namespace {
 
-constexpr int kThreads = Warps<kEdge>::kThreads;
 static_assert(kEdge == kDepth, "a tile of the update is a slice of the products that follow");
 
 template <class T>
@@ -25,7 +24,7 @@ template <class T>
 struct RowShared {
     Operand<T> operand[2];
     union {
-        Stage<> stage[2];
+        Stage stage[2];
         Operand<T> late[2];  // once the stages' values are used up
     };
 };
@@ -39,13 +38,13 @@ __global__ void __launch_bounds__(kThreads)
     const int column = blockIdx.x * kEdge, unit = blockIdx.y * kEdge, layer = blockIdx.z;
     const uint64_t key = given.dropout.key(layer);
 
-    Accumulator<> z;  // [in, unit]
+    Accumulator z;  // [in, unit]
     for (int row = 0; row < n_out; row += kEdge) {
-        Accumulator<> s;  // [out, in]
+        Accumulator s;  // [out, in]
         rank_k(s, shared.operand, given.left(layer), given.right(layer), row, column);
         s.store(shared.stage[0]);
         __syncthreads();  // s is there, the operands are free
-        load_operand<false, kEdge, kThreads>(shared.operand[1], given.down(layer), unit, row);
+        load_operand<false>(shared.operand[1], given.down(layer), unit, row);
         for_each_four([&](int r, int c) {
             const Four keep = keep_factors(given.dropout, key, column + c, row + r, n_out);
             for (int e = 0; e < 4; ++e) {
@@ -62,7 +61,7 @@ __global__ void __launch_bounds__(kThreads)
 
     z.store(shared.stage[0]);
     __syncthreads();
-    for_each_element<kEdge>([&](int r, int c) {
+    for_each_element([&](int r, int c) {
         if (column + r >= n_in || unit + c >= k) return;
         const int64_t at = (static_cast<int64_t>(layer) * n_in + column + r) * k + unit + c;
         float argument = shared.stage[0].at(r, c);
@@ -81,7 +80,7 @@ __global__ void __launch_bounds__(kThreads)
 template <class T>
 __device__ __forceinline__ void row_tiles(RowShared<T>& shared, const Row<T>& given, uint64_t key, int layer, int row,
                                           int column) {
-    Accumulator<> s, dy;
+    Accumulator s, dy;
     rank_k(s, shared.operand, given.left(layer), given.right(layer), row, column);
     s.store(shared.stage[0]);
     __syncthreads();  // the operands are free
@@ -108,11 +107,11 @@ __global__ void __launch_bounds__(kThreads) row_backward_out_kernel(Row<T> given
     const int row = blockIdx.x * kEdge, unit = blockIdx.y * kEdge, layer = blockIdx.z;
     const uint64_t key = given.dropout.key(layer);
 
-    Accumulator<> dleft, ddown;  // [out, unit]
+    Accumulator dleft, ddown;  // [out, unit]
     for (int column = 0; column < n_in; column += kEdge) {
         row_tiles(shared, given, key, layer, row, column);
-        load_operand<true, kEdge, kThreads>(shared.late[0], given.right(layer), unit, column);
-        load_operand<true, kEdge, kThreads>(shared.late[1], given.dz(layer), unit, column);
+        load_operand<true>(shared.late[0], given.right(layer), unit, column);
+        load_operand<true>(shared.late[1], given.dz(layer), unit, column);
         commit_copies();
         wait_for_copies<0>();
         __syncthreads();  // right and dZ are there
@@ -125,14 +124,14 @@ __global__ void __launch_bounds__(kThreads) row_backward_out_kernel(Row<T> given
     ddown.store(shared.stage[1]);
     __syncthreads();
     if (dlefts != nullptr) {
-        for_each_element<kEdge>([&](int r, int c) {
+        for_each_element([&](int r, int c) {
             if (row + r >= n_out || unit + c >= k1) return;
             const int64_t at = (static_cast<int64_t>(layer) * n_out + row + r) * k1 + unit + c;
             write(dlefts + at, T(shared.stage[0].at(r, c)));
         });
     }
     if (ddowns != nullptr) {
-        for_each_element<kEdge>([&](int c, int r) {
+        for_each_element([&](int c, int r) {
             if (row + r >= n_out || unit + c >= k) return;
             const int64_t at = (static_cast<int64_t>(layer) * k + unit + c) * n_out + row + r;
             write(ddowns + at, T(shared.stage[1].at(r, c)));
@@ -148,10 +147,10 @@ __global__ void __launch_bounds__(kThreads) row_backward_in_kernel(Row<T> given,
     const int column = blockIdx.x * kEdge, unit = blockIdx.y * kEdge, layer = blockIdx.z;
     const uint64_t key = given.dropout.key(layer);
 
-    Accumulator<> dright;  // [in, unit]
+    Accumulator dright;  // [in, unit]
     for (int row = 0; row < n_out; row += kEdge) {
         row_tiles(shared, given, key, layer, row, column);
-        load_operand<true, kEdge, kThreads>(shared.late[0], given.left(layer), unit, row);
+        load_operand<true>(shared.late[0], given.left(layer), unit, row);
         commit_copies();
         wait_for_copies<0>();
         __syncthreads();  // left is there
@@ -161,7 +160,7 @@ __global__ void __launch_bounds__(kThreads) row_backward_in_kernel(Row<T> given,
 
     dright.store(shared.stage[0]);
     __syncthreads();
-    for_each_element<kEdge>([&](int r, int c) {
+    for_each_element([&](int r, int c) {
         if (column + r >= n_in || unit + c >= k1) return;
         const int64_t at = (static_cast<int64_t>(layer) * n_in + column + r) * k1 + unit + c;
         write(drights + at, T(shared.stage[0].at(r, c)));

@@ -20,22 +20,21 @@ MatrixList list_of(const void* const* matrices, int layers) {
 
 // out [m, k] = activation(matrix [m, n] thin[k, n]^T + bias), and pre what the activation is applied to.
 template <bool kTransposed, class T>
-__global__ void __launch_bounds__(Warps<kEdge>::kThreads)
+__global__ void __launch_bounds__(kThreads)
     thin_product_kernel(const __grid_constant__ MatrixList matrices, int64_t stride, const T* thins, const T* bias,
                         T* outs, T* pres, int m, int n, int k, int activation) {
-    constexpr int kThreads = Warps<kEdge>::kThreads;
     auto& shared = shared_memory<Buffers<T>>();
     const int row = blockIdx.x * kEdge, unit = blockIdx.y * kEdge, layer = blockIdx.z;
     const auto* data = static_cast<const T*>(matrices.data[layer]);
     const Matrix<T> matrix = {data, stride, kTransposed ? n : m, kTransposed ? m : n};
     const Matrix<T> thin = of_stack(thins, layer, k, n);
 
-    Accumulator<> z;
+    Accumulator z;
     pipelined(
         ceil_divide(n, kDepth),
         [&](int step, int buffer) {
-            load_operand<kTransposed, kEdge, kThreads>(shared.operand[buffer][0], matrix, row, step * kDepth);
-            load_operand<false, kEdge, kThreads>(shared.operand[buffer][1], thin, unit, step * kDepth);
+            load_operand<kTransposed>(shared.operand[buffer][0], matrix, row, step * kDepth);
+            load_operand<false>(shared.operand[buffer][1], thin, unit, step * kDepth);
         },
         [&](int buffer) {
             multiply<kTransposed, false>(z, shared.operand[buffer][0], shared.operand[buffer][1], kDepth, k - unit);
@@ -43,7 +42,7 @@ __global__ void __launch_bounds__(Warps<kEdge>::kThreads)
 
     z.store(shared.stage);
     __syncthreads();
-    for_each_element<kEdge>([&](int r, int c) {
+    for_each_element([&](int r, int c) {
         if (row + r >= m || unit + c >= k) return;
         const int64_t at = (static_cast<int64_t>(layer) * m + row + r) * k + unit + c;
         float argument = shared.stage.at(r, c);
@@ -59,10 +58,9 @@ __global__ void __launch_bounds__(Warps<kEdge>::kThreads)
 
 // out [layer, split, k, n] = thin[m, k]^T matrix [m, n] over the split's rows.
 template <bool kTransposed, class T>
-__global__ void __launch_bounds__(Warps<kEdge>::kThreads)
+__global__ void __launch_bounds__(kThreads)
     thin_transposed_kernel(const __grid_constant__ MatrixList matrices, int64_t stride, const T* thins, float* outs,
                            int m, int n, int k, int rows_per_split, int splits) {
-    constexpr int kThreads = Warps<kEdge>::kThreads;
     auto& shared = shared_memory<Buffers<T>>();
     const int column = blockIdx.x * kEdge, unit = blockIdx.y * kEdge;
     const int layer = blockIdx.z / splits, first = blockIdx.z % splits * rows_per_split;
@@ -70,13 +68,13 @@ __global__ void __launch_bounds__(Warps<kEdge>::kThreads)
     const Matrix<T> matrix = {data, stride, kTransposed ? n : m, kTransposed ? m : n};
     const Matrix<T> thin = of_stack(thins, layer, m, k);
 
-    Accumulator<> total;  // [unit, column]
+    Accumulator total;  // [unit, column]
     pipelined(
         ceil_divide(min(rows_per_split, m - first), kDepth),
         [&](int step, int buffer) {
             const int depth = first + step * kDepth;
-            load_operand<true, kEdge, kThreads>(shared.operand[buffer][0], thin, unit, depth);
-            load_operand<!kTransposed, kEdge, kThreads>(shared.operand[buffer][1], matrix, column, depth);
+            load_operand<true>(shared.operand[buffer][0], thin, unit, depth);
+            load_operand<!kTransposed>(shared.operand[buffer][1], matrix, column, depth);
         },
         [&](int buffer) {
             multiply<true, !kTransposed>(total, shared.operand[buffer][0], shared.operand[buffer][1]);
@@ -84,7 +82,7 @@ __global__ void __launch_bounds__(Warps<kEdge>::kThreads)
 
     total.store(shared.stage);
     __syncthreads();
-    for_each_element<kEdge>([&](int r, int c) {
+    for_each_element([&](int r, int c) {
         if (unit + r >= k || column + c >= n) return;
         write(outs + (static_cast<int64_t>(blockIdx.z) * k + unit + r) * n + column + c, shared.stage.at(r, c));
     });
@@ -102,7 +100,7 @@ int thin_product(const void* const* matrices, int64_t stride, bool transposed, c
         for (int64_t first = 0; first < layers; first += kMaxLayers) {
             const int count = static_cast<int>(std::min<int64_t>(kMaxLayers, layers - first));
             const int code = launch<Buffers<T>>(
-                kernel, dim3(ceil_divide(m, kEdge), ceil_divide(k, kEdge), count), Warps<kEdge>::kThreads, stream,
+                kernel, dim3(ceil_divide(m, kEdge), ceil_divide(k, kEdge), count), kThreads, stream,
                 list_of(matrices + first, count), stride, static_cast<const T*>(thin) + first * k * n,
                 static_cast<const T*>(bias), static_cast<T*>(out) + first * m * k,
                 pre == nullptr ? nullptr : static_cast<T*>(pre) + first * m * k, m, n, k, activation);
@@ -121,7 +119,7 @@ int thin_transposed(const void* thin, const void* const* matrices, int64_t strid
         for (int64_t first = 0; first < layers; first += kMaxLayers) {
             const int count = static_cast<int>(std::min<int64_t>(kMaxLayers, layers - first));
             const int code = launch<Buffers<T>>(
-                kernel, dim3(ceil_divide(n, kEdge), ceil_divide(k, kEdge), count * splits), Warps<kEdge>::kThreads,
+                kernel, dim3(ceil_divide(n, kEdge), ceil_divide(k, kEdge), count * splits), kThreads,
                 stream, list_of(matrices + first, count), stride, static_cast<const T*>(thin) + first * m * k,
                 out + first * splits * k * n, m, n, k, rows_per_split, splits);
             if (code != cudaSuccess) return code;

@@ -87,7 +87,7 @@ __device__ __forceinline__ T round_stochastically(float exact, uint32_t word) {
 template <class F>
 __device__ __forceinline__ void for_each_four(F f) {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < kEdge / 4 * kEdge; i += Warps<kEdge>::kThreads) f(i / kEdge * 4, i % kEdge);
+    for (int i = threadIdx.x; i < kEdge / 4 * kEdge; i += kThreads) f(i / kEdge * 4, i % kEdge);
 }
 
 }  // namespace genft

@@ -112,7 +112,7 @@ EDGES = [
 ]
 WRONG = [
     planned("tile.cuh", "k rounded down", "ceil_divide(k - unit, kUnits) * kUnits", "(k - unit) / kUnits * kUnits"),
-    planned("tile.cuh", "hidden units cut", "first_column + n * 8 >= columns", "first_column + n * 8 >= columns - 8"),
+    planned("tile.cuh", "hidden units cut", "if (n * 8 >= columns)", "if (n * 8 >= columns - 8)"),
     planned(
         "tile.cuh", "next slice into the buffer in use", "load(step + 1, (step + 1) % 2)", "load(step + 1, step % 2)"
     ),
@@ -129,10 +129,10 @@ WRONG = [
         "matrix / 2 * 8, at = d + matrix % 2 * 8;",
         "matrix % 2 * 8, at = d + matrix / 2 * 8;",
     ),
-    planned("tile.cuh", "a: never transposed", "load_matrices<kATransposed>(left[m]", "load_matrices<false>(left[m]"),
+    planned("tile.cuh", "a: never transposed", "load_matrices<kATransposed>(left", "load_matrices<false>(left"),
     planned("tile.cuh", "b: never transposed", "load_matrices<kBTransposed>(right", "load_matrices<false>(right"),
-    planned("tile.cuh", "b: halves exchanged", "left[m], right[0], right[1]", "left[m], right[1], right[0]"),
-    planned("tile.cuh", "b: first columns twice", "left[m], right[2], right[3]", "left[m], right[0], right[1]"),
+    planned("tile.cuh", "b: halves exchanged", "left, right[0], right[1]", "left, right[1], right[0]"),
+    planned("tile.cuh", "b: first columns twice", "left, right[2], right[3]", "left, right[0], right[1]"),
     planned(
         "tile.cuh",
         "addresses in 32 bits",
@@ -140,7 +140,7 @@ WRONG = [
         "matrix.data + (row + r) * static_cast<int>(matrix.stride)",
     ),
     planned("tile.cuh", "float32: one row twice", "*a_at(row + i * 8, d)", "*a_at(row, d)"),
-    planned("tile.cuh", "warps on the same rows", "threadIdx.x / 32 / Warps<kTile>::kAcross * kRows * 16", "0 * kRows"),
+    planned("tile.cuh", "warps on the same rows", "threadIdx.x / 32 * 16", "0"),
     planned(
         "tile.cuh",
         "a stack's layer not found",
