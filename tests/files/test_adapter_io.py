@@ -227,7 +227,7 @@ def test_what_a_module_refuses_while_loading_changes_nothing(tmp_path):
     for fresh in (True, False):
         other = with_extra_state(torch.ones(2))
         if not fresh:
-            randomise(apply_genft(other, config(**HEAD)))
+            randomise(apply_genft(other, config(**HEAD)), 1.0)
         before = snapshot(other)
         with pytest.raises(RuntimeError, match="no such state"):
             load_adapter(other, tmp_path)
