@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default benchmarks/results")
     parser.add_argument("--root", type=Path, default=REPOSITORY, metavar="DIR", help="of README.md and docs/")
     compared = (
-        "two layer.jsonl: how well their ratios agree, for agreement.jsonl beside the first; 1 if not within 10 %"
+        "two layer.jsonl: how well their ratios agree, for agreement.jsonl beside the first; 1 if not within 10 %%"
     )
     parser.add_argument("--compare", nargs=2, type=Path, metavar="FILE", help=compared)
     options = parser.parse_args(argv)

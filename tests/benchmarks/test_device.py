@@ -1,5 +1,6 @@
 """The one call on a GPU machine: its order, limits and rows, with checks that need no GPU."""
 
+import importlib
 import sys
 import time
 import warnings
@@ -105,3 +106,13 @@ def test_without_a_gpu_it_says_so(tmp_path, capsys):
     assert "no CUDA device" in capsys.readouterr().err and not list(tmp_path.iterdir())
     assert device.main(["--list", "--only", "mem", "build"]) == 0
     assert capsys.readouterr().out.splitlines()[0].startswith("build: ")
+
+
+COMMANDS = ["device", *(f"{name}.__main__" for name in ("layer", "kernel", "step", "report", "finetune"))]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command_is_printed(name, capsys):
+    with pytest.raises(SystemExit, match="^0$"):
+        importlib.import_module(f"benchmarks.{name}").main(["--help"])
+    assert "usage: " in capsys.readouterr().out
