@@ -1,4 +1,4 @@
-"""GenFT as a tuner of PEFT: importing this module registers the PEFT type `GENFT`.
+"""GenFT as a tuner of PEFT, 0.21 or newer: importing this module registers the PEFT type `GENFT`.
 
 from peft import get_peft_model
 from genft_kernels.integrations.peft import PeftGenFTConfig
@@ -8,7 +8,12 @@ model = get_peft_model(model, PeftGenFTConfig(preset="fast", target_modules=["q_
 
 from __future__ import annotations
 
+import peft
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
+
+if not hasattr(BaseTuner, "_get_adapter_state_dict"):  # by which a tuner has a say in what is saved
+    raise ImportError(f"genft_kernels.integrations.peft needs peft 0.21 or newer: this is {peft.__version__}")
 
 from .config import PREFIX, PeftGenFTConfig
 from .layer import GenFTLayer
