@@ -48,7 +48,9 @@ class FirstForward:
 
     def note(self, name: str) -> None:
         """This layer has been called."""
-        self._waiting.pop(name).remove()
+        handle = self._waiting.pop(name, None)  # another thread may have been quicker
+        if handle is not None:
+            handle.remove()
 
 
 class _Note:

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -142,3 +143,21 @@ def test_compiled_parts_are_not_accused(whole):
         warnings.simplefilter("error", UserWarning)
         model(torch.zeros(2, DIM))
         model(torch.zeros(2, DIM))
+
+
+def test_threads_may_run_the_first_forward_together():
+    model = apply_genft(nn.Sequential(*(nn.Linear(DIM, DIM) for _ in range(50))), GenFTConfig(
+        shared_dim=2, specific_dim=1, target_modules="all-linear")).eval()  # fmt: skip
+    with ThreadPoolExecutor(4) as pool, torch.no_grad():
+        for result in [pool.submit(model, torch.zeros(2, DIM)) for _ in range(8)]:
+            result.result()
+    assert hooks(model) == 0
+
+
+def test_a_layer_may_be_called_by_two_replicas_at_once():
+    model = apply_genft(nn.Sequential(nn.Linear(DIM, DIM)), GenFTConfig(
+        shared_dim=2, specific_dim=1, target_modules=["0"]))  # fmt: skip
+    (hook,) = model[0]._forward_pre_hooks.values()
+    for _ in range(2):
+        hook(model[0], ())
+    model(torch.zeros(2, DIM))
