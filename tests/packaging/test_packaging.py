@@ -64,6 +64,7 @@ def test_a_plain_wheel_is_pure_and_carries_the_sources(project):
     assert not [name for name in names if "prebuilt" in name]
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_a_wheel_with_compiled_kernels_needs_no_compiler(project, tmp_path):
     wheel, output = make_wheel(project, GENFT_PREBUILD="1")
@@ -143,6 +144,7 @@ def test_cmake_links_the_kernels_into_a_c_plus_plus_program(project):
     assert "-Werror" not in compilation, "a warning of a user's newer compiler must not stop the build"
 
 
+@pytest.mark.slow
 @needs_nvcc
 @needs_cmake
 def test_cmake_of_the_project_itself_fails_on_a_warning(project):

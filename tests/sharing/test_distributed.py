@@ -105,6 +105,7 @@ def test_data_parallel(tmp_path):
             assert result["generations"] == STEPS * count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("units", [True, False], ids=["units", "root-alone"])
 def test_fully_sharded(tmp_path, units):
     model = make_model()
