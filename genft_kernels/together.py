@@ -80,14 +80,14 @@ def _generated(update: GenFTUpdate, x: Tensor, dtype: torch.dtype, backend: str)
     if torch.compiler.is_compiling() or update.sharded or _torch_private.tensors_are_fake():
         of_layer = (t if t is None or t.dim() == 1 else t[None] for t in update.parameters_of_generator())
         params = GeneratorParameters(*of_layer)
-        options = dict(dtype=dtype, dropout=dropout, backend=backend)
-        blocks = update.source().blocks
         factors = [
-            generate_factors([block], params, config, seed=seed, **options).unbind()[0]
-            for block, seed in zip(blocks, seeds, strict=True)
+            generate_factors(
+                [block], params, config, dtype=dtype, dropout=dropout, seed=seed, backend=backend
+            ).unbind()[0]
+            for block, seed in zip(update.source().blocks, seeds, strict=True)
         ]
     else:
-        factors = update.generator.group.factors_for(update, dtype, backend, seeds)
+        factors = update.generator.group.factors_for(update, dtype, backend, seeds)  # type: ignore[arg-type]
     return [_Part(each, config, dropout, seed) for each, seed in zip(factors, seeds, strict=True)]
 
 

@@ -64,8 +64,9 @@ def _config(description: Mapping[str, Any], tensors: Mapping[str, torch.Tensor])
         if description.get("layers_to_transform") is not None:
             raise ValueError("layers_to_transform with specific_dim=0: no tensor tells which layers are adapted")
         check_patterns(description)
-        return GenFTConfig(**settings, **{name: description.get(name) for name in CHOICES})
-    return GenFTConfig(**settings, target_modules=layers, modules_to_save=_saved(description, tensors))
+        return GenFTConfig.from_dict({**settings, **{name: description.get(name) for name in CHOICES}})
+    chosen = {"target_modules": layers, "modules_to_save": _saved(description, tensors)}
+    return GenFTConfig.from_dict({**settings, **chosen})
 
 
 def _saved(description: Mapping[str, Any], tensors: Iterable[str]) -> list[str] | None:

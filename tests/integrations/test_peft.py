@@ -342,6 +342,23 @@ def test_a_failed_adapter_leaves_nothing_behind():
     assert torch.equal(model(tokens()), answer)
 
 
+def test_a_model_is_as_it_was_after_a_layer_that_cannot_be_adapted():
+    frozen = base()
+    expected, before = frozen(tokens()), {name: id(module) for name, module in frozen.named_modules()}
+    trains = {name: parameter.requires_grad for name, parameter in frozen.named_parameters()}
+    for options in (dict(target_modules=["query", "embedding"]), dict(fused_blocks={"value": (3, (0,))})):
+        with pytest.raises((TypeError, ValueError), match="Embedding cannot be adapted|cannot be cut into 3"):
+            peft.get_peft_model(frozen, peft_config(**{"target_modules": ["query", "dense", "value"], **options}))
+        assert {name: id(module) for name, module in frozen.named_modules()} == before
+        assert {name: parameter.requires_grad for name, parameter in frozen.named_parameters()} == trains
+    assert torch.equal(frozen(tokens()), expected)
+    model = peft_model()
+    answer, names = model(tokens()), list(model.state_dict())
+    with pytest.raises(TypeError, match="Embedding cannot be adapted"):
+        model.add_adapter("other", peft_config(target_modules=["query", "dense", "embedding"]))
+    assert list(model.state_dict()) == names and torch.equal(model(tokens()), answer)
+
+
 def test_weighted_sums_of_adapters_are_refused():
     model = with_second_adapter(peft_model())
     with pytest.raises((AttributeError, TypeError, ValueError, NotImplementedError), match="weighted"):

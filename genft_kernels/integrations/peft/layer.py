@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ class StoredGenerator(GenFTGenerator):
     PEFT takes an adapter's name out of a key only beside the key's last part, so a tensor's key ends right after it.
     """
 
+    container: nn.ParameterDict
+
     def __init__(self, shape: tuple[int, int], config: Any, container: nn.ParameterDict) -> None:
         super().__init__(*shape, config)
         for name in self.tensor_names:
@@ -34,7 +37,7 @@ class StoredGenerator(GenFTGenerator):
         return {name: self.container[self._key(name)] for name in self.tensor_names}
 
     @property
-    def sharded(self) -> bool:
+    def sharded(self) -> bool:  # type: ignore[override]  # of what the container holds now
         return any(is_tensor_subclass(tensor) for tensor in self().values())
 
     def _key(self, name: str) -> str:
@@ -43,6 +46,8 @@ class StoredGenerator(GenFTGenerator):
 
 class AdapterUpdate(GenFTUpdate):
     """One adapter's own units in one layer, which holds the weight."""
+
+    layer: GenFTLayer
 
     def __init__(self, layer: GenFTLayer, generator: GenFTGenerator, blocks: tuple[int, tuple[int, ...]] | None):
         super().__init__()
@@ -70,6 +75,15 @@ class GenFTLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("genft_own", "genft_shared")
     other_param_names = ()
 
+    base_layer: Any  # an nn.Linear or a Conv1D
+    genft_own: Any  # an nn.ModuleDict of AdapterUpdates
+    genft_shared: nn.ModuleDict
+    # PEFT's, which tells type checkers nothing.
+    active_adapters: list[str]
+    set_adapter: Callable[..., None]
+    _move_adapter_to_device_of_base_layer: Callable[..., None]
+    _cast_input_dtype: Callable[..., Tensor]
+
     def __init__(self, base_layer: nn.Module, shared: nn.ModuleDict) -> None:
         super().__init__()
         check_adaptable(base_layer)
@@ -78,8 +92,8 @@ class GenFTLayer(nn.Module, BaseTunerLayer):
         self._is_full_backward_hook = base_layer._is_full_backward_hook
         self.base_layer = base_layer
         self.fan_in_fan_out = is_conv1d(base_layer)
-        weight = base_layer.weight
-        self.out_features, self.in_features = weight.shape[::-1] if self.fan_in_fan_out else weight.shape
+        sizes: tuple[int, ...] = tuple(self.base_layer.weight.shape)
+        self.out_features, self.in_features = reversed(sizes) if self.fan_in_fan_out else sizes
         self.genft_own = nn.ModuleDict()
         self.__dict__["genft_shared"] = shared  # not registered: one key in a state dict, and it is the tuner's
         self._frozen: dict[str, nn.Parameter] = {}  # "weight" while it is merged; a dict, so that it is not registered
@@ -180,7 +194,7 @@ class GenFTLayer(nn.Module, BaseTunerLayer):
         return torch.cat(outputs)[order]
 
     def _apply(self, fn: Any, recurse: bool = True) -> GenFTLayer:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for frozen in self._frozen.values():  # not registered, so it is moved by hand
             frozen.data = fn(frozen.data)
         return self

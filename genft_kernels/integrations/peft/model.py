@@ -30,6 +30,8 @@ class PeftGenFTModel(BaseTuner):
     `genft_shared` has each adapter's shared tensors, under one key each.
     """
 
+    genft_shared: Any  # an nn.ModuleDict, for each adapter an nn.ParameterDict
+
     uses_shared_state = True
     prefix = PREFIX
     tuner_layer_cls = GenFTLayer
@@ -49,9 +51,16 @@ class PeftGenFTModel(BaseTuner):
         trains = [(parameter, parameter.requires_grad) for parameter in self.genft_shared.parameters()]
         self.genft_shared[adapter_name] = nn.ParameterDict()
         self._generators[adapter_name] = {}
+        adapted = _layers(model)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
+            for path, layer in _layers(model).items():
+                if adapter_name in layer.genft_own:
+                    del layer.genft_own[adapter_name]
+                if path not in adapted:
+                    parent, _, name = path.rpartition(".")
+                    setattr(model.get_submodule(parent), name, layer.base_layer)
             self._forget(adapter_name)
             raise
         for parameter, train in trains:
@@ -85,8 +94,9 @@ class PeftGenFTModel(BaseTuner):
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        layer = target
-        if not isinstance(target, GenFTLayer):
+        if isinstance(target, GenFTLayer):
+            layer = target
+        else:
             if isinstance(target, BaseTunerLayer):
                 raise TypeError(f"{current_key!r} has an adapter of another kind: {type(target).__name__}")
             held_at = _held_twice(self.model).get(target)
@@ -98,7 +108,7 @@ class PeftGenFTModel(BaseTuner):
             except (TypeError, ValueError) as error:
                 raise type(error)(f"Target module {current_key!r} is not supported. {error}") from None
         native = peft_config.native()
-        blocks = _blocks(native, current_key)
+        blocks = _blocks(native, current_key, layer.out_features)
         generator = self._generator(adapter_name, native, layer, blocks)
         layer.update_layer(adapter_name, generator, blocks)
         if layer is not target:
@@ -132,7 +142,7 @@ class PeftGenFTModel(BaseTuner):
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        known = {name for module in self.modules() if isinstance(module, GenFTLayer) for name in module.genft_own}
+        known = {name for layer in _layers(self).values() for name in layer.genft_own}
         unknown = sorted(set(names) - known - {BASE})
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
@@ -156,6 +166,10 @@ class PeftGenFTModel(BaseTuner):
                 handle.remove()
 
 
+def _layers(model: nn.Module) -> dict[str, GenFTLayer]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, GenFTLayer)}
+
+
 def _check_base(config: PeftGenFTConfig, model: nn.Module) -> None:
     """Raise ValueError where the weights are not those that the adapter was trained on, if that is known."""
     modules = dict(model.named_modules())
@@ -172,11 +186,11 @@ def _check_base(config: PeftGenFTConfig, model: nn.Module) -> None:
 def _fingerprints(model: nn.Module, adapter_name: str) -> dict[str, Any] | None:
     """Those of the weights that an adapter is for, by the layers' paths; None if they are not at hand."""
     found = {}
-    for path, module in model.named_modules():
-        if isinstance(module, GenFTLayer) and adapter_name in module.genft_own:
-            if module.stored_weight.device.type == "meta" or is_tensor_subclass(module.stored_weight):
+    for path, layer in _layers(model).items():
+        if adapter_name in layer.genft_own:
+            if layer.stored_weight.device.type == "meta" or is_tensor_subclass(layer.stored_weight):
                 return None
-            entry = Fingerprint.of(module.frozen_weight)._asdict()
+            entry = Fingerprint.of(layer.frozen_weight)._asdict()
             entry |= {"shape": list(entry["shape"]), "samples": list(entry["samples"])}
             found[path.removeprefix("_fsdp_wrapped_module.").removeprefix("base_model.model.")] = entry
     return found
@@ -194,7 +208,10 @@ def _pass_names(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, A
     return args, {**kwargs, "adapter_names": names}
 
 
-def _blocks(native: GenFTConfig, path: str) -> tuple[int, tuple[int, ...]] | None:
+def _blocks(native: GenFTConfig, path: str, rows: int) -> tuple[int, tuple[int, ...]] | None:
     """The entry of `fused_blocks` for a module, if it has one."""
     fused = native.fused_blocks or {}
-    return next((fused[end] for end in ends(path) if end in fused), None)
+    entry = next((fused[end] for end in ends(path) if end in fused), None)
+    if entry is not None and rows % entry[0]:
+        raise ValueError(f"{path!r}: its {rows} rows cannot be cut into {entry[0]} blocks")
+    return entry
