@@ -12,7 +12,7 @@ import torch
 
 from genft_kernels import GenFTConfig, GenFTLinear, reference
 from genft_kernels.functional import factored_linear, genft_linear
-from tests.helpers.accuracy import allowed_error, relative_errors
+from tests.helpers.accuracy import allowed_error, factored_gains, relative_errors
 from tests.helpers.cases import Case, make_data, relative_error, run, runnable
 
 pytestmark = pytest.mark.gpu
@@ -204,3 +204,13 @@ def test_elements_of_w_may_be_more_than_two_to_the_31(tokens, on):
     assert relative_error(y[:, last], x.float() @ rows.T) <= 0.02
     columns = weight[:, last].float() + torch.tanh(b.float() @ h[last].float().T)
     assert relative_error(dx[:, last], dy.float() @ columns) <= 0.02
+
+
+@pytest.mark.parametrize("on", ON_GPU)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [8192, 128, 16])
+@pytest.mark.parametrize("activation", ["identity", "gelu"])
+def test_delta_gain_at_real_sizes(activation, tokens, dtype, on):
+    """A vendor's products round in another place at each size: half of a small update can get lost in silence."""
+    gains = factored_gains(on.backend, CUDA, dtype, tokens, features=4096, narrow=4096, activation=activation)
+    assert all(abs(each - 1) <= 0.05 for each in gains), gains

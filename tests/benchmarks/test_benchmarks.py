@@ -292,3 +292,12 @@ def test_only_the_wanted_definitions_are_run(tmp_path, monkeypatch):
 def test_hand_derived_lora_keeps_nothing():
     problem = Problem(case(), CPU)
     assert memory.workload_kept_bytes(lora_providers.way(problem, 8, lora_providers.hand_derived)) == 0
+
+
+def test_our_own_that_lose_a_small_update_are_refused():
+    problem = Problem(case())
+    harness._check_gain((1.02, 0.97), problem)
+    with pytest.raises(WrongResult, match="of a small update 0.53 is left in y and 1.00 in dx"):
+        harness._check_gain((0.53, 1.0), problem)
+    with pytest.raises(WrongResult):
+        harness._check_gain((1.0, float("nan")), problem)

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from genft_kernels import reference
-from genft_kernels.functional import genft_linear
+from genft_kernels.activations import activate
+from genft_kernels.functional import factored_linear, genft_linear
 from tests.helpers.cases import CPU, Case, Runner, make_data, relative_error, run, with_seed
 
 SEEDS = range(5)
@@ -78,3 +79,44 @@ def assert_as_accurate_as_pytorch(case: Case, dtype: torch.dtype, on: Runner) ->
     for name, error in errors_of(genft_linear, case, dtype, on.device, backend=on.backend).items():
         allowed = allowed_error(plain[name], dtype, case.longest_sum)
         assert error <= allowed, f"{name}: {error:.3g} > {allowed:.3g}"
+
+
+def gain(actual: torch.Tensor, without: torch.Tensor, update: torch.Tensor) -> float:
+    """Delta gain <y - y0, d> / <d, d>; 1 means that the loss sees the update."""
+    return ((actual.double() - without) * update).sum().item() / update.square().sum().item()
+
+
+def factored_gains(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    tokens: int,
+    features: int,
+    narrow: int,
+    activation: str = "identity",
+) -> tuple[float, float]:
+    """Delta gain of y and of dx at |dW| = |W| / 1000 of `factored_linear`, whose sums have `features` terms.
+
+    `narrow` outputs of each product are enough to tell: W is [narrow, features] for y, its transpose for dx.
+    """
+    generator = torch.Generator().manual_seed(3)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).mul_(shape[-1] ** -0.5).to(device, dtype)
+
+    def of(weight: torch.Tensor, rows: torch.Tensor, of_dx: bool) -> float:
+        (n_out, n_in), k = weight.shape, 26
+        h, b = random(n_in, k), random(n_out, k)
+        wide, wide_rows = weight.double(), rows.double()
+        delta = activate(activation, b.double() @ h.double().t())
+        scale = 1e-3 * (wide.norm() / delta.norm()).item()
+        x = (random(tokens, n_in) if of_dx else rows).requires_grad_()
+        options = dict(activation=activation, training=True, seed=1, backend=backend)
+        y = factored_linear(x, weight, None, h, b, scale=scale, **options)
+        if of_dx:
+            (found,) = torch.autograd.grad(y, x, rows)
+            return gain(found, wide_rows @ wide, scale * (wide_rows @ delta))
+        return gain(y.detach(), wide_rows @ wide.t(), scale * (wide_rows @ delta.t()))
+
+    weight, rows = random(narrow, features), random(tokens, features)
+    return of(weight, rows, False), of(weight.t().contiguous(), rows, True)

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from genft_kernels import reference
+from genft_kernels.backends.eager import operations
 from genft_kernels.backends.eager import rounding as stochastic_rounding
 from genft_kernels.backends.eager.rounding import round_stochastically
 from genft_kernels.functional import genft_linear
+from tests.helpers.accuracy import factored_gains, gain
 from tests.helpers.cases import Case, Runner, make_data, runnable, slow_if_interpreted
 
 PATHS = {
@@ -22,11 +24,6 @@ PATHS = {
 
 
 WIDER = [torch.float16, torch.float32]  # with more digits than bfloat16 they lose less, if anything
-
-
-def gain(actual: torch.Tensor, without: torch.Tensor, update: torch.Tensor) -> float:
-    """<y - y0, d> / <d, d>; 1 means that the loss sees the update."""
-    return ((actual.double() - without) * update).sum().item() / update.square().sum().item()
 
 
 def gains(settings: dict, dtype: torch.dtype, biased: bool, on: Runner, seed: int) -> torch.Tensor:
@@ -57,6 +54,15 @@ def test_delta_gain_at_a_thousandth(settings, dtype, biased, on):
     seeds = 4 if dtype == torch.bfloat16 else 1  # one bfloat16 gain of this size has a standard deviation of 0.026
     values = sum(gains(settings, dtype, biased, on, seed) for seed in range(seeds)) / seeds
     assert ((values >= 0.95) & (values <= 1.05)).all(), values
+
+
+@pytest.mark.parametrize("extended", [False, True], ids=["a CPU's way", "a GPU's way"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_delta_gain_of_long_sums(dtype, extended, monkeypatch):
+    """A vendor may add in another way where a sum is long; eager's factored form is left to vendors."""
+    monkeypatch.setattr(operations, "_extends", lambda tensor: extended)
+    y_gain, dx_gain = factored_gains("eager", torch.device("cpu"), dtype, tokens=64, features=4096, narrow=256)
+    assert abs(y_gain - 1) <= 0.05 and abs(dx_gain - 1) <= 0.05
 
 
 def test_delta_gain_sees_a_swallowed_update():

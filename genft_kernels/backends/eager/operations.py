@@ -223,12 +223,20 @@ def linear_backward(grad, x, weight, h, b, xh, seed, scale, activation, dropout,
     return dx, _sum_of_rows(dy) if need_bias else None, dh, db
 
 
-# The small product goes first, and the big one is added onto it in float32: added to a y that was already rounded to
-# 16 bits, a small update would be lost (docs/method.md#precision).
+# Added to a y that is rounded to 16 bits, half of a small update is lost (docs/method.md#precision). On a CPU the small
+# product goes first, and the big one is added onto it in float32. cuBLAS rounds the big one before it adds: on a GPU
+# both are one product with a longer inner dimension.
+
+
+def _extends(tensor: Tensor) -> bool:
+    """Whether both products must be one: in 16 bits, but for a CPU."""
+    return _is_16_bit(tensor) and tensor.device.type != "cpu"
 
 
 def _factored_forward(tokens, weight, bias, h, b, scale):
     xh = tokens @ h  # [T, k]
+    if _extends(tokens):
+        return F.linear(torch.cat([tokens, xh], 1), torch.cat([weight, b * scale], 1), bias), xh
     if bias is None or _is_16_bit(weight):
         y = _scaled_product(xh, b.t(), scale)
     else:
@@ -239,10 +247,15 @@ def _factored_forward(tokens, weight, bias, h, b, scale):
 
 
 def _factored_backward(dy, tokens, weight, h, b, xh, scale, need_x, need_h, need_b):
-    dyb = dy @ b if need_x or need_h else None  # [T, k]
+    dx = dyb = None
+    if need_x or need_h:
+        dyb = dy @ b  # [T, k]
     dh = _scaled_product(tokens.t(), dyb, scale) if need_h else None
     db = _scaled_product(dy.t(), xh, scale) if need_b else None
-    dx = _scaled_product(dyb, h.t(), scale).addmm_(dy, weight) if need_x else None
+    if need_x and _extends(dy):
+        dx = torch.cat([dy, dyb], 1) @ torch.cat([weight, h.t() * scale], 0)
+    elif need_x:
+        dx = _scaled_product(dyb, h.t(), scale).addmm_(dy, weight)
     return dx, dh, db
 
 
