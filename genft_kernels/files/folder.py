@@ -110,6 +110,9 @@ def _lock(directory: Path) -> int | None:
             os.close(descriptor)
             path.unlink(missing_ok=True)
             return None
+        except BaseException:  # an interrupt
+            os.close(descriptor)
+            raise
 
 
 def _is_still_at(path: Path, descriptor: int) -> bool:

@@ -161,6 +161,21 @@ def test_a_saver_that_never_ends_is_not_waited_for_without_end(tmp_path, monkeyp
     assert whole(tmp_path) == 2.0
 
 
+def test_an_interrupt_while_waiting_holds_no_lock(tmp_path, monkeypatch):
+    real = folder.fcntl.flock
+
+    def interrupted(descriptor, how):
+        real(descriptor, how)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(folder, "LOCK_SECONDS", 0.05)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(folder.fcntl, "flock", interrupted)
+        save_adapter(filled(1.0), tmp_path)
+    save_adapter(filled(2.0), tmp_path)
+    assert whole(tmp_path) == 2.0
+
+
 def test_a_lock_that_its_holder_has_removed_does_not_count(tmp_path, monkeypatch):
     real, calls = folder.fcntl.flock, []
 
