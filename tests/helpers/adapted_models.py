@@ -5,10 +5,29 @@ from __future__ import annotations
 import copy
 
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from genft_kernels import GenFTConfig, apply_genft
 from genft_kernels.sharing.cache import LayerGroup
 from tests.helpers.tiny_models import Encoder, randomise, tokens
+
+DROPOUT = dict(dropout=0.3)
+
+
+class Checkpointed(nn.Module):
+    """An encoder of which every block of layers is recomputed in backward."""
+
+    def __init__(self, model: Encoder, reentrant: bool, layers_per_block: int = 2) -> None:
+        super().__init__()
+        self.model, self.reentrant, self.size = model, reentrant, layers_per_block
+
+    def forward(self, tokens):
+        x = self.model.embedding(tokens).requires_grad_()  # as reentrant checkpointing asks
+        for start in range(0, len(self.model.layers), self.size):
+            block = nn.Sequential(*self.model.layers[start : start + self.size])
+            x = checkpoint(block, x, use_reentrant=self.reentrant)
+        return self.model.classifier(x.mean(1))
 
 
 def adapted(make=Encoder, settings=None, dtype=torch.float64, **more):

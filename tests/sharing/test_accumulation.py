@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 from genft_kernels import GenFTConfig, GenFTLinear, accumulate, disabled
-from tests.helpers.adapted_models import adapted, assert_close, generations, gradients, groups
+from tests.helpers.adapted_models import DROPOUT, Checkpointed, adapted, assert_close, generations, gradients, groups
 from tests.helpers.tiny_models import Encoder, FusedEncoder, GroupedQueryBlock, TiedModel, Wrapper
-from tests.sharing.test_group_contexts import DROPOUT, Checkpointed
 
 MODELS = {
     "encoder": (Encoder, {}),

@@ -9,10 +9,11 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from genft_kernels import GenFTLinear, backends, explain, remove_genft, save_adapter
 from tests.helpers.adapted_models import (
+    DROPOUT,
+    Checkpointed,
     adapted,
     assert_close,
     generations,
@@ -23,23 +24,6 @@ from tests.helpers.adapted_models import (
     train,
 )
 from tests.helpers.tiny_models import Encoder, tokens
-
-DROPOUT = dict(dropout=0.3)
-
-
-class Checkpointed(nn.Module):
-    """An encoder of which every block of layers is recomputed in backward."""
-
-    def __init__(self, model: Encoder, reentrant: bool, layers_per_block: int = 2) -> None:
-        super().__init__()
-        self.model, self.reentrant, self.size = model, reentrant, layers_per_block
-
-    def forward(self, tokens):
-        x = self.model.embedding(tokens).requires_grad_()  # as reentrant checkpointing asks
-        for start in range(0, len(self.model.layers), self.size):
-            block = nn.Sequential(*self.model.layers[start : start + self.size])
-            x = checkpoint(block, x, use_reentrant=self.reentrant)
-        return self.model.classifier(x.mean(1))
 
 
 def four_layers(**settings):
