@@ -9,6 +9,7 @@ from .fidelity import fidelity_report
 from .files.adapter import load_adapter, save_adapter
 from .files.lora import export_lora
 from .modules import GenFTGenerator, GenFTLinear
+from .parameter_groups import parameter_groups
 from .parameters import GeneratorParameters
 from .sharing.accumulate import accumulate
 from .summary import trainable_summary
@@ -27,6 +28,7 @@ __all__ = [
     "fidelity_report",
     "load_adapter",
     "merge",
+    "parameter_groups",
     "reference",
     "refresh",
     "remove_genft",

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .activations import ACTIVATIONS
 from .arguments import check_type, is_finite, is_integer, shown, warn
+
+if TYPE_CHECKING:
+    from torch import nn
 
 TRANSFORMS = ("both", "column", "row")
 RATIO_SCOPES = ("weight", "all")
@@ -42,7 +45,9 @@ class GenFTConfig:
         delta_layout: "in_out": `dW = sigma * D.T`; "out_in": `dW = sigma * D` (square weights, both stages).
         init_shared: "linear" (as `nn.Linear`) or "trunc_normal" (std 0.02, biases zero).
         init_specific_down, init_specific_up: kaiming_uniform, zeros, xavier_uniform or normal (std 0.01).
-        zero_delta: start from a zero update by zeroing the last stage's up matrices and up bias.
+        zero_delta: start from a zero update. True (or "up", which becomes True): the last stage's up matrices and up
+            bias are zero. "down", for a single stage: its down matrices and its biases are zero, and its up matrices
+            [n, k] are drawn from U(±1/sqrt(n)), whatever `init_shared` and `init_specific_up` say.
         target_modules: suffixes of module names, or one regular expression that matches whole names (as in PEFT);
             "all-linear" stands for every linear layer but the output embedding and what is in `modules_to_save`,
             None for the query and value projections and whatever `fused_blocks` names.
@@ -70,7 +75,7 @@ class GenFTConfig:
     init_shared: str = "linear"
     init_specific_down: str = "kaiming_uniform"
     init_specific_up: str = "kaiming_uniform"
-    zero_delta: bool = True
+    zero_delta: bool | str = True
     target_modules: str | tuple[str, ...] | None = None
     exclude_modules: str | tuple[str, ...] | None = None
     modules_to_save: tuple[str, ...] | None = None
@@ -91,9 +96,11 @@ class GenFTConfig:
         _check_choice("init_shared", self.init_shared, SHARED_INITS)
         _check_choice("init_specific_down", self.init_specific_down, SPECIFIC_INITS)
         _check_choice("init_specific_up", self.init_specific_up, SPECIFIC_INITS)
-        for name in ("bias", "tie_specific", "zero_delta"):
+        for name in ("bias", "tie_specific"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {shown(getattr(self, name))}")
+        if not isinstance(self.zero_delta, bool) and self.zero_delta not in ("up", "down"):
+            raise ValueError(f"zero_delta must be True, False, 'up' or 'down', got {shown(self.zero_delta)}")
         if not is_finite(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be a number in [0, 1), got {shown(self.dropout)}")
         if not is_finite(self.scaling):
@@ -102,11 +109,15 @@ class GenFTConfig:
             raise ValueError(f"weight_ratio must be a finite number or 'rms', got {shown(self.weight_ratio)}")
         if self.delta_layout == "out_in" and self.transform != "both":
             raise ValueError(f"delta_layout='out_in' needs transform='both', got transform={self.transform!r}")
-        if self.zero_delta and self.outer_activation == "relu":
-            raise ValueError(
-                "zero_delta=True with outer_activation='relu' would never train: relu has no gradient at 0. "
-                "Set zero_delta=False or another outer_activation"
-            )
+        if self.zero_delta == "down" and self.transform == "both":
+            raise ValueError("zero_delta='down' needs transform='column' or 'row', got transform='both'")
+        object.__setattr__(self, "zero_delta", True if self.zero_delta == "up" else self.zero_delta)
+        for name in ("outer_activation", *(("inner_activation",) if self.zero_delta == "down" else ())):
+            if self.zero_delta and getattr(self, name) == "relu":
+                raise ValueError(
+                    f"zero_delta={self.zero_delta!r} with {name}='relu' would never train: relu has no gradient at 0. "
+                    f"Set zero_delta=False or another {name}"
+                )
         # Numbers of other libraries (numpy) become Python's, which JSON can hold.
         for name in ("shared_dim", "specific_dim"):
             object.__setattr__(self, name, int(getattr(self, name)))
@@ -138,6 +149,8 @@ class GenFTConfig:
 
     def _specific_ups_start_at_zero(self) -> bool:
         # Untied, zero_delta leaves the column stage's up matrix as it was initialised.
+        if self.zero_delta == "down":
+            return False
         return self.init_specific_up == "zeros" or (self.zero_delta and (self.tie_specific or self.transform != "both"))
 
     def to_dict(self) -> dict[str, Any]:
@@ -162,13 +175,40 @@ class GenFTConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> GenFTConfig:
-        """The official settings "glue", "vtab" and "llama" (docs/method.md#settings), or "fast", the package's own.
+        """Settings by name (docs/method.md#settings), with the learning rates that were found good for them.
 
-        The official three are true to the published runs and so start from a non-zero update. For GQA models
-        override `delta_layout="in_out"`, because their v_proj is not square.
+        - "fast", to begin with: the column stage alone. 4e-3 with `parameter_groups` and `head_lr=1e-2`.
+        - "fast-both": both stages and a tanh between them. 1e-3 to 2e-3.
+        - "wegeft": the form of WeGeFT, once GIFT (arXiv 2312.00700): all units shared, W as it is. Not swept.
+        - "glue", "vtab", "llama": the official settings. "glue" 2e-3 to 1e-2, the others not swept. They are true to
+          the published runs and so start from a non-zero update. For GQA models override `delta_layout="in_out"`,
+          because their v_proj is not square.
         """
         _check_choice("preset", name, PRESETS)
         return cls(**{**PRESETS[name], **overrides})
+
+    @classmethod
+    def for_budget(cls, model: nn.Module, parameters: int, **overrides: Any) -> GenFTConfig:
+        """The preset "fast", changed by `overrides`, with as many units as train at most `parameters` of a model.
+
+        Generators and layers are counted, `modules_to_save` are not. Specific units are those that fit if there are 12
+        shared ones for every 7, as in "fast", which is 73,728 parameters for q and v of 6 blocks of width 384; shared
+        ones take the rest, since they are paid once for all layers of a shape.
+
+        Args:
+            model: as for `apply_genft`, which is not called.
+            parameters: the largest total.
+
+        Raises:
+            ValueError: `parameters` is below the smallest total, which the message names; or as `apply_genft`.
+            TypeError: `shared_dim` or `specific_dim` is among the overrides.
+        """
+        from .budget import within_budget  # it needs what this module is imported by
+
+        for name in ("shared_dim", "specific_dim"):
+            if name in overrides:
+                raise TypeError(f"{name} is what for_budget chooses: give it to GenFTConfig or preset instead")
+        return within_budget(model, parameters, cls.preset("fast", **overrides))
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -184,7 +224,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         shared_dim=4, specific_dim=4, inner_activation="gelu", outer_activation="gelu", bias=True,
         delta_layout="out_in", zero_delta=False,
     ),
-    "fast": dict(shared_dim=24, specific_dim=4, weight_ratio=16.0, inner_activation="tanh"),
+    "fast": dict(
+        shared_dim=12, specific_dim=7, transform="column", weight_ratio="rms", scaling=0.1, zero_delta="down",
+    ),
+    "fast-both": dict(shared_dim=24, specific_dim=4, weight_ratio=16.0, inner_activation="tanh"),
+    "wegeft": dict(shared_dim=8, specific_dim=0, transform="column", zero_delta="down"),
 }  # fmt: skip
 
 

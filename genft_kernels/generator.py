@@ -63,9 +63,14 @@ class GenFTGenerator(nn.Module):
     sharded = False
 
     def reset_parameters(self) -> None:
-        """Draw initial values: U(±1/sqrt(fan in)) or trunc_normal(0.02), and zeros where `zero_delta` asks."""
+        """Draw initial values: U(±1/sqrt(fan in)) or trunc_normal(0.02); where `zero_delta` says more, as it says."""
+        zeroed = zeroed_names(self.config)
         for name, parameter in self.named_parameters():
-            if self.config.init_shared == "linear":
+            if name in zeroed:
+                nn.init.zeros_(parameter)
+            elif self.config.zero_delta == "down":
+                draw_up(parameter)
+            elif self.config.init_shared == "linear":
                 fan_in = self.config.shared_dim if "_up" in name else self._stage_width(name)
                 bound = 1 / math.sqrt(max(fan_in, 1))
                 nn.init.uniform_(parameter, -bound, bound)
@@ -73,11 +78,6 @@ class GenFTGenerator(nn.Module):
                 nn.init.zeros_(parameter)
             else:
                 nn.init.trunc_normal_(parameter, std=0.02)
-        if self.config.zero_delta:
-            for name in last_stage_names(self.config):
-                parameter = getattr(self, name)
-                if parameter is not None:
-                    nn.init.zeros_(parameter)
 
     def forward(self) -> dict[str, torch.Tensor]:
         """The shared tensors by name. A call rather than attributes, so that hooks run: pruning's, offloading's."""
@@ -119,7 +119,13 @@ def check_layer_shape(in_features: int, out_features: int, config: GenFTConfig) 
         )
 
 
-def last_stage_names(config: GenFTConfig) -> tuple[str, str]:
-    """What `zero_delta` zeroes: the up matrix and up bias of the stage that makes the update."""
-    stage = "column" if config.transform == "column" else "row"
-    return f"{stage}_up", f"{stage}_up_bias"
+def zeroed_names(config: GenFTConfig) -> frozenset[str]:
+    """The tensors that start at zero by `zero_delta`: of the stage that makes the update."""
+    ends = {False: (), True: ("up", "up_bias"), "down": ("down", "down_bias", "up_bias")}[config.zero_delta]
+    return frozenset(f"{'column' if config.transform == 'column' else 'row'}_{end}" for end in ends)
+
+
+def draw_up(parameter: nn.Parameter) -> None:
+    """Draw an up matrix [n, units] from U(±1/sqrt(n)): the start of the half that does not start at zero."""
+    bound = 1 / math.sqrt(parameter.shape[0])
+    nn.init.uniform_(parameter, -bound, bound)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import backends, reference
 from .config import GenFTConfig, check_blocks
-from .generator import GenFTGenerator, last_stage_names
+from .generator import GenFTGenerator, draw_up, zeroed_names
 from .left_out import watch_optimizers
 from .parameters import GeneratorParameters, specific_shapes
 from .sharing.source import Source, is_tensor_subclass
@@ -79,13 +79,18 @@ class GenFTUpdate(nn.Module):
             self.__dict__["_sharded"] = self._sharded or is_tensor_subclass(value)
 
     def reset_specific_parameters(self) -> None:
-        """Draw the layer's own units anew, zero where `zero_delta` asks."""
+        """Draw the layer's own units anew; where `zero_delta` says more, as it says."""
         config = self.config
-        last_up = last_stage_names(config)[0]
-        zeroed = {"specific_up", last_up.replace("_up", "_specific_up")} if config.zero_delta else set()
+        zeroed = zeroed_names(config)
         for name in self.specific_names:
-            init = config.init_specific_up if name.endswith("up") else config.init_specific_down
-            _initialise(getattr(self, name), "zeros" if name in zeroed else init)
+            parameter, end = getattr(self, name), name.rpartition("_")[2]
+            shared = name.replace("_specific", "")  # tied units are "specific_up": the last stage's, and the first's
+            if shared in zeroed or (name == "specific_up" and config.zero_delta):
+                nn.init.zeros_(parameter)
+            elif config.zero_delta == "down":
+                draw_up(parameter)
+            else:
+                _initialise(parameter, config.init_specific_up if end == "up" else config.init_specific_down)
 
     @property
     def config(self) -> GenFTConfig:

@@ -30,6 +30,8 @@ from genft_kernels import GenFTConfig
         ("init_specific_down", "zero"),
         ("init_specific_up", "ones"),
         ("zero_delta", 0),
+        ("zero_delta", "downs"),
+        ("zero_delta", None),
         ("target_modules", []),
         ("target_modules", [1]),
         ("exclude_modules", ""),
@@ -54,7 +56,19 @@ def test_config_must_have_something_to_train():
 def test_relu_outside_with_zero_delta_would_never_train():
     with pytest.raises(ValueError, match="zero_delta.*relu"):
         GenFTConfig(outer_activation="relu")
+    with pytest.raises(ValueError, match="zero_delta='down' with inner_activation='relu'"):
+        GenFTConfig(inner_activation="relu", transform="row", zero_delta="down")
     GenFTConfig(outer_activation="relu", zero_delta=False)
+    GenFTConfig(inner_activation="relu", transform="row")
+
+
+def test_zero_delta_by_its_names():
+    up, down = (GenFTConfig(transform="column", zero_delta=value) for value in ("up", "down"))
+    assert up == GenFTConfig(transform="column") and up.to_dict()["zero_delta"] is True
+    assert down.to_dict()["zero_delta"] == "down" != up
+    assert GenFTConfig.from_dict(json.loads(json.dumps(down.to_dict()))) == down
+    with pytest.raises(ValueError, match="zero_delta='down' needs transform='column' or 'row', got transform='both'"):
+        GenFTConfig(zero_delta="down")
 
 
 def test_out_in_needs_both_stages():
@@ -76,6 +90,7 @@ def test_specific_units_that_cannot_train_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         GenFTConfig(init_specific_down="zeros", tie_specific=False)
+        GenFTConfig(init_specific_down="zeros", init_specific_up="zeros", transform="column", zero_delta="down")
 
 
 def test_config_is_immutable_and_survives_json():
@@ -97,7 +112,7 @@ def test_numpy_numbers_are_taken():
 
 
 def test_presets_are_those_of_the_table():
-    glue, llama, fast = (GenFTConfig.preset(name) for name in ("glue", "llama", "fast"))
+    glue, llama = (GenFTConfig.preset(name) for name in ("glue", "llama"))
     with pytest.warns(UserWarning):
         vtab = GenFTConfig.preset("vtab")
     table = {
@@ -111,7 +126,17 @@ def test_presets_are_those_of_the_table():
             c.dropout, c.scaling, c.bias, c.delta_layout, c.init_specific_down, c.init_shared,
         )  # fmt: skip
         assert c.init_specific_up == c.init_specific_down and not c.zero_delta
-    assert fast.inner_activation == "tanh" and fast.outer_activation == "identity" and fast.zero_delta
+    assert GenFTConfig.preset("fast") == GenFTConfig(
+        shared_dim=12, specific_dim=7, transform="column", weight_ratio="rms", scaling=0.1, zero_delta="down"
+    )
+    assert GenFTConfig.preset("fast-both") == GenFTConfig(
+        shared_dim=24, specific_dim=4, weight_ratio=16, inner_activation="tanh"
+    )
+    assert GenFTConfig.preset("wegeft") == GenFTConfig(
+        shared_dim=8, specific_dim=0, transform="column", zero_delta="down"
+    )
     assert GenFTConfig.preset("glue", dropout=0.0).dropout == 0
-    with pytest.raises(ValueError, match="preset must be one of glue, vtab, llama, fast"):
+    with pytest.raises(
+        ValueError, match="preset must be one of glue, vtab, llama, fast, fast-both, wegeft; got"
+    ):
         GenFTConfig.preset("cola")

@@ -193,12 +193,49 @@ def test_zero_delta_starts_at_the_frozen_layer_and_trains(inputs, outputs, setti
     assert all((p != start[name]).all() for name, p in trained.items())
 
 
-@pytest.mark.parametrize("preset", ["glue", "llama", "fast"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("init", ["linear", "trunc_normal"])
+@pytest.mark.parametrize("transform, ups", [("column", 48), ("row", 24)])
+def test_zero_delta_by_the_downs_draws_the_ups_by_their_own_fan(transform, ups, init, bias):
+    settings = dict(transform=transform, bias=bias, init_shared=init, init_specific_up="zeros", inner_activation="gelu")
+    layer = GenFTLinear(48, 24, config=config(shared_dim=9, specific_dim=7, **settings, zero_delta="down"))
+    x = torch.randn(32, 48)
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias)) and not layer.delta_weight().any()
+    layer(x).square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        if name.endswith("_up"):
+            largest = parameter.abs().max()
+            assert 0.9 / ups**0.5 < largest <= 1 / ups**0.5 and not parameter.grad.any(), name
+        elif parameter.requires_grad and not name.endswith("_up_bias"):
+            assert not parameter.any() and parameter.grad.any(), name
+    optimizer = torch.optim.SGD([parameter for parameter in layer.parameters() if parameter.requires_grad], lr=0.1)
+    optimizer.step()
+    layer(x).square().sum().backward()
+    assert all(parameter.grad.any() for parameter in layer.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize("preset", ["glue", "llama", "fast-both"])
 def test_presets_construct_and_train(preset):
     layer = GenFTLinear(32, 32, config=GenFTConfig.preset(preset))
-    assert bool(layer.delta_weight().any()) == (preset != "fast")
+    assert bool(layer.delta_weight().any()) == (preset != "fast-both")
     layer(torch.randn(4, 32)).square().sum().backward()
     assert layer.generator.row_up.grad.any()
+
+
+@pytest.mark.parametrize("preset", ["fast", "wegeft"])
+def test_presets_of_the_column_stage_are_products_of_w_and_thin_matrices(preset):
+    settings = GenFTConfig.preset(preset)
+    layer = GenFTLinear(32, 24, config=settings)
+    assert not layer.delta_weight().any()
+    with torch.no_grad():
+        for parameter in layer.generator.parameters():
+            parameter.normal_()
+    params, weight = layer.parameters_of_generator(), layer.weight
+    rho = 1 / weight.square().mean().sqrt() if preset == "fast" else 1.0
+    expected = settings.scaling * rho * (weight @ params.column_down.T) @ params.column_up.T
+    assert torch.allclose(layer.delta_weight(), expected, rtol=1e-5, atol=1e-6)
+    x = torch.randn(4, 32)
+    assert torch.allclose(layer(x), F.linear(x, weight + expected, layer.bias), rtol=1e-4, atol=1e-5)
 
 
 def test_vtab_preset_warns_that_its_specific_units_never_train():

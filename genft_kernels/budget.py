@@ -1,0 +1,38 @@
+"""s and r for a given number of trained parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from torch import nn
+
+from .adapt import plan
+from .arguments import is_integer, shown
+from .config import GenFTConfig
+
+# Of the study that the preset "fast" comes from (docs/using.md#choosing-settings).
+SHARED, SPECIFIC = 12, 7
+
+
+def within_budget(model: nn.Module, parameters: int, config: GenFTConfig) -> GenFTConfig:
+    """`config` with the s and r that `GenFTConfig.for_budget` promises."""
+    if not is_integer(parameters) or parameters < 1:
+        raise ValueError(f"parameters must be an integer of at least 1, got {shown(parameters)}")
+    planned = plan(model, config)
+
+    def total(s: int, r: int) -> int:
+        sized = dataclasses.replace(config, shared_dim=s, specific_dim=r)
+        return sum(math.prod(shape) for shape in planned.tensor_shapes(sized).values())
+
+    smallest = total(1, 0)
+    if parameters < smallest:
+        raise ValueError(
+            f"parameters={parameters:,} are too few: the smallest adapter of these {len(planned.targets)} layers has "
+            f"{smallest:,}, one shared unit a shape"
+        )
+    # The total is a constant (biases) and so much for each unit.
+    shared, specific = total(2, 0) - smallest, total(1, 1) - smallest
+    left = parameters - (smallest - shared)
+    r = SPECIFIC * left // (SPECIFIC * specific + SHARED * shared)
+    return dataclasses.replace(config, shared_dim=(left - r * specific) // shared, specific_dim=r)
