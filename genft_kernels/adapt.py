@@ -21,6 +21,7 @@ from .modules import GenFTLinear, adapter_dtype
 from .parameters import shared_shapes, specific_shapes
 from .saved_modules import beside, check_can_return, keep_untied, let_tie, tied_again, trained_copies
 from .targets import Target, find_modules_to_save, find_targets
+from .units import GenFTUpdate
 
 GENERATORS = "genft_generators"
 _STATE = "_genft_state"
@@ -233,9 +234,17 @@ def explain(model: nn.Module) -> str:
     Raises:
         RuntimeError: the model has no adapter.
     """
-    layers = list(layers_of_an_adapted_model(model).values())
-    groups = {id(layer.generator.group): layer.generator.group for layer in layers}
-    return backends.explain(layers[0].weight.device, layers[0].weight.dtype, groups.values())
+    updates = updates_of(model)
+    groups = {id(update.generator.group): update.generator.group for update in updates}
+    weight = updates[0].stored_weight
+    return backends.explain(weight.device, weight.dtype, groups.values())
+
+
+def updates_of(model: nn.Module) -> list[GenFTUpdate]:
+    """The generated updates of a model of PEFT's, or of one that `apply_genft` made; RuntimeError if it is neither."""
+    check_type("model", model, nn.Module)
+    of_peft = [m for m in model.modules() if isinstance(m, GenFTUpdate) and not isinstance(m, GenFTLinear)]
+    return of_peft or list(layers_of_an_adapted_model(model).values())
 
 
 class _Generators(nn.ModuleDict):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .adapt import GENERATORS, adapter_state, layers_of_an_adapted_model, warn_if_tied_again
+from .adapt import GENERATORS, adapted_layers, adapter_state, is_adapted, updates_of, warn_if_tied_again
 
 
 class TrainableSummary(dict[str, int]):
@@ -24,9 +24,15 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
     Raises:
         RuntimeError: the model has no adapter.
     """
-    layers = tuple(name + "." for name in layers_of_an_adapted_model(model))
-    saved = tuple(name + "." for name in adapter_state(model).saved_modules)
-    warn_if_tied_again(model)
+    updates = updates_of(model)
+    saved: tuple[str, ...] = ()
+    layers = tuple(name + "." for name in adapted_layers(model))
+    # Of a model of PEFT's, which have other names and hold the modules to save in their own way.
+    shared = {tensor for update in updates for tensor in update.generator().values()}
+    own = {tensor for update in updates for tensor in update.specific_parameters().values()}
+    if is_adapted(model):
+        saved = tuple(name + "." for name in adapter_state(model).saved_modules)
+        warn_if_tied_again(model)
     parts = ("generators", "specific", "modules_to_save", "other", "trainable", "total")
     summary = TrainableSummary(dict.fromkeys(parts, 0))
     for name, parameter in model.named_parameters():
@@ -34,9 +40,9 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
         if not parameter.requires_grad:
             continue
         summary["trainable"] += parameter.numel()
-        if name.startswith(GENERATORS + "."):
+        if name.startswith(GENERATORS + ".") or parameter in shared:
             summary["generators"] += parameter.numel()
-        elif name.startswith(layers):
+        elif name.startswith(layers) or parameter in own:
             summary["specific"] += parameter.numel()
         elif saved and name.startswith(saved):
             summary["modules_to_save"] += parameter.numel()

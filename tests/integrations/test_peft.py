@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from genft_kernels import GenFTConfig, accumulate
+from genft_kernels import GenFTConfig, accumulate, explain, trainable_summary
 from tests.helpers.tiny_models import Encoder, FusedEncoder, GroupedQueryBlock, TiedModel, tokens
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
@@ -79,6 +79,16 @@ def test_accumulate_gives_the_gradients_of_the_same_passes():
     for name, parameter in model.named_parameters():
         assert (parameter.grad is None) == (name not in expected)
         assert parameter.grad is None or torch.allclose(parameter.grad, expected[name], rtol=1e-9, atol=1e-12), name
+
+
+def test_explain_and_summary_know_the_adapters_of_a_peft_model():
+    model = peft_model(modules_to_save=["classifier"])
+    assert "8x8: 4 layers on cpu in one generation" in explain(model)
+    summary, own = trainable_summary(model), trainable_summary(own_model(model, modules_to_save=["classifier"]))
+    assert (summary["generators"], summary["specific"]) == (own["generators"], own["specific"])
+    assert summary["trainable"] == own["trainable"] and summary["other"] == own["modules_to_save"]
+    with pytest.raises(RuntimeError, match="no GenFT adapter"):
+        explain(base())
 
 
 def test_a_new_adapter_changes_nothing_but_without_init_weights():
