@@ -16,7 +16,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings, stateful
 from hypothesis.stateful import initialize, invariant, precondition, rule
-from torch import nn
 
 from genft_kernels import (
     GenFTLinear,
@@ -29,17 +28,15 @@ from genft_kernels import (
     save_adapter,
     unmerge,
 )
-from tests.helpers.fuzzing import CHANGES, OPTIMIZERS, configs, failing
-from tests.helpers.oracle import CHECKPOINTS, WIDTH, Oracle, Tower, frozen_state
+from tests.helpers.fuzzing import CHANGES, OPTIMIZERS, TOLERANCES, Subject, configs, failing
+from tests.helpers.oracle import CHECKPOINTS, Oracle, Tower, frozen_state
 
 STEPS_OF_A_RUN = 50
 PLACES = ["blocks.0.fused", "blocks.1.query", "head"]
-# How far from float64, relative to the norm.
-TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
 
 
-class Machine(stateful.RuleBasedStateMachine):
-    """A model, and what it must be."""
+class Machine(Subject):
+    """What may be done to a model."""
 
     @initialize(seed=st.integers(0, 2**16))
     def start(self, seed):
@@ -49,36 +46,7 @@ class Machine(stateful.RuleBasedStateMachine):
         self.merged = False
         self.frozen = frozen_state(self.model)
 
-    # --- what a rule may ask ---
-
-    def adapted(self):
-        return self.config is not None
-
-    def free(self):
-        """Adapted, and not merged."""
-        return self.config is not None and not self.merged
-
-    def bare(self):
-        return self.config is None
-
-    @property
-    def dtype(self):
-        return self.model.head.weight.dtype
-
-    def trained(self):
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-
-    def input(self):
-        return torch.randn(3, WIDTH, dtype=torch.float64).to(self.dtype).requires_grad_()
-
-    def assert_close(self, actual, expected, what, autocast=False, floor=1e-3):
-        tolerance = max(TOLERANCES[self.dtype], TOLERANCES[torch.bfloat16] if autocast else 0)
-        error, size = (actual.detach().double() - expected.detach()).norm(), expected.detach().norm()
-        assert error <= tolerance * (size + floor), f"{what}: off by {error:.3g}, of {size:.3g}"
-
-    # --- rules ---
-
-    @precondition(bare)
+    @precondition(Subject.bare)
     @rule(config=configs(), seed=st.integers(0, 2**16))
     def apply(self, config, seed):
         with warnings.catch_warnings():
@@ -87,7 +55,7 @@ class Machine(stateful.RuleBasedStateMachine):
         self.config = config
         self.randomise(seed)
 
-    @precondition(free)
+    @precondition(Subject.free)
     @rule(seed=st.integers(0, 2**16))
     def randomise(self, seed):
         torch.manual_seed(seed)
@@ -95,7 +63,7 @@ class Machine(stateful.RuleBasedStateMachine):
             for parameter in self.trained().values():
                 parameter.normal_(std=0.3)
 
-    @precondition(adapted)
+    @precondition(Subject.adapted)
     @rule()
     def remove(self):
         self.merged = False
@@ -103,7 +71,7 @@ class Machine(stateful.RuleBasedStateMachine):
         remove_genft(self.model)
         self.forget()
 
-    @precondition(free)
+    @precondition(Subject.free)
     @rule()
     def remove_and_keep(self):
         x = self.input()
@@ -115,10 +83,7 @@ class Machine(stateful.RuleBasedStateMachine):
             parameter.data.mul_(0.4 / parameter.abs().max())
         self.frozen = frozen_state(self.model)
 
-    def forget(self):
-        self.config = self.optimizer = self.kept = None
-
-    @precondition(free)
+    @precondition(Subject.free)
     @rule()
     def merge(self):
         merge(self.model)
@@ -141,21 +106,6 @@ class Machine(stateful.RuleBasedStateMachine):
         self.frozen = {n: t if self.put_aside(n) else t.to(dtype) for n, t in self.frozen.items()}
         self.optimizer = self.kept = None
 
-    def put_aside(self, name):
-        """Whether a tensor of the frozen model is not in the model now: that of a module to save follows when used."""
-        return self.adapted() and self.config.modules_to_save is not None and name.startswith("head.")
-
-    def take_up(self):
-        self.frozen = {name: tensor.to(self.dtype) for name, tensor in self.frozen.items()}
-
-    def evaluated(self, x, context=torch.no_grad):
-        training = self.model.training
-        self.model.eval() if self.merged or (self.config and self.config.dropout) else None
-        with context():
-            y = self.model(x)
-        self.model.training == training or self.model.train(training)
-        return y
-
     @rule(
         context=st.sampled_from([torch.no_grad, torch.inference_mode, contextlib.nullcontext]),
         times=st.integers(1, 2),
@@ -166,7 +116,7 @@ class Machine(stateful.RuleBasedStateMachine):
             oracle = Oracle(self.model, self.frozen, self.adapted())
             self.assert_close(self.evaluated(x, context), oracle.output(x), "output")
 
-    @precondition(adapted)
+    @precondition(Subject.adapted)
     @rule(fails=st.booleans())
     def disable(self, fails):
         x = self.input()
@@ -175,7 +125,7 @@ class Machine(stateful.RuleBasedStateMachine):
             y = self.model(x)
             self.assert_close(y, Oracle(self.model, self.frozen, adapted=False).output(x), "output, disabled")
 
-    @precondition(free)
+    @precondition(Subject.free)
     @rule(
         together=st.booleans(),
         count=st.integers(1, 3),
@@ -228,25 +178,43 @@ class Machine(stateful.RuleBasedStateMachine):
         if optimizer is not None:
             self.step(optimizer)
 
-    def gradients_follow(self, autocast=False):
-        """Whether they are near those in float64: near a kink rounding decides them, in plain PyTorch as well."""
-        kinks = {"relu", "leaky_relu"} & {self.config.inner_activation, self.config.outer_activation}
-        return not kinks or (self.dtype == torch.float64 and not autocast)
+    @precondition(Subject.free)
+    @rule(of=st.integers(0, 100), again=st.booleans(), seed=st.integers(0, 2**16))
+    def change_before_backward(self, of, again, seed):
+        """A tensor changes between forward and a backward: an error, or the gradients of what it was."""
+        if self.config.dropout:
+            return
+        self.model.train().zero_grad()
+        x, oracle = self.input(), Oracle(self.model, self.frozen)
+        loss = self.model(x).double().square().sum()
+        wide = x.detach().double().requires_grad_()
+        expected, (of_x,) = oracle.backward(oracle.output(wide).square().sum(), [wide])
+        if again:
+            loss.backward(retain_graph=True)
+            self.model.zero_grad()
+            x.grad = None
+        self.change("in place", of, seed)
+        try:
+            loss.backward()
+        except RuntimeError as error:
+            assert "modified by an inplace operation" in str(error) or "was changed in place" in str(error), error
+        else:
+            if self.gradients_follow():
+                self.assert_gradients(expected)
+                self.assert_close(x.grad, of_x, "gradient of x")
+        self.model.zero_grad()
 
-    def assert_gradients(self, expected, autocast=False):
-        scale = max(gradient.norm() for gradient in expected.values())
-        for name, parameter in self.trained().items():
-            self.assert_close(parameter.grad, expected[name], f"gradient of {name}", autocast, scale)
+    @precondition(Subject.free)
+    @rule(of=st.integers(0, 100))
+    def freeze_or_thaw(self, of):
+        """One of the adapter's parameters; never the last that trains."""
+        own = [p for name, p in self.model.named_parameters() if name not in self.frozen]
+        parameter = own[of % len(own)]
+        if not parameter.requires_grad or sum(p.requires_grad for p in own) > 1:
+            parameter.requires_grad_(not parameter.requires_grad)
+            parameter.grad = self.optimizer = None
 
-    def step(self, name):
-        if self.dtype == torch.float16:
-            name = "SGD"  # Adam's epsilon is zero there
-        if self.optimizer is None or self.optimizer[0] != name:
-            self.optimizer = name, OPTIMIZERS[name](self.trained().values())
-        nn.utils.clip_grad_norm_(self.trained().values(), 1.0)
-        self.optimizer[1].step()
-
-    @precondition(free)
+    @precondition(Subject.free)
     @rule(
         together=st.booleans(),
         backward=st.booleans(),
@@ -264,7 +232,7 @@ class Machine(stateful.RuleBasedStateMachine):
             parameter.grad = before[name]
         self.model.zero_grad()
 
-    @precondition(free)
+    @precondition(Subject.free)
     @rule(how=st.sampled_from(sorted(CHANGES)), of=st.integers(0, 100), seed=st.integers(0, 2**16))
     def change(self, how, of, seed):
         """One trained parameter or W, past autograd."""
@@ -281,7 +249,7 @@ class Machine(stateful.RuleBasedStateMachine):
         if name in self.frozen and not parameter.requires_grad:
             self.frozen[name] = new
 
-    @precondition(free)
+    @precondition(Subject.free)
     @rule()
     def keep_state(self):
         self.kept = copy.deepcopy(self.model.state_dict())
@@ -293,7 +261,7 @@ class Machine(stateful.RuleBasedStateMachine):
         self.frozen = {n: t if self.put_aside(n) else self.kept[n].clone() for n, t in self.frozen.items()}
         self.optimizer = None
 
-    @precondition(free)
+    @precondition(Subject.free)
     @rule()
     def save_and_load(self):
         """The adapter, into a fresh copy of the base model."""
@@ -309,7 +277,7 @@ class Machine(stateful.RuleBasedStateMachine):
         assert set(found) == set(wanted) and all(torch.equal(found[name], wanted[name]) for name in wanted)
         self.model, self.optimizer = fresh.train(self.model.training), None
 
-    @precondition(adapted)
+    @precondition(Subject.adapted)
     @rule(how=st.sampled_from(["deepcopy", "pickle", "torch.save"]), seed=st.integers(0, 2**16))
     def go_on_with_a_copy(self, how, seed):
         original = self.model
