@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from .adapt import disabled, merge, remove_genft
+from .arguments import check_type
 from .files.lora import export_lora
 from .files.lora_check import answer, frozen_copy, load_into_peft, relative
 
@@ -53,6 +54,7 @@ def fidelity_report(model: nn.Module, inputs: Any) -> FidelityReport:
     Raises:
         RuntimeError: the model has no adapter, or is merged.
     """
+    check_type("model", model, nn.Module)
     exact = frozen_copy(model).double()
     expected = _answer(exact, inputs, torch.float64)
     with disabled(exact):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapt import adapted_layers, adapter_state, check_enabled
-from ..arguments import is_finite
+from ..arguments import check_type, is_finite
 from ..matching import Names
 from ..modules import GenFTLinear
 from ..parameters import GeneratorParameters
@@ -99,6 +99,7 @@ def export_lora(
             differs by more than rounding.
         ImportError: `inputs` are given, and PEFT is not installed.
     """
+    check_type("directory", directory, (str, os.PathLike))
     directory, layers = Path(directory), _exportable_layers(model)
     _check_size(rank, energy)
     _check_names(model, layers)

@@ -18,9 +18,12 @@ from genft_kernels import (
     backends,
     disabled,
     explain,
+    export_lora,
+    fidelity_report,
     load_adapter,
     merge,
     reference,
+    refresh,
     remove_genft,
     save_adapter,
     trainable_summary,
@@ -129,6 +132,14 @@ def load(**changed):
     return load_adapter(**{"model": apply(), "directory": "nowhere", **changed})
 
 
+def export(**changed):
+    return export_lora(**{"model": apply(), "directory": "nowhere", **changed})
+
+
+def report(**changed):
+    return fidelity_report(**{"model": apply(), "inputs": None, **changed})
+
+
 TENSORS = dict(x=torch.randn(4, 6), weight=torch.randn(5, 6), bias=torch.randn(5))
 FACTORS = dict(h=torch.randn(6, 3), b=torch.randn(5, 3))
 PARAMS = GeneratorParameters(torch.randn(3, 6), torch.randn(6, 3), torch.randn(3, 5), torch.randn(5, 3))
@@ -218,7 +229,10 @@ ENTRIES = [
     *[(call, "model", kinds("module")) for call in (remove, merge, unmerge, trainable_summary, explain, save, load)],
     *[(call, "model", kinds("module")) for call in (enter_disabled, enter_accumulate)],
     (remove, "keep_update", OF_FLAGS),
-    *[(call, "directory", kinds("string")) for call in (save, load)],
+    *[(call, "model", kinds("module")) for call in (refresh, export, report)],
+    *[(call, "directory", kinds("string")) for call in (save, load, export)],
+    (export, "rank", kinds("None", "integer") | {"zero": 0, "negative": -1}),
+    (export, "energy", kinds("None") | HUGE | {"zero": 0.0}),
     *[(GenFTConfig, name, kinds("integer") | HUGE | {"negative": -1}) for name in ("shared_dim", "specific_dim")],
     *[(GenFTConfig, f"{name}_activation", OF_ACTIVATIONS) for name in ("inner", "outer")],
     *[(GenFTConfig, name, kinds()) for name in ("ratio_scope", "transform", "delta_layout", "init_shared")],
