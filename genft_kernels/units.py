@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, reference
+from .arguments import check_type
 from .config import GenFTConfig, check_blocks
 from .generator import GenFTGenerator, draw_up, zeroed_names
 from .left_out import watch_optimizers
@@ -117,14 +118,14 @@ class GenFTUpdate(nn.Module):
 
     def source(self) -> Source:
         """All that the layer's factors are generated from, as it is now."""
-        config, frozen, (count, adapted) = self.config, self.frozen_weight, self._blocks
-        blocks = [frozen]
+        config, weight, (count, adapted) = self.config, self.stored_weight, self._blocks
+        blocks = [weight.t() if self._fan_in_fan_out else weight]
         if count > 1:
-            cut = frozen.chunk(count)
+            cut = blocks[0].chunk(count)
             blocks = [cut[index] for index in adapted]
         return Source(
             config,
-            self.stored_weight,
+            weight,
             blocks,
             self.generator(),
             self.specific_parameters(),
@@ -138,7 +139,7 @@ class GenFTUpdate(nn.Module):
         """What `Source.obstacle` says."""
         if self.merged:
             return "it is merged"
-        if self.sharded:
+        if self._sharded or self.generator.sharded or is_tensor_subclass(block):
             return "its parameters are sharded, quantised or of another tensor class"
         if block.shape != (self.generator.out_features, self.generator.in_features):
             return "its weight is not resident"
@@ -168,6 +169,7 @@ def refresh(model: nn.Module) -> nn.Module:
 
     Needed only after a change of W that neither its version nor its diagonal tells of (docs/using.md#training).
     """
+    check_type("model", model, nn.Module)
     for module in model.modules():
         if isinstance(module, GenFTUpdate):
             module.generator.group.forget(module)

@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import _torch_private
 from ..update import Factors
 from .node import Generation
-from .snapshot import Snapshot, Watch, compared, compares_at_once
+from .snapshot import Snapshot, Watch, compares_at_once, sample
 from .source import Source
 
 
@@ -49,8 +49,9 @@ class Share:
     def __init__(self, batch: Batch, source: Source, settings: Settings, start: int) -> None:
         self._batch, self._settings = batch, settings
         self._blocks = slice(start, start + len(source.blocks))
-        self._own = Snapshot(list(source.own.values()), source.weight, values=batch.values)
+        self._own = Snapshot(source.own.values(), source.weight, values=batch.values)
         self._readers: set[int] = set()  # the threads that have taken it
+        self._round: int | None = None  # in which it was taken last
 
     @property
     def factors(self) -> list[Factors]:
@@ -59,8 +60,22 @@ class Share:
 
     def holds(self, source: Source) -> bool:
         """Whether what the factors were generated from is as it was."""
-        shared = list(source.shared.values())
-        return self._own.same(list(source.own.values()), source.weight) and self._batch.shared.same(shared)
+        return self._own_same(source) and self._batch.shared.same(source.shared.values())
+
+    def _own_same(self, source: Source) -> bool:
+        return self._own.same(source.own.values(), source.weight)
+
+    def _is_first_of_a_round(self) -> bool:
+        """Whether it is for this layer to have the shared tensors compared in full.
+
+        A round ends when a layer asks again, and a layer that has taken part in the round before this one is taken to
+        belong to the same forward as the others.
+        """
+        before, self._round = self._round, self._batch.round
+        if before == self._batch.round:
+            self._batch.round = self._round = before + 1
+            return True
+        return before != self._batch.round - 1
 
     def take(self, layer: Layer, source: Source, settings: Settings, repeats: bool) -> list[Factors] | None:
         """The factors for a forward of `layer`, or None if they do not hold for it.
@@ -70,7 +85,9 @@ class Share:
         factors = self._batch.generation.factors  # read once: the backward of another thread may consume them meanwhile
         reader = threading.get_ident()
         spent = source.training and reader in self._readers and not repeats
-        if factors is None or spent or self._settings != settings or not self.holds(source):
+        if factors is None or spent or self._settings != settings or not self._own_same(source):
+            return None
+        if not self._batch.shared.same(source.shared.values(), in_full=self._is_first_of_a_round()):
             return None
         self._batch.look(layer, settings)
         self._readers.add(reader)
@@ -81,9 +98,9 @@ class Batch:
     """A generation, and what tells whether the layers that it was made for may still use it."""
 
     def __init__(self, generation: Generation, sources: Mapping[Layer, Source], values: bool) -> None:
-        self.generation, self.values = generation, values
+        self.generation, self.values, self.round = generation, values, 0
         first = next(iter(sources.values()))
-        self.shared = Snapshot(list(first.shared.values()), values=values)
+        self.shared = Snapshot(first.shared.values(), values=values)
         self._layers = [weakref.ref(layer) for layer in sources]
         self._seen: weakref.WeakSet[Layer] = weakref.WeakSet()  # in this round
         watched = values and not (first.training or compares_at_once(first.weight.device))
@@ -252,7 +269,7 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
 def _watched(sources: Iterable[Source]) -> list[Tensor]:
     """All whose values count, of layers that share a generator."""
     sources = list(sources)
-    own = [part for source in sources for part in compared(list(source.own.values()), source.weight)]
+    own = [part for source in sources for part in (*source.own.values(), sample(source.weight))]
     return [*sources[0].shared.values(), *own]
 
 

@@ -1,22 +1,24 @@
 """Whether tensors are what they were: the same objects in the same state, with the same values.
 
 Versions tell of changes that go through autograd. Only the values tell of the others: through `.data`, by fused
-optimizers, by views of the memory, by other processes. Thin tensors are compared in full, W by its diagonal, which a
-change of the whole touches, and one of a row as far as W is square. On a CPU that is done in each forward, and takes
-about as long as reading them. On a device the answer would have to be waited for, so it is read a forward later
-(`Watch`).
+optimizers, by views of the memory, by other processes. Thin tensors are compared in full, of W a sample along its
+diagonal. On a CPU that is done in each forward, and takes about as long as reading them. On a device the answer would
+have to be waited for, so it is read a forward later (`Watch`).
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from .. import _torch_private
+
+_SAMPLES = 64  # of a frozen weight
+_FIRST_BYTES = 256
 
 # torch.equal takes eight times as long.
 _memcmp = ctypes.PyDLL("msvcrt" if os.name == "nt" else None).memcmp
@@ -26,21 +28,21 @@ _memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 class Snapshot:
     """Tensors as they were. None is kept alive, and none referred to: `torch.utils.swap_tensors` forbids it."""
 
-    def __init__(self, thin: Sequence[Tensor], weight: Tensor | None = None, *, values: bool) -> None:
+    def __init__(self, thin: Iterable[Tensor], weight: Tensor | None = None, *, values: bool) -> None:
         """Of `thin` tensors, and of a frozen `weight`; with `values`, where they can be compared at once."""
-        self._states = [_state(tensor) for tensor in _with(thin, weight)]
-        self._copies = []
-        if values:
-            self._copies = [_Bytes(part) for part in compared(thin, weight) if compares_at_once(part.device)]
+        self._thin = [(_state(tensor), _bytes(tensor) if values else None) for tensor in thin]
+        if weight is not None:
+            self._weight = _state(weight), _bytes(sample(weight)) if values else None
 
-    def same(self, thin: Sequence[Tensor], weight: Tensor | None = None) -> bool:
-        """Whether they are the same ones, as they were."""
-        if [_state(tensor) for tensor in _with(thin, weight)] != self._states:
-            return False
-        if not self._copies:
+    def same(self, thin: Iterable[Tensor], weight: Tensor | None = None, *, in_full: bool = True) -> bool:
+        """Whether they are the same ones, as they were; of the values only the first few without `in_full`."""
+        for tensor, (state, copy) in zip(thin, self._thin, strict=True):
+            if _state(tensor) != state or not (copy is None or copy.equals(tensor, in_full)):
+                return False
+        if weight is None:
             return True
-        parts = [part for part in compared(thin, weight) if compares_at_once(part.device)]
-        return all(copy.equals(part) for copy, part in zip(self._copies, parts, strict=True))
+        state, copy = self._weight
+        return _state(weight) == state and (copy is None or copy.equals(sample(weight), True))
 
 
 class Watch:
@@ -74,24 +76,29 @@ def compares_at_once(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _with(thin: Sequence[Tensor], weight: Tensor | None) -> list[Tensor]:
-    return [*thin] if weight is None else [*thin, weight]
+def sample(weight: Tensor) -> Tensor:
+    """Elements of the diagonal, evenly spaced; a view."""
+    if _torch_private.dispatch_modes_active():
+        with _torch_private.hidden_from_selective_checkpointing():
+            return _sample_unseen(weight)
+    return _sample_unseen(weight)
 
 
-def compared(thin: Sequence[Tensor], weight: Tensor | None) -> list[Tensor]:
-    """What of them is compared: all of the thin ones, the diagonal of W."""
-    if weight is None:
-        return [*thin]
-    if not _torch_private.dispatch_modes_active():
-        return [*thin, weight.diagonal()]
-    with _torch_private.hidden_from_selective_checkpointing():
-        return [*thin, weight.diagonal()]
+def _sample_unseen(weight: Tensor) -> Tensor:
+    length = min(weight.shape)
+    count = min(_SAMPLES, length)
+    step = length // count
+    return weight.detach().as_strided((count,), (step * sum(weight.stride()),))
 
 
 def _state(tensor: Tensor) -> tuple:
     # An object that takes the place of another at its address has other values.
     version = None if tensor.is_inference() else tensor._version
-    return (id(tensor), version, tensor.data_ptr(), tensor.requires_grad, tensor.dtype, tensor.shape)
+    return (id(tensor), version, tensor.data_ptr(), tensor.requires_grad, tensor.dtype, tensor.numel())
+
+
+def _bytes(tensor: Tensor) -> _Bytes | None:
+    return _Bytes(tensor) if compares_at_once(tensor.device) else None
 
 
 class _Bytes:
@@ -100,11 +107,12 @@ class _Bytes:
     def __init__(self, tensor: Tensor) -> None:
         self._copy = tensor.detach().clone(memory_format=torch.contiguous_format)
         self._address, self._size = self._copy.data_ptr(), self._copy.nbytes
+        self._first = min(self._size, _FIRST_BYTES)
 
-    def equals(self, tensor: Tensor) -> bool:
-        """Whether `tensor`, of the same shape and dtype, holds the same bytes."""
-        dense = tensor.detach().contiguous() if not tensor.is_contiguous() else tensor
-        return _memcmp(dense.data_ptr(), self._address, self._size) == 0
+    def equals(self, tensor: Tensor, in_full: bool) -> bool:
+        """Whether `tensor`, of the same number of elements and dtype, holds the same bytes, or begins with the same."""
+        dense = tensor if tensor.is_contiguous() else tensor.detach().contiguous()
+        return _memcmp(dense.data_ptr(), self._address, self._size if in_full else self._first) == 0
 
 
 def _joined(parts: Sequence[Tensor]) -> list[Tensor]:

@@ -3,6 +3,9 @@
 from tests.faults.planting import Fault
 
 GROUPS = ["tests/sharing/test_groups.py", "tests/sharing/test_group_contexts.py"]
+STALE = ["tests/sharing/test_stale_factors.py"]
+MODES = ["tests/sharing/test_dispatch_modes.py"]
+CHANGED = ["tests/sharing/test_changed_modules.py"]
 ACCUMULATION = ["tests/sharing/test_accumulation.py"]
 TRAINER = ["tests/integrations/test_integrations.py"]
 
@@ -29,17 +32,24 @@ FAULTS = [
         GROUPS,
     ),
     Fault(
-        "generation: a change before the backward unnoticed",
+        "generation: a change between forward and backward unnoticed",
         "genft_kernels/sharing/node.py",
-        "        _Generate._check_unchanged(ctx, owners)",
-        "        pass",
-        GROUPS,
+        "        _Generate._check_unchanged(ctx, owners)\n",
+        "",
+        CHANGED,
+    ),
+    Fault(
+        "generation: a change of another layer taken for one's own",
+        "genft_kernels/sharing/node.py",
+        " and recipe.owner(i) in owners\n",
+        "\n",
+        CHANGED,
     ),
     Fault(
         "generation: zeros for layers that had no part",
         "genft_kernels/sharing/node.py",
-        "if leaf.requires_grad and used and recipe.owner(i) in owners",
-        "if leaf.requires_grad and used",
+        "if leaf.requires_grad and used and recipe.owner(i) in owners]",
+        "if leaf.requires_grad and used]",
         GROUPS,
     ),
     Fault(
@@ -50,17 +60,94 @@ FAULTS = [
         GROUPS,
     ),
     Fault(
-        "group: values not looked at, as those that fused optimizers change",
+        "source: layers that differ in what trains together",
+        "genft_kernels/sharing/source.py",
+        "self.dropout, trained",
+        "self.dropout",
+        ACCUMULATION,
+    ),
+    Fault(
+        "source: computed tensors taken for parameters",
+        "genft_kernels/sharing/source.py",
+        "if not isinstance(tensor, nn.Parameter):",
+        "if False:",
+        CHANGED,
+    ),
+    Fault(
+        "snapshot: versions not looked at",
         "genft_kernels/sharing/snapshot.py",
-        "return all(copy.equals(part) for copy, part in zip(self._copies, parts, strict=True))",
-        "return True",
+        "version = None if tensor.is_inference() else tensor._version",
+        "version = None",
+        STALE,
+    ),
+    Fault(
+        "snapshot: objects not looked at",
+        "genft_kernels/sharing/snapshot.py",
+        "(id(tensor), version,",
+        "(0, version,",
         GROUPS,
     ),
     Fault(
-        "group: the same factors for two forwards in training",
+        "snapshot: values not compared",
+        "genft_kernels/sharing/snapshot.py",
+        "== 0",
+        "is not None",
+        STALE,
+    ),
+    Fault(
+        "snapshot: a weight's values not compared",
+        "genft_kernels/sharing/snapshot.py",
+        "(copy is None or copy.equals(sample(weight), True))",
+        "True",
+        STALE,
+    ),
+    Fault(
+        "snapshot: the generator's values not compared",
+        "genft_kernels/sharing/cache.py",
+        "self.shared = Snapshot(first.shared.values(), values=values)",
+        "self.shared = Snapshot(first.shared.values(), values=False)",
+        STALE,
+    ),
+    Fault(
+        "share: the generator's values never compared in full",
+        "genft_kernels/sharing/cache.py",
+        "in_full=self._is_first_of_a_round()",
+        "in_full=False",
+        STALE,
+    ),
+    Fault(
+        "watch: a device's answer never read",
+        "genft_kernels/sharing/cache.py",
+        "changed = self._watch.changed()",
+        "changed = False",
+        STALE,
+    ),
+    Fault(
+        "watch: the stale factors kept",
+        "genft_kernels/sharing/cache.py",
+        "            self.generation.factors = None\n        else:",
+        "            pass\n        else:",
+        STALE,
+    ),
+    Fault(
+        "share: taken twice in training",
         "genft_kernels/sharing/cache.py",
         "spent = source.training and reader in self._readers and not repeats",
         "spent = False",
+        STALE,
+    ),
+    Fault(
+        "share: not found by a repetition",
+        "genft_kernels/sharing/cache.py",
+        "reader in self._readers and not repeats",
+        "reader in self._readers",
+        GROUPS,
+    ),
+    Fault(
+        "share: another mode's taken",
+        "genft_kernels/sharing/cache.py",
+        " or self._settings != settings",
+        "",
         GROUPS,
     ),
     Fault(
@@ -80,8 +167,8 @@ FAULTS = [
     Fault(
         "group: the whole group for each repeated region",
         "genft_kernels/sharing/cache.py",
-        "sources = {layer: source} if repeats else self.together_with(layer, source)",
-        "sources = self.together_with(layer, source)",
+        "{layer: source} if repeats else self.together_with(layer, source)",
+        "self.together_with(layer, source)",
         GROUPS,
     ),
     Fault(
@@ -97,6 +184,69 @@ FAULTS = [
         "        return LayerGroup, ()",
         "        return object.__reduce_ex__(self, 4)",
         GROUPS,
+    ),
+    Fault(
+        "group: a lock that a fork leaves locked",
+        "genft_kernels/sharing/cache.py",
+        "group.lock = threading.Lock()",
+        "pass",
+        STALE,
+    ),
+    Fault(
+        "group: seen by selective checkpointing",
+        "genft_kernels/sharing/cache.py",
+        "        with _torch_private.hidden_from_selective_checkpointing():\n            seed = None",
+        "        with torch.enable_grad() if torch.is_grad_enabled() else torch.no_grad():\n            seed = None",
+        MODES,
+    ),
+    Fault(
+        "group: hidden from every mode",
+        "genft_kernels/_torch_private.py",
+        "if not isinstance(mode, selective)]",
+        "if False]",
+        MODES,
+    ),
+    Fault(
+        "group: kept under fake tensors",
+        "genft_kernels/_torch_private.py",
+        "return dispatch_modes_active() and any(mode.is_infra_mode() for mode in _mode_stack())",
+        "return False",
+        MODES,
+    ),
+    Fault(
+        "generator: a generator left out of training unnoticed",
+        "genft_kernels/left_out.py",
+        "if has_gradients and steps == 2:",
+        "if False:",
+        CHANGED,
+    ),
+    Fault(
+        "generator: optimizers in turn warned of",
+        "genft_kernels/left_out.py",
+        "            _steps_without[generator] = 0",
+        "            pass",
+        CHANGED,
+    ),
+    Fault(
+        "accumulate: casts without gradients",
+        "genft_kernels/sharing/accumulate.py",
+        "            with torch.enable_grad():\n                shares",
+        "            if True:\n                shares",
+        ACCUMULATION,
+    ),
+    Fault(
+        "accumulate: zero_grad before a backward unnoticed",
+        "genft_kernels/sharing/accumulate.py",
+        "        if self._marks.cleared():\n            self._drop_sums()\n\n    def",
+        "        pass\n\n    def",
+        ACCUMULATION,
+    ),
+    Fault(
+        "accumulate: marks left behind",
+        "genft_kernels/sharing/accumulate.py",
+        "                parameter.grad = None\n        self._marks.clear()",
+        "                pass\n        self._marks.clear()",
+        ACCUMULATION,
     ),
     Fault(
         "accumulate: sums in 16 bits",

@@ -9,7 +9,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from genft_kernels import GenFTConfig, GenFTGenerator, GenFTLinear, accumulate, apply_genft, explain, merge
+from genft_kernels import (
+    GenFTConfig,
+    GenFTGenerator,
+    GenFTLinear,
+    accumulate,
+    apply_genft,
+    explain,
+    load_adapter,
+    merge,
+    save_adapter,
+)
 from tests.helpers.adapted_models import adapted, generations, gradients, loss_of, train
 from tests.helpers.tiny_models import randomise, tokens
 
@@ -220,3 +230,25 @@ def test_layers_that_differ_in_what_trains_are_generated_apart():
     assert all(gradient is not None for gradient in gradients(model).values())
     assert "8x8: 3 layers on cpu in one generation" in explain(model)
     assert model(tokens()).isfinite().all()
+
+
+@every_way
+@pytest.mark.parametrize("part", [PARTS["generator"], PARTS["last-own"]], ids=["generator", "own"])
+def test_saving_and_loading_what_is_computed_is_refused(way, part, tmp_path):
+    model = adapted_pair()
+    save_adapter(model, tmp_path / "before")
+    way(*part(model))
+    for act in (save_adapter, load_adapter):
+        with pytest.raises(RuntimeError, match="(8x8.column_up|2.specific_down)' is computed"):
+            act(model, tmp_path / "before")
+
+
+def test_parameter_over_the_memory_of_another_gets_the_gradient():
+    model = adapted().eval()
+    layer = model.layers[1].attention.value
+    for _ in range(2):
+        layer.specific_up = nn.Parameter(layer.specific_up.data)
+        loss_of(model).backward()
+        assert layer.specific_up.grad is not None and layer.specific_up.grad.any()
+        layer.specific_up = nn.Parameter(layer.specific_up.data)
+        model(tokens())

@@ -156,6 +156,17 @@ def test_accumulate_refuses_a_change_that_no_version_tells_of():
             changed(model, change, PARTS["generator"])
 
 
+def test_parts_of_a_model_that_run_apart_see_a_change_of_what_they_share():
+    model = adapted().eval()
+    x = torch.randn(3, 8, dtype=torch.float64)
+    with torch.no_grad():
+        for _ in range(2):  # an encoder once, a decoder many times, in turn
+            for part, count in ((model.layers[0], 1), (model.layers[1], 3)):
+                model.genft_generators["8x8"].column_down.data[1, 5] += 1  # not among the first values
+                for _ in range(count):
+                    assert torch.equal(part(x), copy.deepcopy(part)(x))
+
+
 def test_refresh_is_for_changes_of_a_weight_beside_its_diagonal():
     model = adapted().eval()
     with torch.no_grad():
