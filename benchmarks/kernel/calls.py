@@ -47,11 +47,11 @@ def weight_side(kernels: ModuleType, layer: Layer, k: int, dtype: torch.dtype, d
     random, n_in, n_out = _random(device, dtype), layer.in_features, layer.out_features
     count, work = min(layer.count, 24), layer.in_features * layer.out_features * k
     weights = list(random(count, n_out, n_in))
-    down, grad, pre = random(count, k, n_in), random(count, n_out, k), random(count, n_out, k)
+    down, grad = random(count, k, n_in), random(count, n_out, k)
     thin = functools.partial(kernels.thin_product, weights, down, None, "tanh")
     yield Call("thin_product", thin, (*weights, down), count * work)
-    transposed = functools.partial(kernels.thin_transposed, grad, weights, pre, "tanh")
-    yield Call("thin_transposed", transposed, (*weights, grad, pre), count * work)
+    transposed = functools.partial(kernels.thin_transposed, grad, weights)
+    yield Call("thin_transposed", transposed, (*weights, grad), count * work)
     left, right, row_down, dz = (random(count, *shape) for shape in ((n_out, k), (n_in, k), (k, n_out), (n_in, k)))
     row = left, right, row_down
     seeds = torch.arange(count, device=device)
@@ -91,7 +91,7 @@ def token_side(
     xh, down, seed = random(tokens, k), h.t()[None].contiguous(), torch.tensor([3], device=device)
     thin = functools.partial(kernels.thin_product, [x], down, None, "identity")
     yield Call("thin_product", thin, (x, h), tokens * n_in * k, tokens)
-    transposed = functools.partial(kernels.thin_transposed, xh[None], [dy], None, "identity")
+    transposed = functools.partial(kernels.thin_transposed, xh[None], [dy])
     yield Call("thin_transposed", transposed, (xh, dy), tokens * n_out * k, tokens)
     for form in TILED:
         update = seed, 0.5, *_update(form), ROW_STREAM

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from genft_kernels import philox
-from genft_kernels.backends.cuda import kernels as cuda_kernels
+from genft_kernels.backends.cuda import kernels as launchers
+from genft_kernels.backends.cuda.operations import kernels as cuda_kernels
 from genft_kernels.functional import genft_linear
 from tests import cuda_host
 from tests.helpers.cases import case_of, check_every_op, make_data, relative_error, run
@@ -56,8 +57,8 @@ def test_wrong_shape_is_named_before_anything_runs():
         cuda_kernels.contract(ones(3, 5), ones(4, 6), h, b, seed, *update, True, True)
     with pytest.raises(ValueError, match=r"matrix 1 must be \[5, 6\], got \[6, 5\]"):
         cuda_kernels.thin_product([weight, weight.t()], ones(2, 3, 6), None, "identity")
-    with pytest.raises(ValueError, match=r"grad must be \[1, 5, 3\], got \[2, 5, 3\]"):
-        cuda_kernels.thin_transposed(ones(2, 5, 3), [weight], None, "identity")
+    with pytest.raises(ValueError, match=r"dz must be \[1, 5, 3\], got \[2, 5, 3\]"):
+        cuda_kernels.thin_transposed(ones(2, 5, 3), [weight])
     with pytest.raises(ValueError, match="seed must be int64 with 2 elements, got torch.int64 with 1"):
         cuda_kernels.row_forward(ones(2, 5, 3), ones(2, 6, 3), ones(2, 4, 5), None, seed, "tanh", 0.5, "tanh")
 
@@ -79,7 +80,7 @@ def test_failed_launch_names_the_kernel():
     matrix = torch.ones(4, 4)
     unknown_dtype = 7
     with pytest.raises(RuntimeError, match="CUDA kernel 'thin_transposed' failed to launch: invalid argument .error 1"):
-        cuda_kernels.launch("thin_transposed", matrix, [matrix], 4, False, matrix, 1, 4, 4, 4, 64, unknown_dtype)
+        launchers.launch("thin_transposed", matrix, [matrix], 4, False, matrix, 1, 4, 4, 4, 64, unknown_dtype)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from genft_kernels import philox
-from genft_kernels.backends.cuda import kernels as cuda_kernels
+from genft_kernels.backends import KERNEL_DTYPES
 from genft_kernels.backends.cuda import operations as cuda
+from genft_kernels.backends.cuda.operations import kernels as cuda_kernels
 from genft_kernels.backends.eager import operations as eager
 from genft_kernels.functional import genft_linear
 from tests import cuda_host
@@ -23,7 +24,7 @@ DEVICES = [
     ),
     pytest.param(torch.device("cuda"), id="cuda", marks=pytest.mark.gpu),
 ]
-DTYPES = pytest.mark.parametrize("dtype", cuda_kernels.DTYPES, ids=str)
+DTYPES = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 UNITS = pytest.mark.parametrize("k", [1, 16, 37, 64, 200])
 LAYOUTS_AND_UNITS = pytest.mark.parametrize(
     "layout, k",

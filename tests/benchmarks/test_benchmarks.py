@@ -295,7 +295,7 @@ def test_hand_derived_lora_keeps_nothing():
 
 
 def test_our_own_that_lose_a_small_update_are_refused():
-    problem = Problem(case())
+    problem = Problem(case(), CPU)
     harness._check_gain((1.02, 0.97), problem)
     with pytest.raises(WrongResult, match="of a small update 0.53 is left in y and 1.00 in dx"):
         harness._check_gain((0.53, 1.0), problem)

@@ -1,8 +1,7 @@
-"""The CUDA kernels of `csrc/` as functions of tensors: checks, memory for results, and one launch each.
+"""Launches of the CUDA kernels of `csrc/`: how tensors become addresses, strides and codes (genft.h).
 
-Thin matrices are made contiguous here; a big matrix keeps its memory if one of its strides is 1. What is cast or
-copied lives as long as the call. float32 products are exact, 16-bit ones accumulate in float32, and every sum has a
-fixed order.
+A big matrix keeps its memory if one of its strides is 1. What is cast or copied lives as long as the call. float32
+products are exact, 16-bit ones accumulate in float32, and every sum has a fixed order.
 """
 
 from __future__ import annotations
@@ -10,11 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...activations import ACTIVATIONS, activation_backward
+from ...activations import ACTIVATIONS
 from . import extension
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # codes of genft.h
-DTYPES = tuple(_DTYPES)
 _EDGE = 64  # of a tile of the kernels
 _MOST_FEATURES = 65535 * _EDGE  # what CUDA's grids allow
 
@@ -77,35 +75,9 @@ def _listed(items) -> str:
     return " and ".join(sorted(map(str, items)))
 
 
-def _dtype(*tensors: Tensor | None) -> torch.dtype:
-    """The compute dtype that the given tensors share."""
-    dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
-    if len(dtypes) > 1:
-        raise TypeError(f"the factors of a CUDA kernel must be of one dtype, not of {_listed(dtypes)}")
-    dtype = dtypes.pop()
-    if dtype not in _DTYPES:
-        raise TypeError(f"the CUDA kernels compute in {_listed(DTYPES)}, not in {dtype}")
-    return dtype
-
-
-def _check_shapes(
-    seed: Tensor | None = None, layers: int = 1, **expected: tuple[Tensor | None, tuple[int, ...]]
-) -> None:
-    """ValueError that names the tensor whose shape is not the expected one; the kernels would read beside it."""
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
-    if seed is not None and (seed.dtype != torch.int64 or seed.numel() != layers):
-        raise ValueError(f"seed must be int64 with {layers} elements, got {seed.dtype} with {seed.numel()}")
-
-
 def _check_features(*features: int) -> None:
     if max(features) > _MOST_FEATURES:
         raise ValueError(f"the CUDA kernels take at most {_MOST_FEATURES} features, got {max(features)}")
-
-
-def _tiles(n: int) -> int:
-    return -(-n // _EDGE)
 
 
 def _as_stored(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, int, bool]:
@@ -137,124 +109,68 @@ def _rows(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
     return matrix, matrix.stride(0)
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
-
-
 def _dropout(dropout: float) -> tuple[int, float]:
     """(threshold, 1 / (1 - p)) of docs/method.md#random-numbers."""
     return int(dropout * 2**32), 1 / (1 - dropout)
 
 
-# --- thin products --------------------------------------------------------------------------------------------------
+# --- launchers, as `plan.Kernels` describes them --------------------------------------------------------------------
+
+SPLITS_TOKENS = False
 
 
-def thin_product(
-    matrices: list[Tensor], thin: Tensor, bias: Tensor | None, activation: str
-) -> tuple[Tensor, Tensor | None]:
-    """(activation(matrix [m, n] thin[k, n]^T + bias [k]), its argument or None), both [L, m, k] in thin's dtype.
-
-    `matrices` are L of one shape; `thin` is [L, k, n].
-    """
-    dtype, (m, n), layers, k = _dtype(thin, bias), matrices[0].shape, len(matrices), thin.shape[1]
-    _check_shapes(thin=(thin, (layers, k, n)), bias=(bias, (k,)), **_of_one_shape(matrices))
-    out = thin.new_empty((layers, m, k))
-    pre = None if activation == "identity" else torch.empty_like(out)
-    if m:
-        thin, bias = _contiguous(thin, bias)
-        stored = _list_as_stored(matrices, dtype)
-        launch("thin_product", *stored, thin, bias, out, pre, layers, m, n, k, activation, dtype)
-    return out, pre
+def thin_product(matrices: list[Tensor], thin: Tensor, bias: Tensor | None, activation: str, out: Tensor, pre) -> None:
+    """Write activation(matrix [m, n] thin[k, n]^T + bias), and its argument, to `out` and `pre` [L, m, k]."""
+    (layers, k, n), m = thin.shape, out.shape[1]
+    stored = _list_as_stored(matrices, thin.dtype)
+    launch("thin_product", *stored, thin, bias, out, pre, layers, m, n, k, activation, thin.dtype)
 
 
-def thin_transposed(grad: Tensor, matrices: list[Tensor], pre: Tensor | None, activation: str) -> Tensor:
-    """(grad * activation'(pre))[L, m, k]^T matrix [m, n]: [L, k, n] in grad's dtype, summed in a fixed order."""
-    dtype, (m, n), layers, k = _dtype(grad), matrices[0].shape, len(matrices), grad.shape[2]
-    _check_shapes(
-        grad=(grad, (layers, m, k)),
-        pre=(pre if activation != "identity" else None, (layers, m, k)),
-        **_of_one_shape(matrices),
-    )
-    dz = activation_backward(activation, grad, pre).contiguous()
-    # Enough blocks for a large card, but at least 512 rows for each.
-    splits = max(1, min(-(-256 // (_tiles(n) * _tiles(k) * layers)), -(-m // 512)))
-    rows = max(1, _tiles(-(-m // splits))) * _EDGE
-    out = torch.empty((layers, max(1, -(-m // rows)), k, n), dtype=torch.float32, device=grad.device)
-    launch("thin_transposed", dz, *_list_as_stored(matrices, dtype), out, layers, m, n, k, rows, dtype)
-    return (out[:, 0] if out.shape[1] == 1 else out.sum(1)).to(dtype)
+def thin_transposed(dz: Tensor, matrices: list[Tensor], out: Tensor, rows: int) -> None:
+    """Write dz [L, m, k]^T matrix [m, n], in parts of `rows` rows, to `out` [L, part, k, n]."""
+    (layers, m, k), n = dz.shape, out.shape[3]
+    launch("thin_transposed", dz, *_list_as_stored(matrices, dz.dtype), out, layers, m, n, k, rows, dz.dtype)
 
 
-def _of_one_shape(matrices: list[Tensor]) -> dict:
-    return {f"matrix {index}": (matrix, tuple(matrices[0].shape)) for index, matrix in enumerate(matrices)}
-
-
-# --- the row stage --------------------------------------------------------------------------------------------------
-
-
-def row_forward(left, right, down, bias, seed, outer: str, dropout: float, inner: str) -> tuple[Tensor, Tensor | None]:
-    """(h [L, in, k], what the inner activation was applied to or None)."""
-    dtype, (layers, n_out, k1), n_in, k = _dtype(left, right, down, bias), left.shape, right.shape[1], down.shape[1]
-    _check_shapes(
-        seed, layers, right=(right, (layers, n_in, k1)), down=(down, (layers, k, n_out)), bias=(bias, (k,))
-    )  # fmt: skip
-    h = down.new_empty((layers, n_in, k))
-    pre = None if inner == "identity" else torch.empty_like(h)
+def row_forward(left, right, down, bias, seed, outer: str, dropout: float, inner: str, out, pre) -> None:
+    """Write h = phi(Y^T A^T + a), and phi's argument, to `out` and `pre` [L, in, k]."""
+    (layers, n_out, k1), n_in, k = left.shape, right.shape[1], down.shape[1]
     launch(
-        "row_forward", *_contiguous(left, right, down, bias, seed), h, pre, layers, n_out, n_in, k1, k,
-        *_dropout(dropout), outer, inner, dtype,
+        "row_forward", left, right, down, bias, seed, out, pre, layers, n_out, n_in, k1, k, *_dropout(dropout), outer,
+        inner, left.dtype,
     )  # fmt: skip
-    return h, pre
 
 
-def row_backward(grad, left, right, down, pre, seed, outer: str, dropout: float, inner: str, needs: list[bool]):
-    """(dleft [L, out, k1], dright [L, in, k1], dA [L, k, out], da [k]), those that `needs` names."""
-    need_left, need_right, need_down, need_bias = needs
-    dtype, (layers, n_out, k1), n_in, k = _dtype(grad, left, right, down), left.shape, right.shape[1], down.shape[1]
-    _check_shapes(
-        seed, layers, right=(right, (layers, n_in, k1)), down=(down, (layers, k, n_out)),
-        grad=(grad, (layers, n_in, k)), pre=(pre if inner != "identity" else None, (layers, n_in, k)),
-    )  # fmt: skip
-    dz = activation_backward(inner, grad, pre)  # [L, in, k]
-    left, right, down, dz, seed = _contiguous(left, right, down, dz, seed)
-    given = left, right, down, dz, seed
-    settings = layers, n_out, n_in, k1, k, *_dropout(dropout), outer, dtype
-    dleft, dright, ddown = (
-        torch.empty_like(matrix) if need else None
-        for matrix, need in ((left, need_left), (right, need_right), (down, need_down))
-    )
-    if need_left or need_down:
+def row_backward(left, right, down, dz, seed, outer: str, dropout: float, dleft, dright, ddown) -> None:
+    """Write the gradients of left, right and down to `dleft`, `dright` and `ddown`, those that are not None."""
+    (layers, n_out, k1), n_in, k = left.shape, right.shape[1], down.shape[1]
+    given, settings = (left, right, down, dz, seed), (layers, n_out, n_in, k1, k, *_dropout(dropout), outer, left.dtype)
+    if dleft is not None or ddown is not None:
         launch("row_backward_out", *given, dleft, ddown, *settings)
-    if need_right:
+    if dright is not None:
         launch("row_backward_in", *given, dright, *settings)
-    return dleft, dright, ddown, dz.sum((0, 1), dtype=torch.float32).to(dtype) if need_bias else None
 
 
-# --- the token side -------------------------------------------------------------------------------------------------
-
-
-def fold(weight, h, b, seed, scale, activation, dropout, stream) -> Tensor:
-    """W + scale * drop(psi(b h^T)) [out, in] in the factors' dtype; it lies in memory as W does."""
-    dtype, (n_out, n_in), k = _dtype(h, b), weight.shape, h.shape[1]
+def fold(weight, h, b, seed, scale, activation, dropout, stream, out: Tensor) -> None:
+    """Write W + scale * drop(psi(b h^T)) to `out` [out, in], which lies in memory as W does."""
+    (n_out, n_in), k = weight.shape, h.shape[1]
     _check_features(n_out, n_in)
-    _check_shapes(seed, h=(h, (n_in, k)), b=(b, (n_out, k)))
-    weight, stride, transposed = _as_stored(weight, dtype)
-    out = h.new_empty((n_in, n_out)).t() if transposed else h.new_empty((n_out, n_in))
     launch(
-        "fold", weight, stride, transposed, *_contiguous(b, h, seed), out, n_out, n_in, k,
-        *_dropout(dropout), stream, scale, activation, dtype,
+        "fold", *_as_stored(weight, h.dtype), b, h, seed, out, n_out, n_in, k, *_dropout(dropout), stream, scale,
+        activation, h.dtype,
     )  # fmt: skip
-    return out
 
 
-def contract(dy, x, h, b, seed, scale, activation, dropout, stream, need_h: bool, need_b: bool):
-    """(dh [in, k], db [out, k]) in the factors' dtype, None where not needed."""
-    dtype, (t, n_out), (n_in, k) = _dtype(dy, x, h, b), dy.shape, h.shape
+def contract(dy, x, h, b, seed, scale, activation, dropout, stream, dh, db, tokens: int) -> None:
+    """Write the parts of dh [out tile, in, k] and db [in tile, out, k], those that are not None; all tokens at once."""
+    (t, n_out), (n_in, k) = dy.shape, h.shape
     _check_features(n_out, n_in)
-    _check_shapes(seed, x=(x, (t, n_in)), b=(b, (n_out, k)))
-    dh = torch.empty((_tiles(n_out), n_in, k), dtype=torch.float32, device=dy.device) if need_h else None
-    db = torch.empty((_tiles(n_in), n_out, k), dtype=torch.float32, device=dy.device) if need_b else None
     launch(
-        "contract", *_rows(dy, dtype), *_rows(x, dtype), *_contiguous(b, h, seed), dh, db, t, n_out, n_in, k,
-        *_dropout(dropout), stream, scale, activation, dtype,
+        "contract", *_rows(dy, h.dtype), *_rows(x, h.dtype), b, h, seed, dh, db, t, n_out, n_in, k,
+        *_dropout(dropout), stream, scale, activation, h.dtype,
     )  # fmt: skip
-    return dh.sum(0).to(dtype) if need_h else None, db.sum(0).to(dtype) if need_b else None
+
+
+def tile_of_contract(dy: Tensor, k: int, activation: str, dropout: float) -> tuple[int, int]:
+    """Edges of a tile of G, along out and in."""
+    return _EDGE, _EDGE

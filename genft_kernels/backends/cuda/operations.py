@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from ..plan import KernelOperations
-from . import extension, kernels
+from ..plan import KernelOperations, Kernels
+from . import extension
+from . import kernels as launchers
 
+kernels = Kernels(launchers)
 _operations = KernelOperations(kernels)
 column, column_backward = _operations.column, _operations.column_backward
 row, row_backward = _operations.row, _operations.row_backward

@@ -1,6 +1,5 @@
 """The gradients of the update's factors, tiled form: a tile of G = dy^T x is contracted and never stored."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -62,32 +61,29 @@ def _contract(
             tl.store(dh + at, part, mask=(columns[:, None] < n_in) & (units[None, :] < k))
 
 
-def contract(dy, x, h, b, seed, scale, activation, dropout, stream, need_h: bool, need_b: bool):
-    """(dh [in, k], db [out, k]) in the factors' dtype, None where not needed."""
+SPLITS_TOKENS = True
+
+
+def contract(dy, x, h, b, seed, scale, activation, dropout, stream, dh, db, tokens: int) -> None:
+    """Write the parts of dh [split and out tile, in, k] and db [split and in tile, out, k], those that are not None."""
     (t, n_out), n_in, k = dy.shape, x.shape[1], h.shape[1]
-    block_out, block_in = _blocks(dy, k, activation, dropout)
+    block_out, block_in = tile_of_contract(dy, k, activation, dropout)
     block_t, block_k = edge(dy), min(32, unit_block(k, h))
-    out_tiles, in_tiles = triton.cdiv(n_out, block_out), triton.cdiv(n_in, block_in)
-    # Enough programs for a large card, but at least 512 tokens for each.
-    splits = max(1, min(triton.cdiv(128, out_tiles * in_tiles), t // 512))
-    tokens_per_split = block_t * max(1, triton.cdiv(triton.cdiv(t, splits), block_t))
-    dh = torch.empty((splits * out_tiles, n_in, k), dtype=torch.float32, device=dy.device) if need_h else None
-    db = torch.empty((splits * in_tiles, n_out, k), dtype=torch.float32, device=dy.device) if need_b else None
-    _contract[(out_tiles * in_tiles, splits)](
-        dy, x, b.contiguous(), h.contiguous(), seed, dh, db, t, tokens_per_split, n_out, n_in, k,
+    tiles = triton.cdiv(n_out, block_out) * triton.cdiv(n_in, block_in)
+    _contract[(tiles, max(1, triton.cdiv(t, tokens)))](
+        dy, x, b, h, seed, dh, db, t, tokens, n_out, n_in, k,
         *dy.stride(), *x.stride(), *dropout_arguments(dropout), stream, scale,
-        ACTIVATION=activation, DROPOUT=dropout > 0, NEED_H=need_h, NEED_B=need_b,
+        ACTIVATION=activation, DROPOUT=dropout > 0, NEED_H=dh is not None, NEED_B=db is not None,
         PRECISION=precision(h), SLICES=slices(k), BLOCK_K=block_k, CHUNKS=triton.cdiv(k, block_k),
         BLOCK_OUT=block_out, BLOCK_IN=block_in, BLOCK_T=block_t, num_warps=8,
         num_stages=stages(dy, 4, (block_out + block_in) * block_t),
     )  # fmt: skip
-    return dh.sum(0).to(h.dtype) if need_h else None, db.sum(0).to(b.dtype) if need_b else None
 
 
-def _blocks(tokens: Tensor, k: int, activation: str, dropout: float) -> tuple[int, int]:
+def tile_of_contract(dy: Tensor, k: int, activation: str, dropout: float) -> tuple[int, int]:
     """Edges of a tile of G. The larger, the less is read; but the epilogue must find registers, or it spills."""
-    small = edge(tokens)
-    if tokens.dtype.itemsize == 4 or tokens.shape[0] < 128 or k > 128:
+    small = edge(dy)
+    if dy.dtype.itemsize == 4 or dy.shape[0] < 128 or k > 128:
         return small, small
     light = k <= 48 and k % 16 == 0 and (dropout == 0 or activation in ("identity", "relu", "leaky_relu"))
     return 128, 128 if light else small

@@ -12,7 +12,8 @@ from .math import key_of_layer, matrix_tile, round_up_or_down, update_tile, word
 
 @triton.jit
 def _fold(
-    weight, b, h, seed, out, n_out, n_in, k, stride_wo, stride_wi, threshold, keep_scale, stream, rounding, scale,
+    weight, b, h, seed, out, n_out, n_in, k, stride_wo, stride_wi, stride_oo, stride_oi,
+    threshold, keep_scale, stream, rounding, scale,
     ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr, DROPPED_BITS: tl.constexpr,
     PRECISION: tl.constexpr, SLICES: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
@@ -31,22 +32,20 @@ def _fold(
         words = word_tile(key, rounding, rows, columns, n_out, BLOCK_OUT, BLOCK_IN)
         exact = round_up_or_down(exact, words, DROPPED_BITS)
     mask = (rows[:, None] < n_out) & (columns[None, :] < n_in)
-    at = rows[:, None].to(tl.int64) * n_in + columns[None, :]
+    at = rows[:, None].to(tl.int64) * stride_oo + columns[None, :].to(tl.int64) * stride_oi
     tl.store(out + at, exact.to(out.dtype.element_ty), mask=mask)
 
 
 _DROPPED_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
 
 
-def fold(weight, h, b, seed, scale, activation, dropout, stream) -> Tensor:
-    """W + scale * drop(psi(b h^T)) [out, in] in the factors' dtype."""
+def fold(weight, h, b, seed, scale, activation, dropout, stream, out: Tensor) -> None:
+    """Write W + scale * drop(psi(b h^T)) to `out` [out, in]."""
     (n_out, n_in), k = weight.shape, h.shape[1]
-    out = h.new_empty((n_out, n_in))
     block = edge(h)
     _fold[(triton.cdiv(n_out, block), triton.cdiv(n_in, block))](
-        weight, b.contiguous(), h.contiguous(), seed, out, n_out, n_in, k, *weight.stride(),
+        weight, b, h, seed, out, n_out, n_in, k, *weight.stride(), *out.stride(),
         *dropout_arguments(dropout), stream, ROUNDING_STREAM, scale,
         ACTIVATION=activation, DROPOUT=dropout > 0, DROPPED_BITS=_DROPPED_BITS[out.dtype],
         PRECISION=precision(h), SLICES=slices(k), BLOCK_OUT=block, BLOCK_IN=block, num_warps=4,
     )  # fmt: skip
-    return out

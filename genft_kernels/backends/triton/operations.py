@@ -7,21 +7,17 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from ..plan import KernelOperations
-from .contract import contract
+from ..plan import KernelOperations, Kernels
+from .contract import SPLITS_TOKENS, contract, tile_of_contract
 from .fold import fold
-from .row import row_backward as _tiled_row_backward
-from .row import row_forward as _tiled_row_forward
+from .row import row_backward, row_forward
 from .thin import thin_product, thin_transposed
 
-kernels = SimpleNamespace(
-    thin_product=thin_product,
-    thin_transposed=thin_transposed,
-    row_forward=_tiled_row_forward,
-    row_backward=_tiled_row_backward,
-    fold=fold,
-    contract=contract,
-)
+_launchers = SimpleNamespace(
+    thin_product=thin_product, thin_transposed=thin_transposed, row_forward=row_forward, row_backward=row_backward,
+    fold=fold, contract=contract, tile_of_contract=tile_of_contract, SPLITS_TOKENS=SPLITS_TOKENS,
+)  # fmt: skip
+kernels = Kernels(_launchers)
 _operations = KernelOperations(kernels)
 column, column_backward = _operations.column, _operations.column_backward
 row, row_backward = _operations.row, _operations.row_backward

@@ -4,12 +4,9 @@
 One launch serves L layers: each of these is stacked, and a program belongs to one layer.
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ...activations import activation_backward
 from ...philox import COLUMN_STREAM
 from .launch import dropout_arguments, edge, precision, slices, unit_block
 from .math import activate, activation_slope, add_product, keep_tile, key_of_layer, rank_k_tile, thin_rows
@@ -65,11 +62,11 @@ def _row_tile(
 
 @triton.jit
 def _row_backward_out(
-    left, right, down_t, dz, seed, dleft, ddown_t, n_out, n_in, k1, k, threshold, keep_scale, stream,
+    left, right, down_t, dz, seed, dleft, ddown, n_out, n_in, k1, k, threshold, keep_scale, stream,
     OUTER: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, SLICES_1: tl.constexpr, SLICES: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
-    """dleft = Q right  [out, k1],  dA^T = Y dZ  [out, k]: a program has its rows of both."""
+    """dleft = Q right  [out, k1],  dA = (Y dZ)^T  [k, out]: a program has its rows of both."""
     rows = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     units_1 = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)  # k1 is k, or k + 1 with the bias unit
     units = units_1
@@ -89,12 +86,13 @@ def _row_backward_out(
         to_left = add_product(to_left, q.to(r.dtype), r, PRECISION)
         d = thin_rows(dz, columns, units, n_in, k)  # [in, k]
         to_down = add_product(to_down, y.to(d.dtype), d, PRECISION)
-    row_at = layer * n_out + rows[:, None]
     inside = rows[:, None] < n_out
-    tl.store(dleft + row_at * k1 + units_1[None, :], to_left.to(dleft.dtype.element_ty),
-             mask=inside & (units_1[None, :] < k1))  # fmt: skip
-    tl.store(ddown_t + row_at * k + units[None, :], to_down.to(ddown_t.dtype.element_ty),
-             mask=inside & (units[None, :] < k))  # fmt: skip
+    if dleft is not None:
+        at = (layer * n_out + rows[:, None]) * k1 + units_1[None, :]
+        tl.store(dleft + at, to_left.to(dleft.dtype.element_ty), mask=inside & (units_1[None, :] < k1))
+    if ddown is not None:
+        at = (layer * k + units[None, :]) * n_out + rows[:, None]
+        tl.store(ddown + at, to_down.to(ddown.dtype.element_ty), mask=inside & (units[None, :] < k))
 
 
 @triton.jit
@@ -124,27 +122,22 @@ def _row_backward_in(
     tl.store(dright + at, total.to(dright.dtype.element_ty), mask=mask)
 
 
-def row_forward(left, right, down, bias, seed, outer: str, dropout: float, inner: str) -> tuple[Tensor, Tensor | None]:
-    """(h [L, in, k], what the inner activation was applied to or None)."""
+def row_forward(left, right, down, bias, seed, outer: str, dropout: float, inner: str, out, pre) -> None:
+    """Write h = phi(Y^T A^T + a), and phi's argument, to `out` and `pre` [L, in, k]."""
     (layers, n_out, k1), n_in, k = left.shape, right.shape[1], down.shape[1]
-    out = down.new_empty((layers, n_in, k))
-    pre = None if inner == "identity" else torch.empty_like(out)
     block_k, block = unit_block(k, left), edge(left)
     _row_forward[(triton.cdiv(n_in, block), triton.cdiv(k, block_k), layers)](
-        left.contiguous(), right.contiguous(), down.mT.contiguous(), bias, seed, out, pre,
+        left, right, down.mT.contiguous(), bias, seed, out, pre,
         n_out, n_in, k1, k, *dropout_arguments(dropout), COLUMN_STREAM,
         OUTER=outer, INNER=inner, DROPOUT=dropout > 0, HAS_BIAS=bias is not None, PRECISION=precision(left),
         SLICES_1=slices(k1), BLOCK_K=block_k, BLOCK_OUT=block, BLOCK_IN=block, num_warps=4, num_stages=2,
     )  # fmt: skip
-    return out, pre
 
 
-def row_backward(grad, left, right, down, pre, seed, outer: str, dropout: float, inner: str, needs: list[bool]):
-    """(dleft [L, out, k1], dright [L, in, k1], dA [L, k, out], da [k]), those that `needs` names."""
-    need_left, need_right, need_down, need_bias = needs
+def row_backward(left, right, down, dz, seed, outer: str, dropout: float, dleft, dright, ddown) -> None:
+    """Write the gradients of left, right and down to `dleft`, `dright` and `ddown`, those that are not None."""
     (layers, n_out, k1), n_in, k = left.shape, right.shape[1], down.shape[1]
-    dz = activation_backward(inner, grad, pre).contiguous()  # [L, in, k]
-    thin = (left.contiguous(), right.contiguous(), down.mT.contiguous(), dz, seed)
+    thin = (left, right, down.mT.contiguous(), dz, seed)
     numbers = (n_out, n_in, k1, k, *dropout_arguments(dropout), COLUMN_STREAM)
     block_k, block = unit_block(max(k, k1), left), edge(left)
     chunks = triton.cdiv(max(k, k1), block_k)
@@ -152,19 +145,13 @@ def row_backward(grad, left, right, down, pre, seed, outer: str, dropout: float,
         OUTER=outer, DROPOUT=dropout > 0, PRECISION=precision(left), SLICES_1=slices(k1), SLICES=slices(k),
         BLOCK_K=block_k, num_warps=8, num_stages=1,
     )  # fmt: skip
-    dleft = ddown = dright = None
-    if need_left or need_down:
-        dleft, ddown_t = left.new_empty((layers, n_out, k1)), down.new_empty((layers, n_out, k))
+    if dleft is not None or ddown is not None:
         _row_backward_out[(triton.cdiv(n_out, block), chunks, layers)](
-            *thin, dleft, ddown_t, *numbers, BLOCK_OUT=block, BLOCK_IN=32, **settings
+            *thin, dleft, ddown, *numbers, BLOCK_OUT=block, BLOCK_IN=32, **settings
         )
-        ddown = ddown_t.mT.contiguous()
-    if need_right:
-        dright = right.new_empty((layers, n_in, k1))
+    if dright is not None:
         # In float32 any larger tile spills for some k, on one card or another.
         height, width = (32, block) if left.dtype.itemsize == 2 else (16, 16)
         _row_backward_in[(triton.cdiv(n_in, width), chunks, layers)](
             *thin, dright, *numbers, BLOCK_OUT=height, BLOCK_IN=width, **settings
         )
-    dbias = dz.sum((0, 1), dtype=torch.float32).to(grad.dtype) if need_bias else None
-    return dleft if need_left else None, dright, ddown if need_down else None, dbias

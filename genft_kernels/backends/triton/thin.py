@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import precision, stages, unit_block
-from .math import activate, activation_slope, add_product, thin_rows
+from .math import activate, add_product, thin_rows
 
 
 @triton.jit
@@ -61,74 +61,54 @@ def _thin_product(
 
 @triton.jit
 def _thin_transposed(
-    grads, pres, first, offsets, outs, m, n, k, stride_m, stride_n, rows_per_split, splits,
-    DIVISIBILITY: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    dzs, first, offsets, outs, m, n, k, stride_m, stride_n, rows_per_split, splits,
+    DIVISIBILITY: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out [split, k, n] = (grad * activation'(pre))[m, k]^T matrix [m, n], each split over its own rows."""
+    """out [split, k, n] = dz[m, k]^T matrix [m, n], each split over its own rows."""
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     units = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     layer, split = tl.program_id(2) // splits, tl.program_id(2) % splits
     matrix = _matrix_of_layer(first, offsets, layer, DIVISIBILITY)
-    grad = grads + layer.to(tl.int64) * m * k
+    dz = dzs + layer.to(tl.int64) * m * k
     total = tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.float32)
     tl.assume(rows_per_split > 0)  # a loop that may have no step makes ptxas wait for each matrix instruction (C7515)
     for start in range(0, rows_per_split, BLOCK_M):
         rows = split * rows_per_split + start + tl.arange(0, BLOCK_M)
-        dz = thin_rows(grad, rows, units, m, k)
-        if ACTIVATION != "identity":
-            z = thin_rows(pres + layer.to(tl.int64) * m * k, rows, units, m, k).to(tl.float32)
-            dz = (dz.to(tl.float32) * activation_slope(z, ACTIVATION)).to(grads.dtype.element_ty)
+        small = thin_rows(dz, rows, units, m, k)
         mask = (rows[:, None] < m) & (columns[None, :] < n)
         at = rows[:, None].to(tl.int64) * stride_m + columns[None, :].to(tl.int64) * stride_n
-        tile = tl.load(matrix + at, mask=mask, other=0.0).to(dz.dtype)
-        total = add_product(total, tl.trans(dz), tile, PRECISION)
+        tile = tl.load(matrix + at, mask=mask, other=0.0).to(small.dtype)
+        total = add_product(total, tl.trans(small), tile, PRECISION)
     mask = (units[:, None] < k) & (columns[None, :] < n)
     at = (tl.program_id(2).to(tl.int64) * k + units[:, None]) * n + columns[None, :]
     tl.store(outs + at, total.to(outs.dtype.element_ty), mask=mask)
 
 
-def thin_product(
-    matrices: list[Tensor], thin: Tensor, bias: Tensor | None, activation: str
-) -> tuple[Tensor, Tensor | None]:
-    """(activation(matrix [m, n] thin[k, n]^T + bias [k]), its argument or None), both [L, m, k] in thin's dtype.
-
-    `matrices` are L of one shape; `thin` is [L, k, n].
-    """
+def thin_product(matrices: list[Tensor], thin: Tensor, bias, activation: str, out: Tensor, pre) -> None:
+    """Write activation(matrix [m, n] thin[k, n]^T + bias), and its argument, to `out` and `pre` [L, m, k]."""
     matrices = _alike(matrices)
     (m, n), (layers, k, _) = matrices[0].shape, thin.shape
-    out = thin.new_empty((layers, m, k))
-    pre = None if activation == "identity" else torch.empty_like(out)
-    if m:
-        block_k = unit_block(k, thin)
-        offsets, divisibility = _offsets(matrices)
-        _thin_product[(triton.cdiv(m, 64), triton.cdiv(k, block_k), layers)](
-            matrices[0], offsets, thin, bias, out, pre, m, n, k, *matrices[0].stride(), *thin.stride(),
-            DIVISIBILITY=divisibility, ACTIVATION=activation, HAS_BIAS=bias is not None, PRECISION=precision(thin),
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=block_k, num_warps=8, num_stages=stages(thin, 5, 64 * (64 + block_k)),
-        )  # fmt: skip
-    return out, pre
-
-
-def thin_transposed(grad: Tensor, matrices: list[Tensor], pre: Tensor | None, activation: str) -> Tensor:
-    """(grad * activation'(pre))[L, m, k]^T matrix [m, n]: [L, k, n] in grad's dtype, summed in a fixed order."""
-    matrices = _alike(matrices)
-    (m, n), (layers, _, k) = matrices[0].shape, grad.shape
-    block_k = unit_block(k, grad)
-    grid = triton.cdiv(n, 64), triton.cdiv(k, block_k)
-    # Enough programs for a large card, but at least 512 rows for each.
-    splits = max(1, min(triton.cdiv(256, grid[0] * grid[1] * layers), triton.cdiv(m, 512)))
-    rows = max(1, triton.cdiv(triton.cdiv(m, splits), 64)) * 64
-    splits = max(1, triton.cdiv(m, rows))
-    dtype = grad.dtype if splits == 1 else torch.float32
-    out = torch.empty((layers, splits, k, n), dtype=dtype, device=grad.device)
+    block_k = unit_block(k, thin)
     offsets, divisibility = _offsets(matrices)
-    _thin_transposed[(*grid, layers * splits)](
-        grad.contiguous(), pre, matrices[0], offsets, out, m, n, k, *matrices[0].stride(), rows, splits,
-        DIVISIBILITY=divisibility, ACTIVATION=activation, PRECISION=precision(grad),
-        BLOCK_M=64, BLOCK_N=64, BLOCK_K=block_k, num_warps=8, num_stages=stages(grad, 4, 64 * (64 + block_k)),
+    _thin_product[(triton.cdiv(m, 64), triton.cdiv(k, block_k), layers)](
+        matrices[0], offsets, thin, bias, out, pre, m, n, k, *matrices[0].stride(), *thin.stride(),
+        DIVISIBILITY=divisibility, ACTIVATION=activation, HAS_BIAS=bias is not None, PRECISION=precision(thin),
+        BLOCK_M=64, BLOCK_N=64, BLOCK_K=block_k, num_warps=8, num_stages=stages(thin, 5, 64 * (64 + block_k)),
     )  # fmt: skip
-    return out[:, 0] if splits == 1 else out.sum(1).to(grad.dtype)
+
+
+def thin_transposed(dz: Tensor, matrices: list[Tensor], out: Tensor, rows: int) -> None:
+    """Write dz [L, m, k]^T matrix [m, n], in parts of `rows` rows, to `out` [L, part, k, n]."""
+    matrices = _alike(matrices)
+    (m, n), (layers, splits, k, _) = matrices[0].shape, out.shape
+    block_k = unit_block(k, dz)
+    offsets, divisibility = _offsets(matrices)
+    _thin_transposed[(triton.cdiv(n, 64), triton.cdiv(k, block_k), layers * splits)](
+        dz, matrices[0], offsets, out, m, n, k, *matrices[0].stride(), rows, splits,
+        DIVISIBILITY=divisibility, PRECISION=precision(dz),
+        BLOCK_M=64, BLOCK_N=64, BLOCK_K=block_k, num_warps=8, num_stages=stages(dz, 4, 64 * (64 + block_k)),
+    )  # fmt: skip
 
 
 def _alike(matrices: list[Tensor]) -> list[Tensor]:
