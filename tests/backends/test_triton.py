@@ -148,6 +148,18 @@ def test_ops_pass_opcheck(name, monkeypatch):
 
 
 @interpreted
+def test_contraction_of_many_tokens_is_split():
+    from genft_kernels.backends.eager import operations as eager
+    from genft_kernels.backends.triton import operations as backend
+
+    x, dy, weight, h, b = (torch.randn(*shape) for shape in ((1100, 20), (1100, 12), (12, 20), (20, 3), (12, 3)))
+    settings = None, torch.tensor([5]), 0.5, "gelu", 0.3, philox.ROW_STREAM, [False, False, True, True]
+    expected = eager.linear_backward(dy, x, weight, h, b, *settings)
+    for actual, true in zip(backend.linear_backward(dy, x, weight, h, b, *settings)[2:], expected[2:], strict=True):
+        torch.testing.assert_close(actual, true, rtol=1e-4, atol=1e-4)
+
+
+@interpreted
 def test_strides_of_every_operand_are_respected():
     case = case_of("tiled-square")
     data = make_data(case, torch.float32)
