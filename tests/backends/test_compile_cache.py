@@ -76,9 +76,7 @@ def test_a_library_is_compiled_once_and_kept(compiler, folder, capsys):
     assert not folder.exists()
     assert cache.obtain(library(compiler)) == "machine code"
     told = capsys.readouterr().err
-    assert (
-        f"genft_kernels: compiling the tiny code in {folder}\n" in told and "compiled the tiny code in " in told
-    )
+    assert f"genft_kernels: compiling the tiny code in {folder}\n" in told and "compiled the tiny code in " in told
     assert cache.obtain(library(compiler)) == "machine code" and compiler.runs == 1
     assert capsys.readouterr().err == "" and names(folder) == ["tiny.json", "tiny.lock", "tiny.so"]
     (path,) = folder.glob("*.so")
