@@ -45,12 +45,17 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
 
     Raises:
         TypeError: an argument is of the wrong type, or a module to save has an extra state that is no tensor.
-        ValueError: an adapted weight holds NaN or infinity.
+        ValueError: an adapted weight holds NaN or infinity; `directory` holds a saved model of transformers.
         RuntimeError: the model has no adapter, is offloaded, or is within `disabled`.
         OSError: the folder cannot be written, or another process has been saving into it for a minute.
     """
     check_type("model", model, nn.Module)
     check_type("directory", directory, (str, os.PathLike))
+    if (Path(directory) / "config.json").exists():
+        raise ValueError(
+            f"{os.fspath(directory)} holds a saved model, which transformers loads no longer with an adapter of "
+            "GenFT's beside it: save the adapter into a folder of its own"
+        )
     config, tensors = adapter_state(model).config, _adapter_tensors(model) | _saved_tensors(model)
     for name, other in tied_again(model, adapter_state(model).saved_modules).items():
         raise RuntimeError(f"modules_to_save: {name!r} is tied to {other!r} again, so what was trained is gone")

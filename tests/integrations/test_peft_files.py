@@ -199,6 +199,15 @@ def test_peft_refuses_a_module_that_is_held_twice(tmp_path):
         peft.PeftModel.from_pretrained(base(TiedModel), tmp_path)
 
 
+def test_an_adapter_does_not_spoil_the_folder_of_a_model(tmp_path):
+    """transformers would look for the adapter's class in PEFT, and PEFT for one that works without a wrapper."""
+    model = classifier()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds a saved model, which transformers loads no longer"):
+        save_adapter(apply_genft(model, GenFTConfig(**SMALL)), tmp_path)
+    assert transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path) is not None
+
+
 # --- names ----------------------------------------------------------------------------------------------------------
 
 

@@ -79,6 +79,13 @@ class PeftGenFTModel(BaseTuner):
         super().delete_adapter(adapter_name)
         self._forget(adapter_name)
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """NotImplementedError: a sum of updates is no update that one generator makes."""
+        raise NotImplementedError(
+            "no weighted sums of GenFT adapters: activate several, by model.base_model.set_adapter([...]), or merge "
+            "them, by model.merge_adapter([...]); both add their updates"
+        )
+
     def _forget(self, adapter_name: str) -> None:
         if adapter_name in self.genft_shared:  # else its last layer has taken it away
             del self.genft_shared[adapter_name]
