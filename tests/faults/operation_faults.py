@@ -52,6 +52,21 @@ FAULTS = [
         INTERPRETED,
     ),
     Fault(
+        "contraction: every split from the first token",
+        BACKENDS + "triton/contract.py",
+        "split * tokens_per_split + start",
+        "start",
+        ["tests/backends/test_triton.py", *QUICK, "-k", "split"],
+    ),
+    Fault(
+        "factored: a bias of 16 bits before the big product",
+        BACKENDS + "eager/operations.py",
+        "    y.addmm_(tokens, weight.t())",
+        "    y = y.add_(bias).addmm_(tokens, weight.t()).sub_(bias) if bias is not None and _is_16_bit(y) else "
+        "y.addmm_(tokens, weight.t())",
+        EAGER,
+    ),
+    Fault(
         "contraction: slope forgotten",
         BACKENDS + "triton/contract.py",
         "g *= scale * activation_slope(s, ACTIVATION)",
