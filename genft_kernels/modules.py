@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _torch_private, backends
+from . import reference
 from .arguments import check_flag, check_type
 from .checks import (
     check_bias,
     check_device,
     check_floating_dtype,
     check_frozen_weight,
-    check_linear,
     check_sizes,
-    check_transforms,
 )
-from .config import GenFTConfig, is_factored
-from .functional import genft_linear
+from .config import GenFTConfig
 from .generator import GenFTGenerator
 from .instance_forward import carry_instance_forward, check_instance_forward
 from .merged_state import MarksMerged
+from .together import updated_linear
 from .units import GenFTUpdate, adapter_dtype
-from .update import apply_factors, compute_dtype, forward_seed
 
 __all__ = ["GenFTGenerator", "GenFTLinear"]
 
@@ -181,49 +176,21 @@ class GenFTLinear(MarksMerged, GenFTUpdate, nn.Linear):
             if self.training:
                 raise RuntimeError("a merged layer does not train: call unmerge() or eval() first")
             return F.linear(x, self.weight.t() if self._fan_in_fan_out else self.weight, self.bias)
-        if self._generates_alone():
-            params, options = self.parameters_of_generator(), dict(training=self.training, backend=self.backend)
-            outputs = [
-                F.linear(x, weight, bias)
-                if place is None
-                else genft_linear(x, weight, bias, params, self.config, **options)
-                for weight, bias, place in self._cut()
-            ]
-        else:
-            check_linear(x, self.frozen_weight, self.bias)
-            config, dtype = self.config, compute_dtype(x)
-            psi, dropout = config.outer_activation, config.dropout if self.training else 0.0
-            backend = backends.choose(self.backend, x.device, dtype, not is_factored(psi, dropout))
-            check_transforms(backend)
-            seeds = [forward_seed(None, x.device, self.training, dropout, psi, dtype, backend) for _ in self.blocks[1]]
-            factors = self.generator.group.factors_for(self, dtype, backend, seeds)
-            outputs = [
-                F.linear(x, weight, bias)
-                if place is None
-                else apply_factors(x, weight, bias, factors[place], config.scaling, psi, dropout, seeds[place], backend)
-                for weight, bias, place in self._cut()
-            ]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+        if self.backend == "reference":
+            return self._materialised(x)
+        return updated_linear(x, self.frozen_weight, self.bias, [self])
 
-    def _generates_alone(self) -> bool:
-        """Whether generation is a part of this forward's own graph, rather than shared with others."""
-        # A compiled graph cannot hold what outlives it, and sharded parameters cannot be watched.
-        return (
-            torch.compiler.is_compiling()
-            or self.backend == "reference"
-            or self.sharded
-            or _torch_private.tensors_are_fake()
-        )
-
-    def _cut(self) -> Iterator[tuple[Tensor, Tensor | None, int | None]]:
-        """Each block of W and of the bias, with its place among the adapted ones, None if it is not adapted."""
-        count, adapted = self.blocks
-        if count == 1:
-            yield self.frozen_weight, self.bias, 0
-            return
+    def _materialised(self, x: Tensor) -> Tensor:
+        """y by the specification."""
+        params, (count, adapted) = self.parameters_of_generator(), self.blocks
         biases = (None,) * count if self.bias is None else self.bias.chunk(count)
-        for index, (weight, bias) in enumerate(zip(self.frozen_weight.chunk(count), biases, strict=True)):
-            yield weight, bias, adapted.index(index) if index in adapted else None
+        outputs = [
+            reference.genft_linear(x, weight, bias, params, self.config, training=self.training)
+            if index in adapted
+            else F.linear(x, weight, bias)
+            for index, (weight, bias) in enumerate(zip(self.frozen_weight.chunk(count), biases, strict=True))
+        ]
+        return outputs[0] if count == 1 else torch.cat(outputs, -1)
 
     def extra_repr(self) -> str:
         config, (count, adapted) = self.config, self.blocks
