@@ -68,7 +68,7 @@ def genft_linear(
         return reference.genft_linear(x, weight, bias, params, config, training=training, seed=seed)
     check_transforms(chosen)
     dropout = config.dropout if training else 0.0
-    seed = forward_seed(seed, x.device, training, dropout, config.outer_activation, dtype, chosen)
+    seed = forward_seed(seed, x.device, training, dropout, config.outer_activation, dtype)
     group = GeneratorParameters(*(t if t is None or t.dim() == 1 else t[None] for t in params))
     generated = generate_factors([weight], group, config, dtype=dtype, dropout=dropout, seed=seed, backend=chosen)
     (factors,) = generated.unbind()
@@ -111,7 +111,7 @@ def factored_linear(
     check_transforms(chosen)
     dtype = compute_dtype(x)
     dropout = dropout if training else 0.0
-    seed = forward_seed(seed, x.device, training, dropout, activation, dtype, chosen)
+    seed = forward_seed(seed, x.device, training, dropout, activation, dtype)
     h, b = (with_zero_units(factor.to(x.device, dtype), -1) for factor in (h, b))
     factors = Factors(h, b, ROW_STREAM)
     return apply_factors(x, weight, bias, factors, scale, activation, dropout, seed, chosen)

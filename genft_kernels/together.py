@@ -73,7 +73,7 @@ def _generated(update: GenFTUpdate, x: Tensor, dtype: torch.dtype, backend: str)
     config, training = update.config, update.training
     dropout = config.dropout if training else 0.0
     seeds = [
-        forward_seed(None, x.device, training, dropout, config.outer_activation, dtype, backend)
+        forward_seed(None, x.device, training, dropout, config.outer_activation, dtype)
         for _ in update.blocks[1]
     ]
     # A compiled graph cannot hold what outlives it, and sharded parameters cannot be watched.

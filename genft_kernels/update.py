@@ -155,7 +155,6 @@ def forward_seed(
     dropout: float,
     outer_activation: str,
     dtype: torch.dtype,
-    backend: str,
 ) -> torch.Tensor | None:
     """A layer's seed as a tensor, drawn where none is given but dropout or stochastic rounding will want one.
 
@@ -163,7 +162,5 @@ def forward_seed(
     """
     if seed is not None:
         return seed_tensor(seed, device)
-    # What is folded is rounded; in the factored form only kernels ever fold.
-    folds = backend != "eager" or not is_factored(outer_activation, dropout)
-    rounds = folds and dtype.itemsize == 2
+    rounds = dtype.itemsize == 2 and not is_factored(outer_activation, dropout)
     return draw_seed(device) if training and (dropout > 0 or rounds) else None
