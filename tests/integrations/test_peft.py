@@ -310,6 +310,9 @@ def test_every_setting_has_its_field():
 def test_preset_gives_what_is_not_given():
     config = PeftGenFTConfig(preset="glue", specific_dim=3)
     assert config.native() == dataclasses.replace(GenFTConfig.preset("glue"), specific_dim=3)
+    config = PeftGenFTConfig(preset="fast", shared_dim=1, target_modules=["query", "value"])
+    assert config.native() == GenFTConfig.preset("fast", shared_dim=1)
+    assert torch.equal(peft.get_peft_model(base(), config).eval()(tokens()), base()(tokens()))
 
 
 BAD = {

@@ -27,7 +27,7 @@ class PeftGenFTConfig(PeftConfig):
     """Settings of a GenFT adapter in PEFT.
 
     Args:
-        preset: "glue", "vtab", "llama" or "fast", for all settings that are not given (docs/method.md#settings).
+        preset: a name that `GenFTConfig.preset` knows, for all settings that are not given (docs/method.md#settings).
         shared_dim, specific_dim, inner_activation, outer_activation, dropout, weight_ratio, ratio_scope, scaling,
             transform, tie_specific, delta_layout, init_shared, init_specific_down, init_specific_up, zero_delta,
             fused_blocks: as in `genft_kernels.GenFTConfig`; None is the preset's, or the default there.
@@ -60,7 +60,7 @@ class PeftGenFTConfig(PeftConfig):
     init_shared: str | None = None
     init_specific_down: str | None = None
     init_specific_up: str | None = None
-    zero_delta: bool | None = None
+    zero_delta: bool | str | None = None
     fused_blocks: dict[str, Any] | None = None
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
