@@ -72,7 +72,7 @@ def _differentiable(op: Callable, setup: Callable, gradients: Callable) -> Calla
         setup: saves in a context what `gradients` will need, given the op's inputs and outputs.
         gradients: (context, gradient of the first result, `<op>_backward`) -> the gradient of each input.
     """
-    name, inputs = op._qualname.removeprefix("genft::"), len(op._opoverload._schema.arguments)
+    name, inputs = _torch_private.name_of_op(op).removeprefix("genft::"), _torch_private.arguments_of_op(op)
 
     def of_op(ctx, grad, _):
         grads = (None,) * inputs if grad is None else gradients(ctx, grad, globals()[f"{name}_backward"])

@@ -16,6 +16,7 @@ from typing import Protocol
 
 import torch
 
+from .. import _torch_private
 from ..arguments import check_type, shown
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -31,6 +32,7 @@ class Explains(Protocol):
         """Lines."""
 
 
+@_torch_private.constant_in_graphs  # or torch.compile would trace imports and the search for a compiler
 def unavailable(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why an operation backend cannot compute in `dtype` on `device`, or None if it can."""
     if name == "eager":
@@ -53,11 +55,7 @@ def _device_reason(name: str, device: torch.device) -> str | None:
     return load(name).unavailable_reason() if name == "cuda" else None
 
 
-# torch.compile takes the answer as it is, or it would trace imports and the search for a compiler. It is what
-# torch.compiler.assume_constant_result sets, which imports torch._dynamo and with it Triton.
-unavailable._dynamo_marked_constant = True
-
-
+@_torch_private.constant_in_graphs
 def rejection(name: str, device: torch.device) -> str | None:
     """Why "auto" does not take a backend of kernels on `device` where it could run, or None if it does.
 
@@ -68,9 +66,6 @@ def rejection(name: str, device: torch.device) -> str | None:
     from . import gate
 
     return gate.rejection(name, device if device.index is not None else torch.device("cuda", 0))
-
-
-rejection._dynamo_marked_constant = True  # as above
 
 
 def check_name(name: str) -> None:
