@@ -31,14 +31,19 @@ PYTHON = sys.executable
 # Compiled once for all checks, and kept for the next call where the user's cache folder is not.
 KERNEL_CACHE = {"GENFT_CACHE_DIR": str(REPOSITORY / "build" / "kernels")}
 GRACE = 10.0  # seconds from an interrupt to a kill
-_PYTEST = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "-m", "gpu")
-_SHARED = ("tests/backends/test_backends.py", "tests/ops/test_precision.py", "tests/backends/test_cuda_kernels.py")
+_PYTEST = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "-m")
+# Few tests at a time to each process, since those that compile take long; and one thread, since all share the CPU.
+_GPU_TESTS = (
+    "tests/backends/test_gpu.py", "tests/backends/test_backends.py", "tests/ops/test_precision.py",
+    "tests/backends/test_cuda_kernels.py", "-n", str(os.cpu_count()), "--maxschedchunk", "3",
+)  # fmt: skip
+_ONE_THREAD = (("OMP_NUM_THREADS", "1"),)
 # Every kernel of a backend, forward and backward, in few cases: few and many tokens, both forms, masks, bias.
 # Who takes part in the first timings: what the targets name, not every rank and package.
 _CORE = (
     "two-product-floor", "three-product-floor", "frozen", "genft-eager", "genft-triton", "genft-cuda",
-    "genft-triton-token-side", "genft-cuda-token-side", "official", "official-compiled", "peft-lora", "hand-lora",
-    "fused-lora-triton", "fused-lora-cuda",
+    "genft-eager-token-side", "genft-triton-token-side", "genft-cuda-token-side", "official", "official-compiled",
+    "peft-lora", "hand-lora", "fused-lora-triton", "fused-lora-cuda",
 )  # fmt: skip
 _SANITIZED = "alone and tiled-tall or many-tokens and (bfloat16 or float32)"
 _MODULE = """
@@ -67,7 +72,7 @@ def sanitizer(tool: str, backend: str = "cuda") -> Check:
     command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all")
     command += ("--report-api-errors", "no")  # PyTorch asks for things that may fail
     command += ("--kernel-name", "kns=genft") if backend == "cuda" else ()
-    tests = (*_PYTEST, "tests/backends/test_backends.py", "-k", f"{backend}-cuda and ({_SANITIZED})")
+    tests = (*_PYTEST, "gpu", "tests/backends/test_backends.py", "-k", f"{backend}-cuda and ({_SANITIZED})")
     # Without a cache of PyTorch's own, every tensor is an allocation whose bounds are known; without NaN in fresh
     # memory, what is read before it is written shows.
     name, variables = f"{tool}, {backend}", (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"), ("GENFT_POISON", "0"))
@@ -93,7 +98,7 @@ def checks(output: Path, scratch: Path) -> list[Check]:
     llama, roberta = ("--layer", "llama-7b-qv"), ("--layer", "roberta-base-qv")
     return [
         Check("build", (PYTHON, "-c", "from genft_kernels.backends.cuda import extension; extension.load()"), 90),
-        Check("GPU tests", (*_PYTEST, "-n", "16", "tests/backends/test_gpu.py", *_SHARED), 210),
+        Check("GPU tests", (*_PYTEST, "gpu and not slow", *_GPU_TESTS), 210, _ONE_THREAD),
         bench("layer, LLaMA, many tokens", 90, *llama, *core, "--tokens", "8192"),
         kernels("kernels, LLaMA", 90, *llama, *to, "--tokens", "8192", "128", "16"),
         bench("layer, RoBERTa, many tokens", 60, *roberta, *core, "--tokens", "8192"),
@@ -101,6 +106,7 @@ def checks(output: Path, scratch: Path) -> list[Check]:
         sanitizer("racecheck"),
         sanitizer("memcheck", "triton"),
         bench("layer, LLaMA, few tokens", 60, *llama, *core, "--tokens", "16"),
+        Check("GPU tests, slow", (*_PYTEST, "gpu and slow", *_GPU_TESTS), 210, _ONE_THREAD),
         Check("model step", (PYTHON, "-m", "benchmarks.step", *to), 120),
         Check("installed wheel", ("bash", "-c", wheel), 120, (("GENFT_CACHE_DIR", str(scratch / "cache")),)),
         sanitizer("initcheck"),
