@@ -20,6 +20,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 from genft_kernels import GenFTConfig, apply_genft  # noqa: E402
 from genft_kernels.integrations.peft import PeftGenFTConfig  # noqa: E402
+from tests.helpers.official_writers import peft_checkpoint, write_peft  # noqa: E402
 from tests.helpers.peft_models import (  # noqa: E402
     SMALL,
     TransposedEncoder,
@@ -190,6 +191,19 @@ def test_peft_refuses_a_newer_format(tmp_path):
     save_adapter(own_model(peft_model()), tmp_path)
     with pytest.raises(ValueError, match="format_version=3: a newer genft_kernels"):
         peft.PeftModel.from_pretrained(base(), edited(tmp_path, format_version=3))
+
+
+def test_an_official_adapter_opens_in_peft_by_way_of_ours(tmp_path):
+    targets = tuple(f"layers.{n}.attention.{name}" for n in (0, 1) for name in ("query", "value"))
+    tensors, settings = peft_checkpoint(targets, 8, 2, 1)
+    write_peft(tmp_path / "official", tensors, settings)
+    with warnings.catch_warnings(), pytest.raises(ValueError, match="an adapter of the official GenFT code"):
+        warnings.simplefilter("ignore")  # PEFT, of fields that it takes for those of a newer version
+        peft.PeftModel.from_pretrained(base(), tmp_path / "official")
+    model = load_adapter(base(), tmp_path / "official").eval()
+    save_adapter(model, tmp_path / "ours")
+    loaded = from_pretrained(base(), tmp_path / "ours")
+    assert torch.allclose(loaded(tokens()), model(tokens()), rtol=1e-12, atol=1e-12)
 
 
 def test_peft_refuses_a_module_that_is_held_twice(tmp_path):

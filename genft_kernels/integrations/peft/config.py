@@ -78,11 +78,18 @@ class PeftGenFTConfig(PeftConfig):
     format_version: InitVar[int | None] = None
     genft_kernels_version: InitVar[str | None] = None
     tensors_sha256: InitVar[str | None] = None
+    # By this the files of the official code are told, whose type has the same name.
+    generator_share_dim: InitVar[int | None] = None
 
     def __post_init__(
         self, config: dict[str, Any] | None, format: str | None, format_version: int | None, *rest: Any
     ) -> None:
         super().__post_init__()
+        if rest[-1] is not None:
+            raise ValueError(
+                "an adapter of the official GenFT code: load it by genft_kernels.load_adapter, and what save_adapter "
+                "makes of it PEFT opens"
+            )
         if (format_version or 0) > FORMAT_VERSION:
             raise ValueError(f"format_version={format_version}: a newer genft_kernels has written this adapter")
         self.peft_type = GENFT
