@@ -1,5 +1,7 @@
 """The runs of a comparison as a table."""
 
+import itertools
+import math
 import statistics
 from collections.abc import Iterable
 
@@ -12,7 +14,7 @@ SUITE = "finetune"
 
 
 def table(rows: Iterable[Row]) -> str:
-    """A line for each method: the mean over its seeds, and their standard deviation.
+    """A line for each method: the mean over its seeds, and their standard deviation; then how sure these are.
 
     Peak memory is that of one forward and backward over the longest texts, beyond weights and optimizer state.
     """
@@ -25,6 +27,17 @@ def table(rows: Iterable[Row]) -> str:
         rank = f", r {first['settings']['r']}" if "r" in first["settings"] else ""
         spread = f" ± {statistics.stdev(accuracies):.3f}" if len(runs) > 1 else ""
         step, peak = statistics.median(run["step_ms"] for run in runs), max(run["peak_bytes"] for run in runs)
-        sizes = f"{first['trainable']:,}", f"{first['rate']:g}", f"{statistics.mean(accuracies):.3f}{spread}"
+        rates = f"{first['rate']:g}" + (f", head {first['head_rate']:g}" if first.get("head_rate") else "")
+        sizes = f"{first['trainable']:,}", rates, f"{statistics.mean(accuracies):.3f}{spread}"
         lines.append((METHODS[method][0] + rank, *sizes, f"{step:.0f}", f"{peak / 2**20:.0f}"))
-    return markdown(("method", "trainable", "rate", "accuracy", "ms / step", "peak MiB"), lines)
+    header = ("method", "trainable", "rate", "accuracy", "ms / step", "peak MiB")
+    return markdown(header, lines) + _certainty(itertools.chain(*methods.values()))
+
+
+def _certainty(rows: Iterable[Row]) -> str:
+    """What chance there is in an accuracy by the choice of test examples alone, where the rows have their number."""
+    shares = [(row["accuracy"][-1], row["tested"]) for row in rows if "tested" in row]
+    if not shares:
+        return ""
+    error = max(math.sqrt(share * (1 - share) / tested) for share, tested in shares)
+    return f"\nAn accuracy has a standard error of at most {error:.3f} by the choice of test questions alone.\n"

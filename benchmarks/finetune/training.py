@@ -12,7 +12,7 @@ from benchmarks.measure import memory
 from benchmarks.measure.rows import Row
 
 from .encoder import Encoded, TextClassifier
-from .methods import METHODS, settings_of, trainable_parameters
+from .methods import METHODS, optimizer_groups, settings_of, trainable_parameters
 
 EVALUATION_BATCH = 128
 WARMUP_SHARE, CLIP_NORM = 0.1, 1.0
@@ -32,9 +32,12 @@ class Job:
     seed: int
     epochs: int = 3
     batch_size: int = 32
+    head_rate: float | None = None  # None is `rate`
+    shared_lr_factor: float | None = None  # of GenFT's shared units; None is the package's
 
     def __str__(self) -> str:
-        return f"{self.method}, rate {self.rate:g}, seed {self.seed}"
+        head = "" if self.head_rate is None else f", head at {self.head_rate:g}"
+        return f"{self.method}, rate {self.rate:g}{head}, seed {self.seed}"
 
     def batches(self, examples: int) -> list[list[int]]:
         """The rows of every batch of the whole run: a fresh permutation each epoch."""
@@ -61,14 +64,16 @@ def train(model: nn.Module, train_set: Encoded, test_set: Encoded, job: Job) -> 
     """Train `model` in place and evaluate after every epoch; no epoch is picked afterwards.
 
     Returns:
-        The adapter's settings, accuracy and loss on the test set after each epoch, the median of a step's time, and
-        the peak memory of one forward and backward more, over the longest texts.
+        The adapter's settings, the number of test examples, accuracy and loss on them after each epoch, the median of
+        a step's time, and the peak memory of one forward and backward more, over the longest texts.
     """
     batches = job.batches(len(train_set))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=job.rate, weight_decay=0.0)
+    groups = optimizer_groups(model, job.rate, job.head_rate, job.shared_lr_factor)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, len(batches)))
-    row = {"trainable": trainable_parameters(model), "settings": settings_of(model), "accuracy": [], "loss": []}
+    row = {"trainable": trainable_parameters(model), "settings": settings_of(model), "tested": len(test_set)}
+    row |= {"accuracy": [], "loss": []}
     torch.manual_seed(job.seed)  # the methods drew different numbers for their initial values
     seconds = []
 

@@ -9,7 +9,7 @@ import torch
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # A pass of a layer that is timed by itself. "both" is a forward and the backward after it.
 DIRECTIONS = ("forward", "backward", "both")
-# What forces a form. The inner activation and rho are those of the preset "fast" throughout: they cost k columns only.
+# What forces a form. The inner activation and rho are those of the preset "fast-both": they cost k columns only.
 FORMS = {"factored": {}, "tiled": {"outer_activation": "leaky_relu"}, "dropout": {"dropout": 0.1}}
 # k = s + r as the presets split it: llama, glue, vtab, and one above them.
 SPLITS = {8: (4, 4), 26: (24, 2), 37: (32, 5), 64: (56, 8)}

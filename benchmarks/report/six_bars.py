@@ -10,6 +10,8 @@ from benchmarks.report import layer_tables, step_tables
 from benchmarks.report.tables import markdown
 from benchmarks.step.methods import lora_of
 
+STEP_PRESET = "fast-both"
+
 
 @dataclasses.dataclass(frozen=True)
 class Bar:
@@ -22,14 +24,14 @@ class Bar:
     def costs(self, rows: dict[str, list[Row]]) -> tuple[float | None, ...] | None:
         """Relative to LoRA: GenFT's fastest backend, the same with H given, the official way; None if not measured.
 
-        A step is that of the preset "fast", whose layers are generated together: nothing is given.
+        A step is that of the preset `STEP_PRESET`, whose layers are generated together: nothing is given.
         """
         tables = layer_tables if self.suite == layer_tables.SUITE else step_tables
         found = tables.by_case(rows.get(self.suite, ())).get(self.case)
         if not found:
             return None
         if self.suite == step_tables.SUITE:
-            mine, given, official = found.get("genft-fast"), None, found.get("official-fast")
+            mine, given, official = found.get(f"genft-{STEP_PRESET}"), None, found.get(f"official-{STEP_PRESET}")
             base = mine and lora_of(mine["k"])
         else:
             mine, given = (layer_tables.fastest(found, part) for part in ("layer", "token side"))

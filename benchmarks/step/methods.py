@@ -117,7 +117,7 @@ def _genft_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _registry() -> Iterator[Method]:
-    forms = {"fast": "fast (factored)", "vtab": "vtab (tiled, dropout)"}
+    forms = {"fast": "fast (column stage)", "fast-both": "fast-both (factored)", "vtab": "vtab (tiled, dropout)"}
     ranks = {preset: GenFTConfig.preset(preset, init_specific_down="kaiming_uniform").hidden_dim for preset in forms}
     partial = functools.partial
     yield Method(
@@ -126,9 +126,9 @@ def _registry() -> Iterator[Method]:
     )  # fmt: skip
     for k in ranks.values():
         yield Method(lora_of(k), f"PEFT LoRA, rank {k}", partial(_lora, rank=k), _lora_weights, k, package="peft")
-    for preset, form in forms.items():
+    for preset in ("fast-both", "vtab"):  # the official way has both stages always
         adapt = partial(_official, preset=preset)
-        yield Method(f"official-{preset}", f"official way, {form}", adapt, _genft_weights, ranks[preset])
+        yield Method(f"official-{preset}", f"official way, {forms[preset]}", adapt, _genft_weights, ranks[preset])
     for preset, form in forms.items():
         name, rest = f"genft-{preset}", (partial(_genft, preset=preset), _genft_weights, ranks[preset])
         yield Method(name, f"GenFT, {form}", *rest)

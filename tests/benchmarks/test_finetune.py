@@ -13,6 +13,7 @@ pytest.importorskip("peft")
 
 from benchmarks.finetune import __main__ as entry  # noqa: E402
 from benchmarks.finetune import data, encoder, methods, rates, training  # noqa: E402
+from benchmarks.finetune.rates import Rates  # noqa: E402
 from benchmarks.finetune.table import table  # noqa: E402
 from benchmarks.finetune.training import Job  # noqa: E402
 from benchmarks.measure.rows import RESULTS, read_rows, write_rows  # noqa: E402
@@ -172,8 +173,28 @@ def test_sizes_match_and_only_the_adapter_and_the_head_train(tiny_encoder):
         ), method
     a_rank = 4 * (32 + 32)  # two layers, query and value
     assert sizes["probe"] == 3 * 32 + 3
-    assert sizes["fast"] == sizes["tiled"] > sizes["probe"]
+    assert sizes["fast"] == sizes["probe"] + 64 * (12 + 4 * 7) and sizes["lora-1"] == sizes["probe"] + a_rank
+    assert sizes["fast-both"] == sizes["tiled"]
     assert abs(sizes["lora"] - sizes["fast"]) <= a_rank / 2
+
+
+def test_heads_and_shared_units_have_their_rates(tiny_encoder):
+    def rates_of(method, *options):
+        model = Job(method, 1.0, 0).model(tiny_encoder, 3)
+        groups = methods.optimizer_groups(model, 1.0, *options)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        found = {names[id(parameter)]: group["lr"] for group in groups for parameter in group["params"]}
+        assert found.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        return {
+            "head" if "classifier" in name else "shared" if "generators" in name else "own": rate
+            for name, rate in found.items()
+        }
+
+    assert rates_of("fast", 3.0, None) == {"head": 3.0, "shared": 0.5, "own": 1.0}
+    assert rates_of("fast", None, 0.25) == {"head": 1.0, "shared": 0.25, "own": 1.0}
+    assert rates_of("lora", 3.0, None) == {"head": 3.0, "own": 1.0}
+    assert rates_of("lora", None, None) == {"head": 1.0, "own": 1.0}
+    assert rates_of("probe", 3.0, None) == {"head": 3.0}
 
 
 @EVERY_METHOD
@@ -217,9 +238,15 @@ def test_the_best_mean_accuracy_wins_then_the_lower_loss():
         result(4e-3, 0, 0.85, 0.2),
         result(4e-3, 1, 0.85, 0.2),
     ]
-    assert rates.choose(lucky + steady) == {"fast": 4e-3}
-    diverged = {"method": "fast", "rate": 4e-3, "seed": 2, "status": "failed", "reason": "no"}
-    assert rates.choose([*lucky, *steady, diverged]) == {"fast": 2e-3}
+    assert rates.choose(lucky + steady) == {"fast": Rates(4e-3)}
+    diverged = [
+        {"method": "fast", "rate": 4e-3, "head_rate": 1e-2, "seed": seed, "status": "failed", "reason": "no"}
+        for seed in (0, 1)
+    ]
+    assert rates.choose([*lucky, *steady, *diverged]) == {"fast": Rates(4e-3)}
+    other_head = [row | {"head_rate": 1e-2, "accuracy": [0.86]} for row in steady[2:]]
+    assert rates.choose([*lucky, *steady, *other_head]) == {"fast": Rates(4e-3, 1e-2)}
+    assert rates.choose([*lucky, *steady, other_head[0]]) == {"fast": Rates(4e-3)}  # one seed is not two
 
 
 def test_a_rates_file_that_lacks_something_is_named(tmp_path):
@@ -228,25 +255,31 @@ def test_a_rates_file_that_lacks_something_is_named(tmp_path):
     with pytest.raises(data.DemoError, match="is not the file of a sweep"):
         rates.read_rates(path, ["fast"])
     write_rows(path, rate_rows("fast"))
-    assert rates.read_rates(path, ["fast"]) == {"fast": 0.01}
+    assert rates.read_rates(path, ["fast"]) == {"fast": Rates(0.01)}
     with pytest.raises(data.DemoError, match="no rate for lora"):
         rates.read_rates(path, ["fast", "lora"])
 
 
-def test_the_committed_sweep_is_whole():
-    rows, chosen = read_rows(rates.SWEEP_FILE), rates.read_rates(rates.SWEEP_FILE, ALL_METHODS)
-    for method in ALL_METHODS:
+def test_the_committed_sweep_has_a_choice_within_what_was_tried():
+    rows, chosen = read_rows(rates.SWEEP_FILE), rates.read_rates(rates.SWEEP_FILE, methods.DEFAULT_METHODS)
+    assert chosen.keys() <= set(ALL_METHODS)
+    for method, best in chosen.items():
         tried = sorted({row["rate"] for row in rows if row["method"] == method})
-        assert tuple(tried) == rates.GRID, method
-        assert tried[0] < chosen[method] < tried[-1], f"{method}: best rate at the grid's edge"
+        if set(tried) >= set(rates.RATES):
+            assert tried[0] < best.rate < tried[-1], f"{method}: best rate at the grid's edge"
 
 
-def test_the_committed_runs_have_their_settings_and_rates():
-    chosen = rates.read_rates(rates.SWEEP_FILE, ALL_METHODS)
+def test_the_committed_runs_have_settings_and_rates_of_the_sweep():
+    tried = {(row["method"], *rates_of_row(row)) for row in read_rows(rates.SWEEP_FILE)}
     rows = [row for path in RESULTS.glob("*/finetune.jsonl") for row in read_rows(path)]
-    assert {row["method"] for row in rows} == set(methods.DEFAULT_METHODS)
+    assert rows
     for row in rows:
-        assert bool(row["settings"]) == (row["method"] != "probe") and row["rate"] == chosen[row["method"]]
+        assert bool(row["settings"]) == (row["method"] != "probe")
+        assert (row["method"], *rates_of_row(row)) in tried
+
+
+def rates_of_row(row):
+    return Rates(*(row.get(field) for field in Rates._fields))
 
 
 def rate_rows(*names):
@@ -316,14 +349,42 @@ def test_the_table_has_mean_and_deviation_over_the_seeds():
     run = {"method": "lora", "rate": 0.002, "trainable": 1234, "settings": {"r": 3}, "peak_bytes": 5 << 20}
     rows = [run | {"accuracy": [0.5, last], "step_ms": 10 * last} for last in (0.8, 0.9)]
     assert "| PEFT LoRA, r 3 | 1,234 | 0.002 | 0.850 ± 0.071 | 8 | 5 |" in table(rows)
+    assert "standard error" not in table(rows)
+    with_head = table([row | {"head_rate": 0.01, "tested": 400} for row in rows])
+    assert "| 0.002, head 0.01 |" in with_head
+    assert "An accuracy has a standard error of at most 0.020 by the choice of test questions alone." in with_head
 
 
 def test_the_sweep_writes_what_the_comparison_reads(command, tmp_path, monkeypatch):
     path = tmp_path / "sweep.jsonl"
-    monkeypatch.setattr(rates, "GRID", (1e-30, 5e-2, float("inf")))
-    options = "--sweep --train 90 --test 30 --methods probe --seeds 0 1 --epochs 8 --threads 1"
+    monkeypatch.setattr(rates, "RATES", (1e-30, 5e-2, float("inf")))
+    monkeypatch.setattr(rates, "HEAD_RATES", (None,))
+    options = "--sweep --train 90 --test 30 --methods probe --epochs 8 --threads 1"
     assert entry.main([*options.split(), "--rates", str(path)]) == 0
-    assert rates.read_rates(path, ["probe"]) == {"probe": 5e-2}
+    assert rates.read_rates(path, ["probe"]) == {"probe": Rates(5e-2)}
     rows = read_rows(path)
     assert len(rows) == 6 and {row["status"] for row in rows} == {"measured", "failed"}
+    assert {row["seed"] for row in rows} == set(rates.SEEDS)
     assert rows[0]["data"] == f"{data.TREC}: 68 to train on, 22 to test on"  # 120 less the test part
+
+
+def test_a_sweep_that_was_stopped_goes_on_where_it_was(command, tmp_path, monkeypatch, capsys):
+    path, options = tmp_path / "sweep.jsonl", "--sweep --train 90 --test 30 --methods probe --epochs 1 --threads 1"
+    runs = []
+
+    def train(model, train_set, test_set, job):
+        if len(runs) == 4:
+            raise KeyboardInterrupt
+        runs.append((job.rate, job.head_rate, job.seed))
+        return training.train(model, train_set, test_set, job)
+
+    monkeypatch.setattr(entry, "train", train)
+    monkeypatch.setattr(rates, "RATES", (1e-3, 1e-2))
+    arguments = [*options.split(), "--rates", str(path)]
+    assert entry.main(arguments) == 130 and "keeps its finished runs" in capsys.readouterr().err
+    assert len(read_rows(path)) == 4 and {seed for _, _, seed in runs} == {0}  # every setting, then the next seed
+    runs.clear()
+    assert entry.main(arguments) == 0
+    assert len(read_rows(path)) == 8 and {seed for _, _, seed in runs} == {1}
+    runs.clear()
+    assert entry.main(arguments) == 0 and not runs

@@ -93,7 +93,7 @@ def _wrong(what):
     name, changes = {
         "scale": ("lora-28", {"adapt": _scaled}),
         "sum": ("lora-28", {"context": _averaging}),
-        "missing": ("genft-fast", {"context": _leaving_out}),
+        "missing": ("genft-fast-both", {"context": _leaving_out}),
     }[what]
     return dataclasses.replace(METHODS[name], name="wrong", **changes)
 
@@ -128,13 +128,13 @@ def test_a_method_that_cannot_run_or_raises_does_not_end_the_run(monkeypatch):
     def adapt(model, dropout):
         raise RuntimeError("no such kernel")
 
-    broken = dataclasses.replace(METHODS["genft-fast"], name="broken", adapt=adapt)
+    broken = dataclasses.replace(METHODS["genft-fast-both"], name="broken", adapt=adapt)
     version = methods.version
     monkeypatch.setattr(methods, "version", lambda name: None if name == "peft" else version(name))
-    rows = measure([broken, *select("lora-28", "genft-fast")])
+    rows = measure([broken, *select("lora-28", "genft-fast-both")])
     assert of(rows, "broken")["reason"] == "RuntimeError: no such kernel"
     assert of(rows, "lora-28")["reason"] == "peft is not installed (pip install peft)"
-    assert of(rows, "genft-fast")["status"] == "measured"
+    assert of(rows, "genft-fast-both")["status"] == "measured"
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------
@@ -143,7 +143,9 @@ def test_a_method_that_cannot_run_or_raises_does_not_end_the_run(monkeypatch):
 def test_rows_say_what_was_measured():
     rows = measure(METHODS.values(), case(3))
     assert [row["status"] for row in rows] == ["measured"] * len(METHODS)
-    fast, held, official = (of(rows, name) for name in ("genft-fast", "genft-fast-accumulate", "official-fast"))
+    fast, held, official = (
+        of(rows, name) for name in ("genft-fast-both", "genft-fast-both-accumulate", "official-fast-both")
+    )
     assert (fast["generations"], held["generations"], official["generations"]) == (3, 1, None)
     assert of(rows, "genft-vtab")["generations"] == 3 and of(rows, "genft-vtab-accumulate")["generations"] == 1
     for row in (fast, held):
@@ -152,33 +154,39 @@ def test_rows_say_what_was_measured():
     assert (fast["layers"], fast["width"], fast["k"]) == (2, 64, 28)
     assert fast["trained"] == official["trained"] == 2 * 2 * 24 * 64 + 4 * 2 * 4 * 64
     assert of(rows, "lora-28")["trained"] == 4 * 2 * 28 * 64
+    column = of(rows, "genft-fast")
+    assert (column["k"], column["trained"]) == (19, 2 * 12 * 64 + 4 * 2 * 7 * 64)
     assert of(rows, "full")["trained"] > 50_000
     for row in rows:
         assert row["time_ms"] == sorted(row["time_ms"]) and row["time_ms"][0] > 0 and row["samples"] >= 3
         assert row["tokens_per_second"] == pytest.approx(3 * 10 / row["time_ms"][1] * 1e3, rel=1e-2)
-        assert set(row["ratios"]) == {"lora-28", "lora-37", "official-fast", "official-vtab"}
+        assert set(row["ratios"]) == {
+            "lora-19", "lora-28", "lora-37", "official-fast-both", "official-vtab",
+        }  # fmt: skip
         assert row["launches_per_layer"] is None and row["peak_bytes"] is None  # a CPU launches nothing
         assert {"device", "commit", "torch", "transformers", "peft"} <= row.keys()
     assert of(rows, "lora-28")["ratios"]["lora-28"] == [1, 1, 1]
 
 
 def test_the_generators_share_is_taken_step_by_step():
-    step = SimpleNamespace(case=case(2), method=METHODS["genft-fast"], generations=2)
+    step = SimpleNamespace(case=case(2), method=METHODS["genft-fast-both"], generations=2)
     samples = [{"step": step, "generator": 0.1, "generations": 2} for step in (0.4, 0.8, 0.2)]
-    row = model_step._measured(step, {"genft-fast": samples})
+    row = model_step._measured(step, {"genft-fast-both": samples})
     assert row["generator_share"] == 0.25 and row["generator_ms"] == 50 and row["time_ms"][1] == 400
 
 
 def test_a_method_for_several_micro_batches_is_left_out_of_one():
-    assert [row["method"] for row in measure(select("genft-fast", "genft-fast-accumulate"))] == ["genft-fast"]
+    assert [row["method"] for row in measure(select("genft-fast-both", "genft-fast-both-accumulate"))] == [
+        "genft-fast-both"
+    ]
 
 
 def test_kept_bytes_are_of_one_micro_batch_and_see_the_generators_own_graph():
-    rows = measure(select("lora-28", "genft-fast", "official-fast"), case(1), case(2))
-    for name in ("lora-28", "genft-fast", "official-fast"):
+    rows = measure(select("lora-28", "genft-fast-both", "official-fast-both"), case(1), case(2))
+    for name in ("lora-28", "genft-fast-both", "official-fast-both"):
         one, two = (row["kept_bytes"] for row in rows if row["method"] == name)
         assert one == two > 0
-    model = METHODS["genft-fast"].build(SMALL.build(CPU, torch.float32))
+    model = METHODS["genft-fast-both"].build(SMALL.build(CPU, torch.float32))
     layer = next(iter(adapted_layers(model).values()))
     kept = memory.kept_bytes(
         lambda: layer.generator.group.factors_for(layer, torch.float32, "eager", []), tuple(model.parameters())
@@ -204,7 +212,7 @@ def test_models_have_the_sizes_they_are_named_after():
 def test_frozen_weights_are_shared_and_full_fine_tuning_has_its_own():
     base = SMALL.build(CPU, torch.float32)
     weight = "encoder.layer.0.output.dense.weight"
-    adapted, full = (METHODS[name].build(base) for name in ("genft-fast", "full"))
+    adapted, full = (METHODS[name].build(base) for name in ("genft-fast-both", "full"))
     assert adapted.get_parameter(weight) is base.get_parameter(weight)
     assert full.get_parameter(weight).data_ptr() != base.get_parameter(weight).data_ptr()
     before = base.get_parameter(weight).clone()
@@ -240,12 +248,13 @@ def small_cases(monkeypatch):
 
 
 def test_the_command_measures_and_writes(small_cases, tmp_path, capsys):
-    chosen = ["--method", "genft-fast", "genft-fast-accumulate", "lora-28"]
+    chosen = ["--method", "genft-fast-both", "genft-fast-both-accumulate", "lora-28"]
     assert model_step.main(["--device", "cpu", "--seconds", "0.01", "--output", str(tmp_path), *chosen]) == 0
     (path,) = tmp_path.glob("*/model_step.jsonl")
     rows = read_rows(path)
     assert [(row["accumulation"], row["method"]) for row in rows] == [
-        (1, "lora-28"), (1, "genft-fast"), (2, "lora-28"), (2, "genft-fast"), (2, "genft-fast-accumulate"),
+        (1, "lora-28"), (1, "genft-fast-both"),
+        (2, "lora-28"), (2, "genft-fast-both"), (2, "genft-fast-both-accumulate"),
     ]  # fmt: skip
     assert "x LoRA, generator" in capsys.readouterr().out
 
@@ -255,7 +264,7 @@ def test_where_rows_cannot_be_written_nothing_is_measured(small_cases, tmp_path,
     with pytest.raises(SystemExit, match="2"):
         model_step.main(["--device", "cpu", "--output", str(tmp_path / "taken")])
     output = capsys.readouterr()
-    assert output.err.startswith("error: ") and "taken" in output.err and "genft-fast" not in output.out
+    assert output.err.startswith("error: ") and "taken" in output.err and "genft-fast-both" not in output.out
 
 
 def test_a_red_gate_makes_the_command_fail(small_cases, tmp_path, monkeypatch, capsys):
@@ -279,17 +288,17 @@ def test_an_interrupted_run_keeps_the_finished_rows(small_cases, tmp_path, monke
 
 
 def test_the_report_is_made_of_the_rows():
-    names = ("lora-28", "official-fast", "genft-fast", "genft-fast-accumulate")
+    names = ("lora-28", "official-fast-both", "genft-fast-both", "genft-fast-both-accumulate")
     rows = measure([*select(*names), _wrong("scale")], case(1), case(2))
-    fast = next(row for row in rows if row["method"] == "genft-fast")
-    held = of(rows, "genft-fast-accumulate")
+    fast = next(row for row in rows if row["method"] == "genft-fast-both")
+    held = of(rows, "genft-fast-both-accumulate")
     lora = next(row for row in rows if row["method"] == "lora-28")
     fast["ratios"]["lora-28"][1], held["ratios"]["lora-28"][1] = 0.87, 0.76
     fast["kept_bytes"], lora["kept_bytes"] = 105, 100
     text, line = step_tables.section(rows), step_tables.summary(rows)
     assert "#### small, 2 × 2 × 5, float32" in text and "2 layers, width 64." in text
     assert "- wrong: wrong: gradients in float64 are off" in text
-    assert "| GenFT, fast (factored) |" in text and "| 0.87 |" in text and "| 1.05 |" in text
+    assert "| GenFT, fast-both (factored) |" in text and "| 0.87 |" in text and "| 1.05 |" in text
     assert "| 0.87 |" in line and "| 0.76 |" in line and "| 1.05 |" in line
 
 
@@ -297,7 +306,9 @@ def test_the_report_shows_the_steps_beside_the_layers(tmp_path):
     layers = ResultStore("device", "layer", harness.KEY, tmp_path)
     small = Case(Layer("small", 8, 8, 2), 4, "float32", 8, "factored")
     layers.upsert(harness.run([PROVIDERS["peft-lora"], PROVIDERS["genft-eager"]], [small], CPU, seconds=0.01))
-    ResultStore("device", step_tables.SUITE, model_step.KEY, tmp_path).upsert(measure(select("lora-28", "genft-fast")))
+    ResultStore("device", step_tables.SUITE, model_step.KEY, tmp_path).upsert(
+        measure(select("lora-28", "genft-fast-both"))
+    )
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text(f"{report.BEGIN}\n{report.END}\n")
     report.write_report(tmp_path, tmp_path)
