@@ -68,6 +68,19 @@ def test_what_peft_saved_opens_with_load_adapter(make, settings, tmp_path):
     assert torch.equal(from_pretrained(base(make), tmp_path)(tokens()), model(tokens()))
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_loading_over_16_bits_rounds_only_where_it_is_asked_to(low_cpu_mem_usage, autocast, tmp_path):
+    model = peft_model(dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    options = dict(low_cpu_mem_usage=low_cpu_mem_usage, autocast_adapter_dtype=autocast)
+    loaded = dict(from_pretrained(base(dtype=torch.bfloat16), tmp_path, **options).named_parameters())
+    for name, parameter in model.named_parameters():
+        if "genft_" in name:
+            expected = parameter if autocast else parameter.bfloat16()
+            assert parameter.dtype == torch.float32 and torch.equal(loaded[name], expected), name
+
+
 def test_an_adapter_by_any_name_is_saved_alike(tmp_path):
     model = with_second_adapter(peft_model(), target_modules=["dense"])
     model.save_pretrained(tmp_path)

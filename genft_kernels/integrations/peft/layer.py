@@ -14,7 +14,7 @@ from ...generator import GenFTGenerator
 from ...modules import check_adaptable, is_conv1d
 from ...sharing.source import is_tensor_subclass
 from ...together import updated_linear
-from ...units import GenFTUpdate
+from ...units import GenFTUpdate, adapter_dtype
 
 BASE = "__base__"  # PEFT's name for the model without an adapter
 
@@ -81,7 +81,6 @@ class GenFTLayer(nn.Module, BaseTunerLayer):
     # PEFT's, which tells type checkers nothing.
     active_adapters: list[str]
     set_adapter: Callable[..., None]
-    _move_adapter_to_device_of_base_layer: Callable[..., None]
     _cast_input_dtype: Callable[..., Tensor]
 
     def __init__(self, base_layer: nn.Module, shared: nn.ModuleDict) -> None:
@@ -109,6 +108,18 @@ class GenFTLayer(nn.Module, BaseTunerLayer):
         self.genft_own[adapter_name] = update.train(self.training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """PEFT's also casts to the base layer's dtype, which would round what was just loaded."""
+        for container in (self.genft_own, self.genft_shared):
+            if adapter_name in container and not any(p.is_meta for p in container[adapter_name].parameters()):
+                container[adapter_name].to(device or self.stored_weight.device)
+
+    def cast_adapter(self, adapter_name: str, autocast: bool) -> None:
+        """Make an adapter's tensors float32 over a 16-bit W, or without `autocast` of W's dtype."""
+        dtype = self.stored_weight.dtype
+        for container in (self.genft_own, self.genft_shared):
+            container[adapter_name].to(adapter_dtype(dtype) if autocast else dtype)
 
     @property
     def stored_weight(self) -> Tensor:
