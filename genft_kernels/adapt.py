@@ -6,7 +6,7 @@ import contextlib
 import copy
 import dataclasses
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -17,11 +17,11 @@ from .first_forward import FirstForward
 from .generator import GenFTGenerator
 from .instance_forward import carry_instance_forward
 from .matching import FullMatch, full_matches
-from .modules import GenFTLinear, adapter_dtype
+from .modules import GenFTLinear
 from .parameters import shared_shapes, specific_shapes
 from .saved_modules import beside, check_can_return, keep_untied, let_tie, tied_again, trained_copies
-from .targets import Target, find_modules_to_save, find_targets
-from .units import GenFTUpdate
+from .targets import Target, find_modules_to_save, find_targets, frozen_weight
+from .units import GenFTUpdate, adapter_dtype
 
 GENERATORS = "genft_generators"
 _STATE = "_genft_state"
@@ -66,7 +66,7 @@ class Plan(NamedTuple):
 
     def tensor_shapes(self, config: GenFTConfig) -> dict[str, tuple[int, ...]]:
         """The shapes of all that will train in generators and layers, by its name in the model."""
-        shapes = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for target in self.targets:
             block = _block_shape(target)
             of_generator = {f"{GENERATORS}.{_shape_key(target)}": shared_shapes(config, *block)}
@@ -107,7 +107,7 @@ def adapt_as_planned(model: nn.Module, config: GenFTConfig, plan: Plan, backend:
             _set_submodule(model, name, layer)
     for name, module in trained.items():
         _set_submodule(model, name, module)
-    setattr(model, GENERATORS, generators)
+    setattr(model, GENERATORS, _Generators(generators))
     keep_untied(model, to_save)
     by_name = {target.name: layer for target, layer in zip(targets, layers, strict=True)}
     watch = FirstForward(model, by_name, warn_if_tied_again)
@@ -250,15 +250,15 @@ def updates_of(model: nn.Module) -> list[GenFTUpdate]:
 class _Generators(nn.ModuleDict):
     """A model's generators, by shape. In an `nn.Sequential`, which calls its children in turn, they change nothing."""
 
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         return x
 
 
-def _make_generators(targets: list[Target], config: GenFTConfig) -> nn.ModuleDict:
+def _make_generators(targets: list[Target], config: GenFTConfig) -> dict[str, GenFTGenerator]:
     """One generator for each shape, on the device and in the adapter dtype of its first layer."""
-    generators = _Generators()
+    generators: dict[str, GenFTGenerator] = {}
     for target in targets:
-        key, weight = _shape_key(target), target.module.weight
+        key, weight = _shape_key(target), frozen_weight(target.module)
         if key in generators:
             continue
         with about(f"target module {target.name!r}"):
@@ -267,7 +267,7 @@ def _make_generators(targets: list[Target], config: GenFTConfig) -> nn.ModuleDic
     return generators
 
 
-def _make_layer(target: Target, generators: nn.ModuleDict, backend: str) -> GenFTLinear:
+def _make_layer(target: Target, generators: dict[str, GenFTGenerator], backend: str) -> GenFTLinear:
     generator = generators[_shape_key(target)]
     return GenFTLinear.from_linear(
         target.module, generator, blocks=target.blocks, backend=backend, register_generator=False
@@ -275,8 +275,7 @@ def _make_layer(target: Target, generators: nn.ModuleDict, backend: str) -> GenF
 
 
 def _block_shape(target: Target) -> tuple[int, int]:
-    weight, (count, _) = target.module.weight, target.blocks
-    in_features, out_features = reversed(weight.shape) if isinstance(target.module, nn.Linear) else weight.shape
+    (out_features, in_features), (count, _) = frozen_weight(target.module).shape, target.blocks
     if out_features % count:
         raise ValueError(f"target module {target.name!r}: its {out_features} rows cannot be cut into {count} blocks")
     return in_features, out_features // count

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from . import _torch_private
@@ -28,7 +30,7 @@ def check_floating_dtype(name: str, dtype: object) -> None:
         raise TypeError(f"{name} must be None or one of {_names(SUPPORTED_DTYPES)}, got {shown(dtype)}")
 
 
-def check_device(device: object) -> None:
+def check_device(device: Any) -> None:
     """Raise unless it is None or what `torch.device` takes."""
     check_type("device", device, (torch.device, str, int), optional=True)
     try:

@@ -99,7 +99,10 @@ class GenFTConfig:
         for name in ("bias", "tie_specific"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {shown(getattr(self, name))}")
-        if not isinstance(self.zero_delta, bool) and self.zero_delta not in ("up", "down"):
+        if not (
+            isinstance(self.zero_delta, bool)
+            or (isinstance(self.zero_delta, str) and self.zero_delta in ("up", "down"))
+        ):
             raise ValueError(f"zero_delta must be True, False, 'up' or 'down', got {shown(self.zero_delta)}")
         if not is_finite(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be a number in [0, 1), got {shown(self.dropout)}")
@@ -151,7 +154,8 @@ class GenFTConfig:
         # Untied, zero_delta leaves the column stage's up matrix as it was initialised.
         if self.zero_delta == "down":
             return False
-        return self.init_specific_up == "zeros" or (self.zero_delta and (self.tie_specific or self.transform != "both"))
+        zeroed = bool(self.zero_delta) and (self.tie_specific or self.transform != "both")
+        return self.init_specific_up == "zeros" or zeroed
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-compatible values; `from_dict` is the inverse."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 
 from torch import nn
 
@@ -36,4 +37,4 @@ def carry_instance_forward(old: nn.Module, new: nn.Module) -> None:
 
 def _is_class_forward(module: nn.Module, forward: object) -> bool:
     """Whether it is the method of the class after all, as `remove_hook_from_module` leaves it on the instance."""
-    return getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module
+    return inspect.ismethod(forward) and forward.__func__ is type(module).forward and forward.__self__ is module

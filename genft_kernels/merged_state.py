@@ -18,7 +18,8 @@ class MarksMerged(nn.Module):
         if self.merged:
             destination[prefix + MARK] = torch.tensor(True)
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, *lists: Any) -> None:
+        errors = lists[-1]  # the others are the missing and the unexpected keys
         if self.merged:
             errors.append(f"{prefix[:-1]!r} is merged: call unmerge(model) before loading a state dict")
         elif prefix + MARK in state_dict:
@@ -27,4 +28,4 @@ class MarksMerged(nn.Module):
                 "unmerge(model), or load it into a plain model (strict=False leaves the rest of the adapter out)"
             )
         else:
-            super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+            super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)

@@ -106,7 +106,7 @@ def specific_shapes(config: GenFTConfig, in_features: int, out_features: int) ->
         return {}
     if config.ties_specific(in_features, out_features):
         return {"specific_down": (r, in_features), "specific_up": (out_features, r)}
-    shapes = {}
+    shapes: dict[str, tuple[int, int]] = {}
     if config.transform != "row":
         shapes |= {"column_specific_down": (r, in_features), "column_specific_up": (in_features, r)}
     if config.transform != "column":

@@ -99,7 +99,7 @@ class _TieTheRest:
             for module in self.root.get_submodule(path).modules()
             for name, parameter in module._parameters.items()
         ]
-        result = type(self.owner).tie_weights(self.owner, *args, **options)
+        result = getattr(type(self.owner), "tie_weights")(self.owner, *args, **options)  # noqa: B009
         for module, name, parameter in trained:
             module._parameters[name] = parameter
         return result

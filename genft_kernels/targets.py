@@ -118,7 +118,8 @@ def find_modules_to_save(model: nn.Module, config: GenFTConfig, targets: Iterabl
 
 def frozen_weight(module: nn.Module) -> torch.Tensor:
     """W [out, in] of a target; a view where it is stored transposed."""
-    return module.weight if isinstance(module, nn.Linear) else module.weight.t()
+    weight = module.get_parameter("weight")
+    return weight if isinstance(module, nn.Linear) else weight.t()
 
 
 def check_called(model: nn.Module, path: str) -> None:

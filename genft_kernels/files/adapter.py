@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -129,7 +129,7 @@ def _base(model: nn.Module) -> dict[str, object]:
 class _Kind(NamedTuple):
     """What a tensor of the file must be like."""
 
-    shape: tuple[int, ...] | None  # None for an extra state, which may have any
+    shape: tuple[int, ...]
     dtype: torch.dtype
 
     @classmethod
@@ -166,7 +166,7 @@ def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _saved_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The state of the modules trained in full, by its name in a file; no copies."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for path in adapter_state(model).saved_modules:
         tensors |= {
             f"{MODULES_TO_SAVE}{path}.{name}": t for name, t in _state_of(path, model.get_submodule(path)).items()
@@ -201,11 +201,11 @@ def _planned_kinds(model: nn.Module, planned: Plan, config: GenFTConfig) -> dict
 
 
 def _check_same_config(mine: GenFTConfig, theirs: GenFTConfig) -> None:
-    mine, theirs = mine.to_dict(), theirs.to_dict()
+    in_model, in_file = mine.to_dict(), theirs.to_dict()
     differing = [
-        f"{name}: {mine[name]!r} in the model, {theirs[name]!r} in the file"
-        for name in mine
-        if mine[name] != theirs[name]
+        f"{name}: {in_model[name]!r} in the model, {in_file[name]!r} in the file"
+        for name in in_model
+        if in_model[name] != in_file[name]
     ]
     if differing:
         raise ValueError(f"the model is adapted with another configuration ({'; '.join(differing)[:1000]})")
@@ -287,7 +287,7 @@ def _overwrite(mine: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None
         tensor.copy_(values[name])
 
 
-def _copied(state: Mapping[str, object]) -> dict[str, object]:
+def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in state.items()}
 
 

@@ -64,7 +64,7 @@ class Fingerprint(NamedTuple):
 
 
 def _is_finite(value: object) -> bool:
-    if type(value) not in (int, float):
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
         return False
     try:
         return math.isfinite(value)

@@ -258,14 +258,14 @@ class _Layout(NamedTuple):
         d = _width(path, tensors)
         # Weights of several shapes show as wrong ones, hence the words.
         meaning = f"generator_share_dim={s}, individual_features={r} and one generator for square weights of width {d}"
-        shared = {}
+        shared: dict[str, tuple[str, tuple[int, ...]]] = {}
         for number, stage in (("1", "column"), ("2", "row")):
             shared[f"genft_share_{number}_a.linear.weight"] = (f"{stage}_down", (s, d))
             shared[f"genft_share_{number}_b.linear.weight"] = (f"{stage}_up", (d, s))
             if bias:
                 shared[f"genft_share_{number}_a.linear.bias"] = (f"{stage}_down_bias", (s + r,))
                 shared[f"genft_share_{number}_b.linear.bias"] = (f"{stage}_up_bias", (d,))
-        specific = {
+        specific: dict[str, tuple[str, tuple[int, ...]]] = {
             "genft_individual_weight_a": ("specific_down", (r, d)),
             "genft_individual_weight_b": ("specific_up", (d, r)),
         }

@@ -238,6 +238,7 @@ ENTRIES = [
     *[(GenFTConfig, name, kinds()) for name in ("ratio_scope", "transform", "delta_layout", "init_shared")],
     *[(GenFTConfig, f"init_specific_{name}", kinds()) for name in ("down", "up")],
     *[(GenFTConfig, name, OF_FLAGS) for name in ("bias", "tie_specific")],
+    (GenFTConfig, "zero_delta", OF_FLAGS),
     *[(GenFTConfig, name, OF_FACTORS) for name in ("weight_ratio", "scaling")],
     (GenFTConfig, "dropout", OF_DROPOUT),
     (
