@@ -42,12 +42,17 @@ class Settings(NamedTuple):
     inference: bool
     stream: tuple[int, bool] | None  # on CUDA, the stream and whether it is being captured
 
+    @property
+    def captured(self) -> bool:
+        """Whether a CUDA graph is being made of what is computed."""
+        return self.stream is not None and self.stream[1]
+
 
 class Share:
     """One layer's part of a generation."""
 
     def __init__(self, batch: Batch, source: Source, settings: Settings, start: int) -> None:
-        self._batch, self._settings = batch, settings
+        self.batch, self._settings = batch, settings
         self._blocks = slice(start, start + len(source.blocks))
         self._own = Snapshot(source.own.values(), source.weight, values=batch.values)
         self._readers: set[int] = set()  # the threads that have taken it
@@ -56,11 +61,11 @@ class Share:
     @property
     def factors(self) -> list[Factors]:
         """Those of the layer's adapted blocks, of a fresh generation."""
-        return self._batch.generation.factors[self._blocks]
+        return self.batch.generation.factors[self._blocks]
 
     def holds(self, source: Source) -> bool:
         """Whether what the factors were generated from is as it was."""
-        return self._own_same(source) and self._batch.shared.same(source.shared.values())
+        return self._own_same(source) and self.batch.shared.same(source.shared.values())
 
     def _own_same(self, source: Source) -> bool:
         return self._own.same(source.own.values(), source.weight)
@@ -71,25 +76,25 @@ class Share:
         A round ends when a layer asks again, and a layer that has taken part in the round before this one is taken to
         belong to the same forward as the others.
         """
-        before, self._round = self._round, self._batch.round
-        if before == self._batch.round:
-            self._batch.round = self._round = before + 1
+        before, self._round = self._round, self.batch.round
+        if before == self.batch.round:
+            self.batch.round = self._round = before + 1
             return True
-        return before != self._batch.round - 1
+        return before != self.batch.round - 1
 
     def take(self, layer: Layer, source: Source, settings: Settings, repeats: bool) -> list[Factors] | None:
         """The factors for a forward of `layer`, or None if they do not hold for it.
 
         In training a layer takes them once, but for the repetition of a checkpointed region.
         """
-        factors = self._batch.generation.factors  # read once: the backward of another thread may consume them meanwhile
+        factors = self.batch.generation.factors  # read once: the backward of another thread may consume them meanwhile
         reader = threading.get_ident()
         spent = source.training and reader in self._readers and not repeats
         if factors is None or spent or self._settings != settings or not self._own_same(source):
             return None
-        if not self._batch.shared.same(source.shared.values(), in_full=self._is_first_of_a_round()):
+        if not self.batch.shared.same(source.shared.values(), in_full=self._is_first_of_a_round()):
             return None
-        self._batch.look(layer, settings)
+        self.batch.look(layer, settings)
         self._readers.add(reader)
         return factors[self._blocks]
 
@@ -107,24 +112,28 @@ class Batch:
         self._watch = Watch(_watched(sources.values())) if watched else None
 
     def look(self, layer: Layer, settings: Settings) -> None:
-        """Have a device compare all values once a round, which ends when a layer asks again.
-
-        Raises:
-            RuntimeError: it has found a change in the round before.
-        """
-        if self._watch is None or (settings.stream is not None and settings.stream[1]):
+        """Have a device compare all values once a round, which ends when a layer asks again; raises as `settle`."""
+        if self._watch is None or settings.captured:
             return
         if layer not in self._seen:
             self._seen.add(layer)
             return
         self._seen = weakref.WeakSet([layer])
+        self.settle(settings)
         layers = [reference() for reference in self._layers]
-        changed = self._watch.changed()
-        if changed or None in layers:
+        if None in layers:
             self.generation.factors = None
         else:
             self._watch.look(_watched([each.source() for each in layers]))
-        if changed:
+
+    def settle(self, settings: Settings) -> None:
+        """Read what a device has found.
+
+        Raises:
+            RuntimeError: a change, in the round before.
+        """
+        if self._watch is not None and not settings.captured and self._watch.changed():
+            self.generation.factors = None
             raise RuntimeError(
                 "the last forward used updates that were out of date: a parameter or W was changed where no version "
                 "tells (through .data, a view of its memory, another process); change it under torch.no_grad(), or "
@@ -242,6 +251,8 @@ class LayerGroup:
     ) -> list[Factors]:
         # In a backward (reentrant checkpointing) the gradient of a whole group would be computed for each region.
         sources = {layer: source} if repeats else self.together_with(layer, source)
+        if (before := self._shares.get(layer)) is not None:
+            before.batch.settle(settings)
         kept = not repeats and layer in self._shares and source.reason_to_stay_alone() is None
         # A single layer that trains never takes them again.
         shares = self.generate(sources, settings, seeds, values=kept and (len(sources) > 1 or not source.training))

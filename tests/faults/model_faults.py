@@ -85,7 +85,7 @@ FAULTS = [
         "genft_kernels/sharing/snapshot.py",
         "(id(tensor), version,",
         "(0, version,",
-        GROUPS,
+        CHANGED,
     ),
     Fault(
         "snapshot: values not compared",
@@ -118,15 +118,15 @@ FAULTS = [
     Fault(
         "watch: a device's answer never read",
         "genft_kernels/sharing/cache.py",
-        "changed = self._watch.changed()",
-        "changed = False",
+        "and self._watch.changed():",
+        "and self._watch.changed() is None:",
         STALE,
     ),
     Fault(
         "watch: the stale factors kept",
         "genft_kernels/sharing/cache.py",
-        "            self.generation.factors = None\n        else:",
-        "            pass\n        else:",
+        "            self.generation.factors = None\n            raise",
+        "            raise",
         STALE,
     ),
     Fault(

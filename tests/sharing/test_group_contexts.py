@@ -1,8 +1,11 @@
 """Grouped generation under checkpointing, in copies, threads and compiled graphs, and its fallbacks."""
 
+import contextlib
 import copy
+import gc
 import pickle
 import threading
+import weakref
 from functools import partial
 
 import pytest
@@ -250,3 +253,19 @@ def test_forward_mode_raises_before_a_generation():
     with torch.no_grad(), pytest.raises(NotImplementedError, match="forward-mode"):
         torch.func.jvp(layer, (x,), (x,))
     assert generations(model) == 0
+
+
+@pytest.mark.parametrize("gradients_recorded", [False, True], ids=["no_grad", "grad"])
+def test_a_forward_that_stops_midway_keeps_nothing_alive(gradients_recorded):
+    model = four_layers()
+
+    def stop(*_):
+        raise InterruptedError
+
+    model.layers[1].attention.value.register_forward_pre_hook(stop)
+    with torch.set_grad_enabled(gradients_recorded), contextlib.suppress(InterruptedError):
+        model(tokens())
+    parameters = [weakref.ref(parameter) for parameter in model.parameters()]
+    del model
+    gc.collect()
+    assert not any(parameter() is not None for parameter in parameters)

@@ -72,7 +72,8 @@ def test_evaluation_sees_a_change_that_no_version_tells_of(change, part, gradien
         assert torch.equal(second, copy.deepcopy(model)(tokens())) and not torch.allclose(second, first, rtol=1e-6)
 
 
-def test_evaluation_sees_a_change_of_a_single_element():
+def test_evaluation_sees_a_change_of_a_single_element(monkeypatch):
+    monkeypatch.setattr(snapshot, "_FIRST_BYTES", 16)
     model = adapted().eval()
     with torch.no_grad():
         model(tokens())
@@ -156,7 +157,8 @@ def test_accumulate_refuses_a_change_that_no_version_tells_of():
             changed(model, change, PARTS["generator"])
 
 
-def test_parts_of_a_model_that_run_apart_see_a_change_of_what_they_share():
+def test_parts_of_a_model_that_run_apart_see_a_change_of_what_they_share(monkeypatch):
+    monkeypatch.setattr(snapshot, "_FIRST_BYTES", 16)
     model = adapted().eval()
     x = torch.randn(3, 8, dtype=torch.float64)
     with torch.no_grad():
@@ -211,6 +213,17 @@ def test_device_looks_at_every_part(device_model, part):
     model(tokens())
     with pytest.raises(RuntimeError, match="updates that were out of date"):
         model(tokens())
+
+
+def test_device_tells_of_a_stale_forward_when_a_change_with_a_version_has_followed(device_model):
+    model = device_model
+    model(tokens())
+    changed(model, CHANGES["data"], PARTS["own"])
+    model(tokens())
+    changed(model, lambda parameter, new: parameter.copy_(new), PARTS["generator"])
+    with pytest.raises(RuntimeError, match="updates that were out of date"):
+        model(tokens())
+    assert torch.equal(model(tokens()), copy.deepcopy(model)(tokens()))
 
 
 def test_device_is_told_by_refresh_and_by_versions(device_model):
