@@ -124,12 +124,12 @@ def test_float32_sums_lose_less_than_one_chain_of_additions(monkeypatch):
 @interpreted
 @pytest.mark.parametrize("dtype, bits", [(torch.bfloat16, 16), (torch.float16, 13)], ids=str)
 def test_fold_rounds_by_the_words_of_stream_2(dtype, bits):
-    from genft_kernels.backends.triton.fold import fold
+    from genft_kernels.backends.triton.operations import kernels
 
     n_out, n_in, k, seed = 70, 37, 5, torch.tensor([2**40 + 3])
     weight = torch.randn(n_out, n_in).to(dtype)
     h, b = torch.randn(n_in, k).to(dtype), torch.randn(n_out, k).to(dtype)
-    folded = fold(weight, h, b, seed, 0.01, "identity", 0.0, philox.ROW_STREAM)
+    folded = kernels.fold(weight, h, b, seed, 0.01, "identity", 0.0, philox.ROW_STREAM)
     exact = weight.float() + 0.01 * (b.float() @ h.float().T)
     counters = torch.arange(n_in)[:, None] * -(-n_out // 4) + torch.arange(n_out) // 4  # [in, out]
     words = philox.words(counters.reshape(-1), seed, philox.ROUNDING_STREAM).view(n_in, n_out, 4)
