@@ -13,7 +13,8 @@ from tests.helpers.tiny_models import Encoder, FusedEncoder, GroupedQueryBlock, 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from genft_kernels.integrations.peft import GenFTLayer, PeftGenFTConfig  # noqa: E402
+from genft_kernels.integrations.peft import PeftGenFTConfig  # noqa: E402
+from genft_kernels.integrations.peft.layer import GenFTLayer  # noqa: E402
 from tests.helpers.peft_models import (  # noqa: E402
     SMALL,
     TransposedEncoder,

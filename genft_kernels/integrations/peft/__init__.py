@@ -16,9 +16,8 @@ if not hasattr(BaseTuner, "_get_adapter_state_dict"):  # by which a tuner has a 
     raise ImportError(f"genft_kernels.integrations.peft needs peft 0.21 or newer: this is {peft.__version__}")
 
 from .config import PREFIX, PeftGenFTConfig
-from .layer import GenFTLayer
 from .model import PeftGenFTModel
 
-__all__ = ["GenFTLayer", "PeftGenFTConfig", "PeftGenFTModel"]
+__all__ = ["PeftGenFTConfig"]
 
 register_peft_method(name="genft", config_cls=PeftGenFTConfig, model_cls=PeftGenFTModel, prefix=PREFIX)
