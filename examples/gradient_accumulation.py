@@ -6,13 +6,13 @@ The transformers `Trainer` does the same with callbacks=[AccumulateCallback()].
 import torch
 from torch import nn
 
-from genft_kernels import GenFTConfig, accumulate, apply_genft
+from genft_kernels import GenFTConfig, accumulate, apply_genft, parameter_groups
 
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
 apply_genft(model, GenFTConfig.preset("fast", target_modules=["0", "2", "4"]))
 trained = [p for p in model.parameters() if p.requires_grad]
-optimizer = torch.optim.AdamW(trained, lr=2e-3)
+optimizer = torch.optim.AdamW(parameter_groups(model, 1e-2))
 inputs, targets = torch.randn(64, 64), torch.randn(64, 64)
 
 

@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from genft_kernels import parameter_groups
 from genft_kernels.integrations.peft import PeftGenFTConfig  # the import registers GENFT
 
 
@@ -21,7 +22,7 @@ def new_model() -> LlamaForCausalLM:
 model = get_peft_model(new_model(), PeftGenFTConfig(preset="fast", target_modules=["q_proj", "v_proj"]))
 model.print_trainable_parameters()
 tokens = torch.randint(100, (4, 12))
-optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-3)
+optimizer = torch.optim.AdamW(parameter_groups(model, 4e-3))
 losses = []
 for _ in range(50):
     loss = model(tokens, labels=tokens).loss

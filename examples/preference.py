@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from genft_kernels import GenFTConfig, apply_genft, disabled
+from genft_kernels import GenFTConfig, apply_genft, disabled, parameter_groups
 
 BETA = 0.1
 
@@ -25,7 +25,7 @@ torch.manual_seed(0)
 sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 model = LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes))
 apply_genft(model, GenFTConfig.preset("fast", target_modules=["q_proj", "v_proj"]))
-optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-3)
+optimizer = torch.optim.AdamW(parameter_groups(model, 4e-3))
 
 prompts = torch.randint(100, (8, 6))
 chosen = torch.cat([prompts, torch.randint(0, 50, (8, 6))], 1)

@@ -9,7 +9,15 @@ import tempfile
 import torch
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
-from genft_kernels import GenFTConfig, apply_genft, load_adapter, merge, save_adapter, trainable_summary
+from genft_kernels import (
+    GenFTConfig,
+    apply_genft,
+    load_adapter,
+    merge,
+    parameter_groups,
+    save_adapter,
+    trainable_summary,
+)
 
 TEXTS = {
     "who wrote this book": 0, "who sings the song": 0, "who is the mayor": 0, "who painted it": 0,
@@ -36,7 +44,7 @@ apply_genft(model, config)  # in place; all else is frozen
 print(trainable_summary(model))
 
 batch, labels = encode(TEXTS), torch.tensor(list(TEXTS.values()))
-optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-3)
+optimizer = torch.optim.AdamW(parameter_groups(model, 4e-3, head_lr=1e-2))  # as fast as suits each kind
 losses = []
 for _ in range(30):
     loss = model(**batch, labels=labels).loss

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from genft_kernels import GenFTConfig, apply_genft, trainable_summary
+from genft_kernels import GenFTConfig, apply_genft, parameter_groups, trainable_summary
 
 
 class Attention(nn.Module):
@@ -56,7 +56,7 @@ print(model.blocks[0].attn.qkv)
 print(trainable_summary(model))
 
 images, labels = torch.randn(16, 3, 32, 32), torch.randint(10, (16,))
-optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-3)
+optimizer = torch.optim.AdamW(parameter_groups(model, 4e-3, head_lr=1e-2))
 losses = []
 for _ in range(20):
     loss = F.cross_entropy(model(images), labels)

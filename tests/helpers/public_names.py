@@ -39,7 +39,7 @@ MODULES = (
 # What is promised of others that have more, for use within the package.
 PARTS = {
     "genft_kernels.backends": ("explain",),
-    "GenFTConfig": ("preset", "to_dict", "from_dict"),
+    "GenFTConfig": ("preset", "for_budget", "to_dict", "from_dict"),
     "GenFTGenerator": ("reset_parameters",),
     "GenFTLinear": ("from_linear", "parameters_of_generator", "delta_weight", "merge", "unmerge", "merged"),
 }
