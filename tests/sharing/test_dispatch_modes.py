@@ -135,3 +135,13 @@ def test_a_model_under_fake_tensors_may_be_adapted_and_run():
     with FakeTensorMode():
         model = apply_genft(nn.Sequential(nn.Linear(8, 8)), GenFTConfig(shared_dim=2, target_modules=["0"]))
         assert model(torch.empty(3, 8)).shape == (3, 8)
+
+
+def test_modes_within_a_selectively_checkpointed_region_see_what_it_does_not():
+    caching, _ = create_selective_checkpoint_contexts([aten.mm.default])
+    inner = FlopCounterMode(display=False)
+    with FlopCounterMode(display=False) as outer, caching, inner:
+        with _torch_private.hidden_from_selective_checkpointing():
+            torch.ones(2, 2) @ torch.ones(2, 2)
+        assert not caching.storage
+    assert outer.get_total_flops() == inner.get_total_flops() == 16
