@@ -6,10 +6,14 @@ words of the faults wanted.
 
 import sys
 
-from tests.faults import compile_faults, file_faults, model_faults, operation_faults
+from tests.faults import compile_faults, file_faults, model_faults, operation_faults, settings_faults
 from tests.faults.planting import plant
 
-FAULTS = [*operation_faults.FAULTS, *model_faults.FAULTS, *file_faults.FAULTS, *compile_faults.FAULTS]
+FAULTS = [
+    fault
+    for each in (operation_faults, model_faults, settings_faults, file_faults, compile_faults)
+    for fault in each.FAULTS
+]
 
 if __name__ == "__main__":
     sys.exit(plant([fault for fault in FAULTS if " ".join(sys.argv[1:]) in fault.what]))

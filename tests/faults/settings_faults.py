@@ -1,0 +1,88 @@
+"""Faults in settings and rates: how units start, s and r for a budget, optimizer groups."""
+
+from tests.faults.planting import Fault
+
+MODULES = ["tests/model/test_modules.py"]
+CONFIG = ["tests/method/test_config.py"]
+BUDGET = ["tests/method/test_budget.py"]
+RATES = ["tests/model/test_parameter_groups.py"]
+
+FAULTS = [
+    Fault(
+        "start by the downs: ups drawn by the number of units",
+        "genft_kernels/generator.py",
+        "1 / math.sqrt(parameter.shape[0])",
+        "1 / math.sqrt(parameter.shape[1])",
+        MODULES,
+    ),
+    Fault(
+        "start by the downs: the up bias is left as it is drawn",
+        "genft_kernels/generator.py",
+        '("down", "down_bias", "up_bias")',
+        '("down", "down_bias")',
+        MODULES,
+    ),
+    Fault(
+        "start by the downs: a layer's own units start at random",
+        "genft_kernels/units.py",
+        'name.replace("_specific", "")',
+        "name",
+        MODULES,
+    ),
+    Fault(
+        "start by the ups: kept under its name, which is another configuration",
+        "genft_kernels/config.py",
+        'True if self.zero_delta == "up" else self.zero_delta',
+        "self.zero_delta",
+        CONFIG,
+    ),
+    Fault(
+        "budget: what is left over is not spent",
+        "genft_kernels/budget.py",
+        "(left - r * specific) // shared",
+        "SHARED * r // SPECIFIC",
+        BUDGET,
+    ),
+    Fault(
+        "budget: biases are not counted",
+        "genft_kernels/budget.py",
+        "parameters - (smallest - shared)",
+        "parameters",
+        BUDGET,
+    ),
+    Fault(
+        "rates: a fused weight counts once",
+        "genft_kernels/parameter_groups.py",
+        "len(module.blocks[1])",
+        "1",
+        RATES,
+    ),
+    Fault(
+        "rates: not its square root",
+        "genft_kernels/parameter_groups.py",
+        "1 / math.sqrt(generators[generator])",
+        "1 / generators[generator]",
+        RATES,
+    ),
+    Fault(
+        "rates: shared units that PEFT's tuner holds are taken for layers' own",
+        "genft_kernels/parameter_groups.py",
+        "[*generator.parameters(), *generator.forward().values()]",
+        "[*generator.parameters()]",
+        RATES,
+    ),
+    Fault(
+        "rates: heads of a wrapped model are not found",
+        "genft_kernels/parameter_groups.py",
+        '{f"{path}.{name}".lstrip(".") for name in',
+        "{name for name in",
+        RATES,
+    ),
+    Fault(
+        "rates: a part of a model without its generator is taken",
+        "genft_kernels/parameter_groups.py",
+        "id(tensor) not in within:",
+        "False:",
+        RATES,
+    ),
+]
