@@ -72,10 +72,7 @@ def _generated(update: GenFTUpdate, x: Tensor, dtype: torch.dtype, backend: str)
     """The update of each adapted block; with those of the other layers of its shape where that can be."""
     config, training = update.config, update.training
     dropout = config.dropout if training else 0.0
-    seeds = [
-        forward_seed(None, x.device, training, dropout, config.outer_activation, dtype)
-        for _ in update.blocks[1]
-    ]
+    seeds = [forward_seed(None, x.device, training, dropout, config.outer_activation, dtype) for _ in update.blocks[1]]
     # A compiled graph cannot hold what outlives it, and sharded parameters cannot be watched.
     if torch.compiler.is_compiling() or update.sharded or _torch_private.tensors_are_fake():
         of_layer = (t if t is None or t.dim() == 1 else t[None] for t in update.parameters_of_generator())
@@ -96,10 +93,11 @@ def _applied(x: Tensor, weight: Tensor, bias: Tensor | None, parts: list[_Part],
         factors, config, dropout, seed = parts[0]
         return apply_factors(x, weight, bias, factors, config.scaling, config.outer_activation, dropout, seed, backend)
     if all(part.factored for part in parts):
-        scales = {part.config.scaling for part in parts}
-        scale = scales.pop() if len(scales) == 1 else 1.0
+        first = parts[0].config.scaling
+        equal = all(part.config.scaling == first for part in parts)
         h = torch.cat([part.factors.h for part in parts], 1)  # [in, k1 + k2 + ...]
-        b = torch.cat([part.factors.b * (part.config.scaling / scale) for part in parts], 1)
+        b = torch.cat([part.factors.b if equal else part.factors.b * part.config.scaling for part in parts], 1)
+        scale = first if equal else 1.0
         stream = parts[0].factors.stream
         return apply_factors(x, weight, bias, Factors(h, b, stream), scale, "identity", 0.0, parts[0].seed, backend)
     dtype = compute_dtype(x)

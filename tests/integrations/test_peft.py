@@ -139,6 +139,12 @@ def test_active_adapters_add_their_updates(first, second):
         assert (answer - folded(model, adapter)(tokens())).abs().max() > 1e-3
 
 
+def test_active_adapters_that_are_scaled_to_nothing_answer_as_the_frozen_model():
+    model = with_second_adapter(peft_model(scaling=0.0), scaling=0.0)
+    model.base_model.set_adapter(["default", "other"])
+    assert torch.allclose(model(tokens()), base()(tokens()), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("first, second", PAIRS.values(), ids=PAIRS)
 def test_active_adapters_learn_together(first, second):
     model = with_second_adapter(peft_model(**first), **second)
@@ -193,6 +199,14 @@ def test_switching_trains_one_adapters_shared_tensors_only():
     with model.disable_adapter():
         assert torch.equal(model(tokens()), base()(tokens()))
     assert training() and all(".other" in name for name in training())
+
+
+def test_a_frozen_adapter_stays_frozen_as_another_is_added(tmp_path):
+    peft_model().save_pretrained(tmp_path)
+    model = peft.PeftModel.from_pretrained(base(), tmp_path)  # for inference
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    model.add_adapter("other", peft_config())
+    assert not any(p.requires_grad for name, p in model.named_parameters() if ".default" in name)
 
 
 # --- merging --------------------------------------------------------------------------------------------------------
