@@ -46,11 +46,11 @@ def parameter_groups(
             shared units train, but are not in `model`; or `head_lr` is given, and no `modules_to_save` train.
     """
     check_type("model", model, nn.Module)
-    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-        _check_at_least_0(name, value)
-    for name, value in (("head_lr", head_lr), ("shared_lr_factor", shared_lr_factor)):
-        if value is not None:
-            _check_at_least_0(name, value)
+    _check_at_least_0("lr", lr)
+    _check_at_least_0("weight_decay", weight_decay)
+    for name, optional in (("head_lr", head_lr), ("shared_lr_factor", shared_lr_factor)):
+        if optional is not None:
+            _check_at_least_0(name, optional)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trained:
         raise ValueError("nothing in the model trains")
@@ -62,12 +62,14 @@ def parameter_groups(
     groups: dict[object, dict[str, Any]] = {}
     for name, parameter in trained.items():
         generator = generator_of.get(id(parameter))
-        key, title, rate = None, "own", lr
+        key: object
         if generator is not None:
             factor = 1 / math.sqrt(generators[generator]) if shared_lr_factor is None else shared_lr_factor
             key, title, rate = generator, f"shared {generator.in_features}x{generator.out_features}", lr * factor
         elif not copies.isdisjoint(upwards(name)):
             key, title, rate = "heads", "heads", lr if head_lr is None else head_lr
+        else:
+            key, title, rate = "own", "own", lr
         group = groups.setdefault(key, {"params": [], "lr": rate, "weight_decay": weight_decay, "name": title})
         group["params"].append(parameter)
     if head_lr is not None and "heads" not in groups:
