@@ -383,6 +383,13 @@ def test_unsupported_modules_are_named(make, target, kind, message):
         peft.get_peft_model(make(), peft_config(target_modules=[target]))
 
 
+def test_fused_blocks_that_name_no_target_are_refused():
+    frozen = base(FusedEncoder)
+    with pytest.raises(ValueError, match=r"fused_blocks\['qkv'\] names no target module"):
+        peft.get_peft_model(frozen, peft_config(target_modules=["proj"], fused_blocks={"qkv": (3, (0, 2))}))
+    assert type(frozen.proj) is nn.Linear
+
+
 def test_updates_of_different_blocks_do_not_act_together():
     model = peft_model(FusedEncoder, target_modules=["qkv"], fused_blocks={"qkv": (3, (0, 2))})
     model.add_adapter("other", peft_config(target_modules=["qkv"]))

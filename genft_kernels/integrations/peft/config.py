@@ -103,12 +103,10 @@ class PeftGenFTConfig(PeftConfig):
             raise ValueError("layers_pattern has a meaning only with layers_to_transform")
         if self.preset is not None and self.preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {self.preset!r}")
-        # None for a new adapter, whose own fingerprints are taken as it is saved.
-        self._base: dict[str, Fingerprint] | None = None
-        if self.fingerprints is not None:
-            self._base = parsed_fingerprints(self.fingerprints)
+        # Those of a file. A new adapter's are taken as it is saved, and say nothing against other models.
+        self.trained_on: dict[str, Fingerprint] = parsed_fingerprints(self.fingerprints or {})
         if config is not None:  # its rules for choosing modules are not PEFT's, but these are what they chose
-            self.target_modules, self.modules_to_save = sorted(self._base or ()), config.get("modules_to_save")
+            self.target_modules, self.modules_to_save = sorted(self.trained_on), config.get("modules_to_save")
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
@@ -127,9 +125,8 @@ class PeftGenFTConfig(PeftConfig):
         return GenFTConfig(**settings)
 
     def check_base(self, path: str, weight: Tensor) -> None:
-        """ValueError if the adapter comes from a file, and was not trained on this weight [out, in] of this layer."""
-        expected = (self._base or {}).get(path)
-        difference = None if expected is None else expected.difference(Fingerprint.of(weight))
+        """ValueError if the adapter comes from a file, and was trained on another weight [out, in] of this layer."""
+        difference = self.trained_on[path].difference(Fingerprint.of(weight))
         if difference:
             raise ValueError(
                 f"the adapter belongs to another base model: the weight of {path!r}: {difference} "

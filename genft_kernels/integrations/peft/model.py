@@ -40,9 +40,12 @@ class PeftGenFTModel(BaseTuner):
         """As ever; and the adapter gets its place for shared tensors.
 
         Raises:
-            ValueError: the adapter comes from a file, and was trained on another base model.
+            ValueError: the adapter comes from a file, and was trained on another base model; or an entry of
+                `fused_blocks` names no target.
         """
-        _check_base(self.peft_config[adapter_name], model)
+        config = self.peft_config[adapter_name]
+        _check_base(config, model)
+        self._held_twice = _held_twice(model)
         if "genft_shared" not in self._modules:
             self.genft_shared = nn.ModuleDict()
             self._generators: dict[str, dict[tuple[int, int], GenFTGenerator]] = {}
@@ -53,6 +56,7 @@ class PeftGenFTModel(BaseTuner):
         adapted = _layers(model)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            _check_blocks(config, model, adapter_name)
         except BaseException:
             for path, layer in _layers(model).items():
                 if adapter_name in layer.genft_own:
@@ -105,7 +109,7 @@ class PeftGenFTModel(BaseTuner):
         else:
             if isinstance(target, BaseTunerLayer):
                 raise TypeError(f"{current_key!r} has an adapter of another kind: {type(target).__name__}")
-            held_at = _held_twice(self.model).get(target)
+            held_at = self._held_twice.get(target)
             if held_at:
                 raise ValueError(f"{held_at[0]!r} and {held_at[1]!r} are one module: PEFT would adapt only one of them")
             try:
@@ -177,7 +181,7 @@ def _layers(model: nn.Module) -> dict[str, GenFTLayer]:
 def _check_base(config: PeftGenFTConfig, model: nn.Module) -> None:
     """Raise ValueError where the weights are not those that the adapter was trained on, if that is known."""
     modules = dict(model.named_modules())
-    for path in config.fingerprints or {}:
+    for path in config.trained_on:
         module = modules.get(path)
         if module is None:
             raise ValueError(f"the adapter belongs to another base model: there is no module {path!r}")
@@ -185,6 +189,13 @@ def _check_base(config: PeftGenFTConfig, model: nn.Module) -> None:
             config.check_base(path, module.frozen_weight)
         elif isinstance(module, nn.Linear) or is_conv1d(module):
             config.check_base(path, frozen_weight(module))
+
+
+def _check_blocks(config: PeftGenFTConfig, model: nn.Module, adapter_name: str) -> None:
+    adapted = {end for path, layer in _layers(model).items() if adapter_name in layer.genft_own for end in ends(path)}
+    for name in config.fused_blocks or {}:
+        if name not in adapted:
+            raise ValueError(f"fused_blocks[{name!r}] names no target module: put it into target_modules, too")
 
 
 def _fingerprints(model: nn.Module, adapter_name: str) -> dict[str, Any] | None:
