@@ -1,6 +1,5 @@
 """GenFT: fine-tune a model by updates generated from its own weights (arXiv 2506.11042), as fast as LoRA."""
 
-from . import flops as flops  # registers what FLOP counters count
 from . import reference
 from ._version import __version__ as __version__
 from .adapt import apply_genft, disabled, explain, merge, remove_genft, unmerge

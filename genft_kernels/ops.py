@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Callable
 
 import torch
@@ -99,11 +100,20 @@ def _differentiable(op: Callable, setup: Callable, gradients: Callable) -> Calla
             return (None,) * inputs if grad is None else gradients(ctx, grad, computed)
 
     def node(*args) -> Tensor:
-        if torch.compiler.is_compiling() or _torch_private.dispatch_modes_active():
+        if torch.compiler.is_compiling():
+            return op(*args)[0]
+        if _torch_private.dispatch_modes_active():
+            _tell_flop_counters()
             return op(*args)[0]
         return Node.apply(*args) if torch.is_grad_enabled() else _compute(args[-1], name, *args[:-1])[0]
 
     return node
+
+
+def _tell_flop_counters() -> None:
+    """Have a FLOP counter know the operations. Who uses one has imported its module, which brings Triton with it."""
+    if "torch.utils.flop_counter" in sys.modules:
+        from . import flops  # noqa: F401
 
 
 # --- column ---------------------------------------------------------------------------------------------------------
