@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from genft_kernels import load_adapter, save_adapter
+from genft_kernels import __main__, load_adapter, save_adapter
 from genft_kernels.files import names
 from genft_kernels.files.format import CONFIG_FILE, TENSORS_FILE
 from tests.helpers.tiny_models import Encoder, FusedEncoder, GroupedQueryBlock, TiedModel, tokens
@@ -150,6 +150,20 @@ def test_a_model_and_its_adapter_load_at_once(tmp_path):
     save_adapter(model, tmp_path / "adapter")
     loaded = peft.AutoPeftModel.from_pretrained(tmp_path / "adapter").eval()
     assert torch.allclose(loaded(input_ids=tokens()).logits, model(tokens()).logits, atol=1e-6)
+
+
+def test_what_peft_saved_is_exported_as_lora_from_a_shell(tmp_path, monkeypatch):
+    classifier().save_pretrained(tmp_path / "base")
+    frozen = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "base")
+    model = randomised(peft.get_peft_model(frozen, peft_config())).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    places = [str(tmp_path / name) for name in ("adapter", "base", "lora")]
+    monkeypatch.setattr(
+        "sys.argv", ["genft_kernels", "export-lora", places[0], "--base", places[1], "--out", places[2]]
+    )
+    __main__.main()
+    lora = from_pretrained(transformers.BertForSequenceClassification.from_pretrained(places[1]), places[2])
+    assert torch.allclose(lora(input_ids=tokens()).logits, model(input_ids=tokens()).logits, atol=1e-5)
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
