@@ -162,7 +162,8 @@ def test_what_peft_saved_is_exported_as_lora_from_a_shell(tmp_path, monkeypatch)
         "sys.argv", ["genft_kernels", "export-lora", places[0], "--base", places[1], "--out", places[2]]
     )
     __main__.main()
-    lora = from_pretrained(transformers.BertForSequenceClassification.from_pretrained(places[1]), places[2])
+    fresh = transformers.BertForSequenceClassification.from_pretrained(places[1])
+    lora = peft.PeftModel.from_pretrained(fresh, places[2]).eval()
     assert torch.allclose(lora(input_ids=tokens()).logits, model(input_ids=tokens()).logits, atol=1e-5)
 
 
