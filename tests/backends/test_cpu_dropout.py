@@ -46,7 +46,7 @@ def plain(seed, stream, in_features, out_features, dropout, rows, dtype):
         (7, 0, slice(None)),
     ],
 )
-def test_the_numbers_are_those_of_plain_pytorch(in_features, out_features, rows, dtype):
+def test_numbers_are_those_of_plain_pytorch(in_features, out_features, rows, dtype):
     for seed, stream, dropout in ((0, 0, 0.1), (2**63 - 1, 1, 0.999), (-(2**63) + 5, 1, 0.5), (-1, 0, 0.0)):
         call = torch.tensor([seed]), stream, in_features, out_features, dropout, rows, dtype
         actual, expected = dropout_factors(*call), plain(*call)
@@ -92,7 +92,7 @@ def assert_plain(reason):
 
 
 @needs_compiler
-def test_it_is_compiled_once_and_kept(fresh, monkeypatch):
+def test_library_is_compiled_once_and_kept(fresh, monkeypatch):
     assert_compiled()
     kept = sorted(fresh.iterdir())
     cpu_dropout._compiled.cache_clear()
@@ -186,7 +186,7 @@ def test_a_bad_cache_folder_is_heard_once(fresh, monkeypatch):
     assert_plain("GENFT_CACHE_DIR must be the absolute path of a folder; got 'relative'")
 
 
-def test_other_devices_draw_on_themselves():
+def test_devices_draw_on_themselves():
     seed = torch.empty(1, dtype=torch.int64, device="meta")
     factors = dropout_factors(seed, *CALL[1:])
     assert factors.device.type == "meta" and factors.shape == (9, 5)
