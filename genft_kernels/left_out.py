@@ -48,5 +48,6 @@ def _warn_of(generator: GenFTGenerator, has_gradients: bool) -> None:
         warn(
             f"an optimizer steps the layers' own units of shape {generator.in_features}x{generator.out_features}, but "
             "not the generator that they share, which has gradients, too: it is not a part of what is trained. "
-            "Register it there (part.genft_generators = model.genft_generators), so that it is trained and saved, or freeze it"
+            "Register it there (part.genft_generators = model.genft_generators), so that it is trained and saved, or "
+            "freeze it"
         )

@@ -136,7 +136,5 @@ def test_presets_are_those_of_the_table():
         shared_dim=8, specific_dim=0, transform="column", zero_delta="down"
     )
     assert GenFTConfig.preset("glue", dropout=0.0).dropout == 0
-    with pytest.raises(
-        ValueError, match="preset must be one of glue, vtab, llama, fast, fast-both, wegeft; got"
-    ):
+    with pytest.raises(ValueError, match="preset must be one of glue, vtab, llama, fast, fast-both, wegeft; got"):
         GenFTConfig.preset("cola")
