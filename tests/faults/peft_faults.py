@@ -4,7 +4,7 @@ from tests.faults.planting import Fault
 
 LORA = ["tests/files/test_lora.py"]
 FIDELITY = ["tests/files/test_fidelity.py"]
-TUNER = ["tests/integrations/test_peft.py"]
+TUNER = ["tests/integrations/test_peft.py", "tests/integrations/test_peft_refusals.py"]
 FILES = ["tests/integrations/test_peft_files.py"]
 PEFT = "genft_kernels/integrations/peft"
 

@@ -13,6 +13,7 @@ from genft_kernels import GenFTConfig, apply_genft
 from genft_kernels.files import names
 from genft_kernels.files.peft_file import RENAMED
 from genft_kernels.integrations.peft import PeftGenFTConfig
+from genft_kernels.integrations.peft.layer import GenFTLayer
 from tests.helpers.tiny_models import VOCABULARY, Encoder, randomise
 
 SMALL = {"shared_dim": 2, "specific_dim": 1, "inner_activation": "tanh"}
@@ -75,6 +76,10 @@ def updates(model: PeftModel, adapter: str = "default") -> dict[str, torch.Tenso
     """dW [out, in] of each layer that has the adapter."""
     layers = ((name, getattr(module, "genft_own", {})) for name, module in model.named_modules())
     return {name: own[adapter].delta_weight() for name, own in layers if adapter in own}
+
+
+def layers_of(model: nn.Module) -> list[GenFTLayer]:
+    return [module for module in model.modules() if isinstance(module, GenFTLayer)]
 
 
 def group_of(model: PeftModel, shape=(8, 8), adapter: str = "default"):

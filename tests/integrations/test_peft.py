@@ -7,25 +7,23 @@ import pytest
 import torch
 from torch import nn
 
-from genft_kernels import GenFTConfig, accumulate, explain, trainable_summary
+from genft_kernels import accumulate, explain, trainable_summary
 from tests.helpers.tiny_models import Encoder, FusedEncoder, GroupedQueryBlock, TiedModel, tokens
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from genft_kernels.integrations.peft import PeftGenFTConfig  # noqa: E402
 from genft_kernels.integrations.peft.layer import GenFTLayer  # noqa: E402
 from tests.helpers.peft_models import (  # noqa: E402
-    SMALL,
     TransposedEncoder,
     base,
     folded,
     group_of,
+    layers_of,
     own_model,
     own_names,
     peft_config,
     peft_model,
-    updates,
     with_second_adapter,
 )
 
@@ -241,7 +239,7 @@ def test_safe_merge_refuses_what_is_not_finite():
     model.base_model.genft_shared["default"]["8x8_row_up"].data[0, 0] = torch.nan
     with pytest.raises(ValueError, match="NaNs detected"):
         model.merge_and_unload(safe_merge=True)
-    assert all(layer.weight is w for layer, w in zip(_layers(model), before, strict=True))
+    assert all(layer.weight is w for layer, w in zip(layers_of(model), before, strict=True))
 
 
 def test_merge_and_unload_leaves_a_plain_model_that_answers_alike():
@@ -309,130 +307,5 @@ def test_compiled_graphs_answer_alike(second):
 
 def test_a_new_layer_is_in_the_mode_of_the_one_it_replaces():
     model = peft.get_peft_model(base().eval(), peft_config(dropout=0.5, init_weights=False))
-    assert not any(module.training for layer in _layers(model) for module in layer.modules())
+    assert not any(module.training for layer in layers_of(model) for module in layer.modules())
     assert torch.equal(model(tokens()), model(tokens()))
-
-
-# --- configuration --------------------------------------------------------------------------------------------------
-
-
-def test_every_setting_has_its_field():
-    here = {field.name for field in dataclasses.fields(PeftGenFTConfig)} | {"bias"}
-    assert {field.name for field in dataclasses.fields(GenFTConfig)} <= here
-    assert peft_config(bias=True).native().bias and PeftGenFTConfig().native() == GenFTConfig()
-
-
-def test_preset_gives_what_is_not_given():
-    config = PeftGenFTConfig(preset="glue", specific_dim=3)
-    assert config.native() == dataclasses.replace(GenFTConfig.preset("glue"), specific_dim=3)
-    config = PeftGenFTConfig(preset="fast", shared_dim=1, target_modules=["query", "value"])
-    assert config.native() == GenFTConfig.preset("fast", shared_dim=1)
-    assert torch.equal(peft.get_peft_model(base(), config).eval()(tokens()), base()(tokens()))
-
-
-BAD = {
-    "preset": (dict(preset="best"), "preset must be one of"),
-    "setting": (dict(dropout=1.5), "dropout must be"),
-    "bias": (dict(bias="lora_only"), "bias must be one of none, all, genft_only"),
-    "parameters": (dict(target_parameters=["experts.up"]), "target_parameters is not supported"),
-    "pattern": (dict(layers_pattern="layers"), "only with layers_to_transform"),
-}
-
-
-@pytest.mark.parametrize("given, message", BAD.values(), ids=BAD)
-def test_bad_configurations_name_the_field(given, message):
-    with pytest.raises(ValueError, match=message):
-        PeftGenFTConfig(**given)
-
-
-def test_layers_to_transform_chooses_layers():
-    model = peft_model(lambda: nn.Sequential(Encoder()), layers_to_transform=[1])
-    assert sorted(updates(model)) == [f"base_model.model.0.layers.1.attention.{name}" for name in ("query", "value")]
-
-
-# --- refusals -------------------------------------------------------------------------------------------------------
-
-
-class Uncalled(nn.Module):
-    """As transformers' of this name, which reads the weight of its dense layer without calling it."""
-
-    def __init__(self):
-        super().__init__()
-        self.dense = nn.Linear(8, 8)
-
-
-Uncalled.__name__ = "MobileBertLMPredictionHead"
-
-
-class Own(nn.Linear):
-    def forward(self, x):
-        return super().forward(x) + 1
-
-
-UNSUPPORTED = {
-    "one-module-twice": (lambda: TiedModel(), "first", ValueError, "'first' and 'second' are one module"),
-    "weight-read": (lambda: nn.Sequential(Uncalled()), "dense", TypeError, "reads its weight without calling it"),
-    "own-forward": (lambda: nn.Sequential(Own(8, 8)), "0", TypeError, "'0' is not supported. Own cannot be adapted"),
-    "embedding": (Encoder, "embedding", TypeError, "'embedding' is not supported. Embedding cannot"),
-}
-
-
-@pytest.mark.parametrize("make, target, kind, message", UNSUPPORTED.values(), ids=UNSUPPORTED)
-def test_unsupported_modules_are_named(make, target, kind, message):
-    with pytest.raises(kind, match=message):
-        peft.get_peft_model(make(), peft_config(target_modules=[target]))
-
-
-def test_fused_blocks_that_name_no_target_are_refused():
-    frozen = base(FusedEncoder)
-    with pytest.raises(ValueError, match=r"fused_blocks\['qkv'\] names no target module"):
-        peft.get_peft_model(frozen, peft_config(target_modules=["proj"], fused_blocks={"qkv": (3, (0, 2))}))
-    assert type(frozen.proj) is nn.Linear
-
-
-def test_updates_of_different_blocks_do_not_act_together():
-    model = peft_model(FusedEncoder, target_modules=["qkv"], fused_blocks={"qkv": (3, (0, 2))})
-    model.add_adapter("other", peft_config(target_modules=["qkv"]))
-    model.base_model.set_adapter(["default", "other"])
-    with pytest.raises(ValueError, match=r"different blocks.*\[0, 2\] of 3.*\[0\] of 1"):
-        model(tokens())
-
-
-def test_a_failed_adapter_leaves_nothing_behind():
-    model = peft_model()
-    answer, names = model(tokens()), list(model.state_dict())
-    with pytest.raises(ValueError, match="not found in the base model"):
-        model.add_adapter("other", peft_config(target_modules=["nowhere"]))
-    assert list(model.state_dict()) == names and "other" not in model.base_model._generators
-    assert torch.equal(model(tokens()), answer)
-
-
-def test_a_model_is_as_it_was_after_a_layer_that_cannot_be_adapted():
-    frozen = base()
-    expected, before = frozen(tokens()), {name: id(module) for name, module in frozen.named_modules()}
-    trains = {name: parameter.requires_grad for name, parameter in frozen.named_parameters()}
-    for options in (dict(target_modules=["query", "embedding"]), dict(fused_blocks={"value": (3, (0,))})):
-        with pytest.raises((TypeError, ValueError), match="Embedding cannot be adapted|cannot be cut into 3"):
-            peft.get_peft_model(frozen, peft_config(**{"target_modules": ["query", "dense", "value"], **options}))
-        assert {name: id(module) for name, module in frozen.named_modules()} == before
-        assert {name: parameter.requires_grad for name, parameter in frozen.named_parameters()} == trains
-    assert torch.equal(frozen(tokens()), expected)
-    model = peft_model()
-    answer, names = model(tokens()), list(model.state_dict())
-    with pytest.raises(TypeError, match="Embedding cannot be adapted"):
-        model.add_adapter("other", peft_config(target_modules=["query", "dense", "embedding"]))
-    assert list(model.state_dict()) == names and torch.equal(model(tokens()), answer)
-
-
-def test_weighted_sums_of_adapters_are_refused():
-    model = with_second_adapter(peft_model())
-    with pytest.raises(NotImplementedError, match="no weighted sums of GenFT adapters"):
-        model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
-
-
-def _layers(model):
-    return [module for module in model.modules() if isinstance(module, GenFTLayer)]
-
-
-def test_small_settings_are_those_of_the_helpers():
-    assert peft_config().native() == GenFTConfig(**SMALL)
