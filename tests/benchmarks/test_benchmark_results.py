@@ -49,9 +49,9 @@ def test_what_a_run_has_in_common_is_written_once(tmp_path):
 
 def test_the_committed_rows_are_few_and_each_is_read():
     paths = sorted(RESULTS.rglob("*.*"))
-    assert {path.suffix for path in paths} == {".jsonl"}
+    assert {path.suffix for path in paths} == {".jsonl", ".txt"}  # a text is what a script printed once
     assert sum(len(path.read_text().splitlines()) for path in paths) <= 3000
-    assert all(read_rows(path) for path in paths)
+    assert all(read_rows(path) for path in paths if path.suffix == ".jsonl")
 
 
 def test_a_broken_file_is_named_and_left_alone(tmp_path):
