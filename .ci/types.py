@@ -1,7 +1,7 @@
 """`make types`: mypy, strict, over the package; in old files the errors may only become fewer.
 
 `.ci/types.txt` says how many errors a file may have; a file that is not listed may have none. Exits with 1 where a file
-has more, and where it has fewer than is written there: then the number goes down, too (`--lower` writes it).
+has more. Where it has fewer, `--lower` writes the smaller number.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ def main() -> int:
         RATCHET.write_text("".join(f"{file} {count}\n" for file, count in lowered.items()))
     elif fewer:
         print(f"fewer errors than .ci/types.txt allows in {', '.join(fewer)}: python .ci/types.py --lower")
-        more += fewer
     print(f"types: {sum(found.values())} errors in {len(found)} old files")
     return 1 if more else 0
 
