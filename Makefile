@@ -72,7 +72,7 @@ lint: env
 demo: env
 	$(BIN)/python -m benchmarks.finetune $(ARGS)
 
-# The learning rates that the demonstration reads, chosen anew.
+# The learning rates that the demonstration reads; goes on where it was stopped.
 sweep: env
 	$(BIN)/python -m benchmarks.finetune --sweep $(ARGS)
 
