@@ -2,7 +2,7 @@
 
 from . import reference
 from ._version import __version__ as __version__
-from .adapt import apply_genft, disabled, explain, merge, remove_genft, unmerge
+from .adapt import apply_genft, disabled, explain, merge, remove_genft, set_backend, unmerge
 from .config import GenFTConfig
 from .fidelity import fidelity_report
 from .files.adapter import load_adapter, save_adapter
@@ -32,6 +32,7 @@ __all__ = [
     "refresh",
     "remove_genft",
     "save_adapter",
+    "set_backend",
     "trainable_summary",
     "unmerge",
 ]

@@ -240,6 +240,23 @@ def explain(model: nn.Module) -> str:
     return backends.explain(weight.device, weight.dtype, groups.values())
 
 
+def set_backend(model: nn.Module, backend: str) -> nn.Module:
+    """Have every adapted layer of `model` compute by `backend` from its next forward on, and return the model.
+
+    Args:
+        model: adapted by `apply_genft` or by PEFT's tuner.
+        backend: "auto", or one by name, which then never becomes another.
+
+    Raises:
+        ValueError: no such backend.
+        RuntimeError: the model has no adapter.
+    """
+    backends.check_name(backend)
+    for update in updates_of(model):
+        update.backend = backend
+    return model
+
+
 def updates_of(model: nn.Module) -> list[GenFTUpdate]:
     """The generated updates of a model of PEFT's, or of one that `apply_genft` made; RuntimeError if it is neither."""
     check_type("model", model, nn.Module)

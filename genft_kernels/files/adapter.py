@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import backends
 from ..adapt import (
     GENERATORS,
     Plan,
@@ -21,6 +22,7 @@ from ..adapt import (
     layers_of_an_adapted_model,
     plan,
     remove_genft,
+    set_backend,
 )
 from ..arguments import check_type, warn
 from ..checks import SUPPORTED_DTYPES
@@ -71,7 +73,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     write_adapter_file(directory, AdapterFile(config, copies, fingerprints), _base(model))
 
 
-def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
+def load_adapter(model: nn.Module, directory: str | os.PathLike, *, backend: str | None = None) -> nn.Module:
     """Load an adapter into `model` and return it.
 
     A model without an adapter is adapted first, as the file says; one that is adapted already must have the same
@@ -79,16 +81,22 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     variant's folder, and the ViT variant's with `best_model.pt` and `args.yaml`. Everything is looked at before
     anything is changed or made; a regular expression from a file has ten seconds.
 
+    Args:
+        backend: for every adapted layer, as in `apply_genft`; None leaves those of an adapted model as they are, and
+            is "auto" for others.
+
     Raises:
         TypeError: an argument is of the wrong type.
         FileNotFoundError: no adapter in `directory`.
         ValueError: the files are damaged, a tensor is missing, unexpected, of another shape or not finite, or the
             adapter was trained on another base model; the message names the file, tensor or layer. The model is as
-            it was.
+            it was. Or there is no such backend.
         RuntimeError: the model is merged, offloaded, or within `disabled`.
     """
     check_type("model", model, nn.Module)
     check_type("directory", directory, (str, os.PathLike))
+    if backend is not None:
+        backends.check_name(backend)
     adapter = _read(Path(directory))
     was_adapted = is_adapted(model)
     if was_adapted:
@@ -110,7 +118,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
         if not was_adapted:
             remove_genft(model)
         raise
-    return model
+    return model if backend is None else set_backend(model, backend)
 
 
 _DENSE = torch.contiguous_format
