@@ -11,7 +11,7 @@ from benchmarks.measure.rows import RUN_FIELDS, Row, read_rows, write_rows
 from .data import DemoError
 from .training import Job
 
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 HEAD_RATES = (1e-2, None)
 SEEDS = (0, 1)  # of the sweep; the comparison's are others
 SWEEP_FILE = Path(__file__).with_name("sweep.jsonl")
