@@ -151,7 +151,7 @@ def test_rate_rises_and_falls():
 def test_a_run_repeats_and_its_seed_matters(tiny_encoder, sets, method):
     first, again, other = (short_run(tiny_encoder, sets, method, seed, epochs=1) for seed in (0, 0, 1))
     peak, step = first.pop("peak_bytes"), first.pop("step_ms")
-    assert again.pop("peak_bytes") == pytest.approx(peak, rel=0.02) and again.pop("step_ms") > 0 and step > 0
+    assert again.pop("peak_bytes") == pytest.approx(peak, rel=0.1) and again.pop("step_ms") > 0 and step > 0
     assert first == again
     assert first["loss"] != other["loss"]
 
