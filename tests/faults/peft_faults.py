@@ -133,7 +133,7 @@ FAULTS = [
     Fault(
         "peft: another base is not noticed",
         f"{PEFT}/model.py",
-        "        _check_base(self.peft_config[adapter_name], model)",
+        "        _check_base(config, model)",
         "        pass",
         FILES,
     ),
