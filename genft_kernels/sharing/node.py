@@ -82,11 +82,11 @@ class _Recipe:
         shared = dict(zip(self.shared_names, parameters, strict=False))
         own = parameters[count:]
         specific = {}
-        for index, name in enumerate(self.specific_names):
-            of_layers = own[index :: len(self.specific_names)]
-            of_blocks = [of_layers[owner] for owner in self.owners]
-            specific[name] = torch.stack(of_blocks) if len(of_blocks) > 1 else of_blocks[0][None]  # not even a copy
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False):  # it has no stack of float16 tensors on a CPU
+            for index, name in enumerate(self.specific_names):
+                of_layers = own[index :: len(self.specific_names)]
+                of_blocks = [of_layers[owner] for owner in self.owners]
+                specific[name] = torch.stack(of_blocks) if len(of_blocks) > 1 else of_blocks[0][None]  # not even a copy
             multiple = unit_multiple(device, self.options["dtype"])
             stacked = GeneratorParameters.concatenated(shared, specific, device, len(self.weights), multiple)
             h, b, self.stream = generate_factors(self.weights, stacked, self.config, **self.options)

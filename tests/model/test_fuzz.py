@@ -145,7 +145,6 @@ class Machine(Subject):
             self.model.zero_grad()
         expected = {n: 0 if p.grad is None else p.grad.double().clone() for n, p in self.trained().items()}
         inputs = [self.input() for _ in range(count)]
-        autocast = autocast and self.dtype != torch.float16  # torch.cat takes none of it there
         autocasting = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
         seen = []
         with accumulate(self.model) if together else contextlib.nullcontext():

@@ -13,7 +13,7 @@ import torch
 from accelerate import cpu_offload
 from torch import nn
 
-from genft_kernels import GenFTLinear, backends, explain, remove_genft, save_adapter
+from genft_kernels import GenFTConfig, GenFTLinear, apply_genft, backends, explain, remove_genft, save_adapter
 from tests.helpers.adapted_models import (
     DROPOUT,
     Checkpointed,
@@ -269,3 +269,16 @@ def test_a_forward_that_stops_midway_keeps_nothing_alive(gradients_recorded):
     del model
     gc.collect()
     assert not any(parameter() is not None for parameter in parameters)
+
+
+def test_a_float16_adapter_generates_under_a_cpus_autocast_to_bfloat16():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    apply_genft(model, GenFTConfig(shared_dim=2, specific_dim=1, zero_delta=False, target_modules=["0", "1"]))
+    model.to(torch.float16)
+    x = torch.randn(4, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+    y.float().square().sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters() if p.requires_grad)
