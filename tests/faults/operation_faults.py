@@ -60,9 +60,9 @@ FAULTS = [
     ),
     Fault(
         "factored: a bias of 16 bits before the big product",
-        BACKENDS + "eager/operations.py",
+        BACKENDS + "eager/linear.py",
         "    y.addmm_(tokens, weight.t())",
-        "    y = y.add_(bias).addmm_(tokens, weight.t()).sub_(bias) if bias is not None and _is_16_bit(y) else "
+        "    y = y.add_(bias).addmm_(tokens, weight.t()).sub_(bias) if bias is not None and is_16_bit(y) else "
         "y.addmm_(tokens, weight.t())",
         EAGER,
     ),
@@ -131,28 +131,28 @@ FAULTS = [
     ),
     Fault(
         "eager: update added to a rounded y",
-        BACKENDS + "eager/operations.py",
+        BACKENDS + "eager/linear.py",
         "    y.addmm_(tokens, weight.t())",
         "    y.add_(tokens @ weight.t())",
         EAGER,
     ),
     Fault(
         "eager: fold rounded to nearest",
-        BACKENDS + "eager/operations.py",
-        "    if _is_16_bit(weight):\n        exact",
+        BACKENDS + "eager/fold.py",
+        "    if is_16_bit(weight):\n        exact",
         "    if False:\n        exact",
         EAGER,
     ),
     Fault(
         "eager: tile computed after it was overwritten",
-        BACKENDS + "eager/operations.py",
+        BACKENDS + "eager/contract.py",
         "p = tile.backward_(",
         "tile.value_(); p = tile.backward_(",
         EAGER,
     ),
     Fault(
         "eager: mask of the other stage",
-        BACKENDS + "eager/operations.py",
+        BACKENDS + "eager/update_tile.py",
         "dropout_factors(seed, stream, right",
         "dropout_factors(seed, 0, right",
         EAGER,

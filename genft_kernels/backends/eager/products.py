@@ -1,0 +1,43 @@
+"""Matrix products and sums as the operations want them: in scratch memory, scaled before they round, summed wide."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .scratch import scratch
+
+
+def product(slot: str, left: Tensor, right: Tensor) -> Tensor:
+    """left @ right in scratch memory."""
+    return torch.mm(left, right, out=scratch(slot, (left.shape[0], right.shape[1]), left.dtype, left.device))
+
+
+def scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """scale * left @ right, rounded once."""
+    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
+
+
+def long_sums(left: Tensor, right: Tensor) -> Tensor:
+    """left [L, k, n] @ right [L, n, k]. For one layer as no batch: cuBLAS splits long sums of single products only."""
+    return torch.mm(left[0], right[0])[None] if left.shape[0] == 1 else left.bmm(right)
+
+
+def add_part(total: Tensor | None, part: Tensor) -> Tensor:
+    """total + part, at least in float32 from the second part on."""
+    return part if total is None else total.to(_wide(part.dtype)).add_(part)
+
+
+def sum_of_rows(matrix: Tensor) -> Tensor:
+    """The sum over the first dimension."""
+    return matrix.sum(0, dtype=_wide(matrix.dtype)).to(matrix.dtype)
+
+
+def is_16_bit(tensor: Tensor) -> bool:
+    """Whether its numbers round an update away that is added to them."""
+    return tensor.dtype.itemsize == 2
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums over tiles and over tokens are kept in."""
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,80 @@
+"""The row stage: h = phi(Y^T A^T + a) of the column stage's update Y (docs/method.md#two-products)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...activations import activation_backward
+from ...config import is_factored
+from ...philox import COLUMN_STREAM
+from .products import add_part, long_sums, product, sum_of_rows
+from .thin import activated
+from .update_tile import Update
+
+
+def row(left, right, down, bias, seed, outer: str, dropout: float, inner: str):
+    """h = phi(Y^T A^T + a)  [L, in, k], Y = drop(psi(left right^T))  [out, in], for L layers."""
+    if is_factored(outer, dropout):
+        z = right.bmm(long_sums(down, left).mT)  # the stages meet in a core [k, k1]
+    else:
+        updates = _updates(left, right, outer, dropout, seed)
+        z = torch.stack([_tiled(update, a) for update, a in zip(updates, down, strict=True)])
+    z = z if bias is None else z + bias
+    return activated(z.to(down.dtype), inner)
+
+
+def row_backward(grad, left, right, down, pre, seed, outer: str, dropout: float, inner: str, needs: list[bool]):
+    """(dleft [L, out, k1], dright [L, in, k1], dA [L, k, out], da [k])."""
+    *need_matrices, need_bias = needs
+    dz = activation_backward(inner, grad, pre)  # [L, in, k]
+    dbias = sum_of_rows(dz.flatten(0, 1)) if need_bias else None
+    if is_factored(outer, dropout):
+        return *_factored_backward(dz, left, right, down, *need_matrices), dbias
+    layers = zip(_updates(left, right, outer, dropout, seed), down, dz, strict=True)
+    grads = zip(*(_tiled_backward(*layer, need_matrices) for layer in layers), strict=True)
+    return *(None if parts[0] is None else torch.stack(parts) for parts in grads), dbias
+
+
+def _factored_backward(dz, left, right, down, need_left, need_right, need_down):
+    core_grad = long_sums(dz.mT, right) if need_left or need_down else None  # [L, k, k1]
+    return (
+        down.mT.bmm(core_grad) if need_left else None,
+        dz.bmm(long_sums(down, left)) if need_right else None,
+        core_grad.bmm(left.mT) if need_down else None,
+    )
+
+
+def _updates(left: Tensor, right: Tensor, outer: str, dropout: float, seed: Tensor | None) -> list[Update]:
+    """Y of each layer, by its own seed."""
+    seeds = [None] * left.shape[0] if seed is None else seed.split(1)
+    return [
+        Update(*layer, outer, dropout, own_seed, COLUMN_STREAM)
+        for *layer, own_seed in zip(left, right, seeds, strict=True)
+    ]
+
+
+def _tiled(y: Update, down: Tensor) -> Tensor:
+    """Y^T A^T  [in, k] of one layer, at least in float32 if Y takes more than one tile."""
+    z = None  # [k, in]
+    for rows, tile in y.tiles():
+        z = add_part(z, down[:, rows] @ tile.value_())
+    return z.t()
+
+
+def _tiled_backward(y: Update, down: Tensor, dz: Tensor, needs: list[bool]):
+    """One layer, as in flash attention: a tile of Y is made again, and dY = (dZ A)^T is formed for it and used up."""
+    need_left, need_right, need_down = needs
+    dleft = torch.empty_like(y.left) if need_left else None
+    dright = None  # [k1, in]
+    ddown = torch.empty_like(down) if need_down else None
+    for rows, tile in y.tiles():
+        if need_left or need_right:
+            q = tile.backward_(product("grad", down[:, rows].t(), dz.t()))  # d(left right^T)  [tile, in]
+        if need_left:
+            torch.mm(q, y.right, out=dleft[rows])
+        if need_right:
+            dright = add_part(dright, y.left[rows].t() @ q)
+        if need_down:
+            ddown[:, rows] = (tile.value_() @ dz).t()
+    return dleft, dright.t().to(y.right.dtype).contiguous() if need_right else None, ddown
