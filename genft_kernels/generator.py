@@ -125,7 +125,7 @@ def zeroed_names(config: GenFTConfig) -> frozenset[str]:
     return frozenset(f"{'column' if config.transform == 'column' else 'row'}_{end}" for end in ends)
 
 
-def draw_up(parameter: nn.Parameter) -> None:
+def draw_up(parameter: torch.Tensor) -> None:
     """Draw an up matrix [n, units] from U(±1/sqrt(n)): the start of the half that does not start at zero."""
     bound = 1 / math.sqrt(parameter.shape[0])
     nn.init.uniform_(parameter, -bound, bound)

@@ -11,6 +11,9 @@ backend returns None for it, an op an empty tensor, because an op must return te
 The package calls `column_node`, `row_node` and `linear_node`, which give the first result alone, by a plain node of the
 autograd graph: it takes a fraction of a custom op's time to make, and calls the backend itself. Where something listens
 to the dispatcher (compilation, tracing, a dispatch mode), they are the custom ops.
+
+In W's place the nodes take a handle of one that is stored quantised (`FrozenWeight`): it is made dense for the operation
+and again for its backward, and the node keeps the handle.
 """
 
 from __future__ import annotations
@@ -24,16 +27,30 @@ import torch
 from torch import Tensor
 
 from . import _torch_private, backends
+from .backends.compiled.run import BuildError
 from .config import is_factored
+from .frozen_weight import FrozenWeight, opened
 
 
-def _compute(backend: str, operation: str, *args) -> tuple[Tensor | None, ...]:
-    """The operation's results from a backend."""
+def compute(backend: str, operation: str, *args) -> tuple[Tensor | None, ...]:
+    """An operation's results from a backend, or from the one that is chosen here (`backends.choose`)."""
+    if not backends.is_open(backend):
+        return _compute_by(backend, operation, *args)
+    first = _first(args)
+    while (name := backends.chosen(backend, first.device, first.dtype, operation, args)) != "eager":
+        try:
+            return _compute_by(name, operation, *args)
+        except (backends.LaunchError, BuildError) as error:
+            backends.set_aside(name, first.device, operation, error)
+    return _compute_by(name, operation, *args)
+
+
+def _compute_by(backend: str, operation: str, *args) -> tuple[Tensor | None, ...]:
     device, function = _first(args).device, getattr(backends.load(backend), operation)
     if torch.is_autocast_enabled(device.type):
         # The dtypes are settled by now; autocast must not settle them anew inside a product.
         with torch.autocast(device.type, enabled=False):
-            return _compute(backend, operation, *args)
+            return _compute_by(backend, operation, *args)
     if device.type != "cuda":
         return function(*args)
     with torch.cuda.device(device):  # Triton launches on the current one, whatever its tensors are on
@@ -43,7 +60,7 @@ def _compute(backend: str, operation: str, *args) -> tuple[Tensor | None, ...]:
 def _run(backend: str, operation: str, *args) -> tuple[Tensor, ...]:
     """The same with an empty tensor for each None."""
     empty = _first(args).new_empty
-    return tuple(empty(0) if result is None else result for result in _compute(backend, operation, *args))
+    return tuple(empty(0) if result is None else result for result in compute(backend, operation, *args))
 
 
 def _first(args) -> Tensor:
@@ -66,30 +83,36 @@ def first_order(backward: Callable) -> Callable:
     return checked
 
 
-def _differentiable(op: Callable, setup: Callable, gradients: Callable) -> Callable[..., Tensor]:
-    """Give `op` its gradient by `<op>_backward`, and make what takes its arguments and returns its first result.
+def differentiable(
+    op: Callable, backward_op: Callable, setup: Callable, gradients: Callable, compute: Callable = compute
+) -> Callable[..., Tensor]:
+    """Give `op` its gradient by `backward_op`, and make what takes its arguments and returns its first result.
 
     Args:
         setup: saves in a context what `gradients` will need, given the op's inputs and outputs.
-        gradients: (context, gradient of the first result, `<op>_backward`) -> the gradient of each input.
+        gradients: (context, gradient of the first result, `backward_op`) -> the gradient of each input.
+        compute: (backend, `<op>` or `<op>_backward`, its other arguments) -> its results, None where one is not wanted.
     """
     name, inputs = _torch_private.name_of_op(op).removeprefix("genft::"), _torch_private.arguments_of_op(op)
 
     def of_op(ctx, grad, _):
-        grads = (None,) * inputs if grad is None else gradients(ctx, grad, globals()[f"{name}_backward"])
+        grads = (None,) * inputs if grad is None else gradients(ctx, grad, backward_op)
         # An op wants a list for a list.
         lists = ([None] * len(need) if isinstance(need, (list, tuple)) else None for need in ctx.needs_input_grad)
         return tuple(each if grad is None else grad for each, grad in zip(lists, grads, strict=True))
 
     op.register_autograd(of_op, setup_context=setup)
 
-    def computed(*args):
-        return _compute(args[-1], f"{name}_backward", *args[:-1])
+    def run(*args):
+        return compute(args[-1], name, *_dense(args))
+
+    def run_backward(*args):
+        return compute(args[-1], f"{name}_backward", *_dense(args))
 
     class Node(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *args):
-            results = _compute(args[-1], name, *args[:-1])
+            results = run(*args)
             setup(ctx, args, results)
             # `data`, because a view that is made within a node may not be changed in place, as ReLU(inplace=True) does.
             return results[0].data
@@ -97,17 +120,39 @@ def _differentiable(op: Callable, setup: Callable, gradients: Callable) -> Calla
         @staticmethod
         @first_order
         def backward(ctx, grad):
-            return (None,) * inputs if grad is None else gradients(ctx, grad, computed)
+            return (None,) * inputs if grad is None else gradients(ctx, grad, run_backward)
 
     def node(*args) -> Tensor:
         if torch.compiler.is_compiling():
-            return op(*args)[0]
-        if _torch_private.dispatch_modes_active():
+            return op(*map(opened, args))[0]
+        if _torch_private.dispatch_modes_active() and not any(map(_is_handle, args)):
             _tell_flop_counters()
             return op(*args)[0]
-        return Node.apply(*args) if torch.is_grad_enabled() else _compute(args[-1], name, *args[:-1])[0]
+        return Node.apply(*args) if torch.is_grad_enabled() else run(*args)[0]
 
     return node
+
+
+def _is_handle(value: object) -> bool:
+    return isinstance(value[0] if isinstance(value, list) else value, FrozenWeight)
+
+
+def _dense(args) -> list:
+    """All but the backend, W made dense. Plain PyTorch does that itself to the W of a list, to one after the other."""
+    if args[-1] == "eager":
+        return [each if isinstance(each, list) else opened(each) for each in args[:-1]]
+    return [opened(each) for each in args[:-1]]
+
+
+def keep(ctx, *values: Tensor | FrozenWeight | None) -> None:
+    """Save tensors for backward, and the handles among them beside: what they stand for is not kept."""
+    ctx.handles = {place: value for place, value in enumerate(values) if isinstance(value, FrozenWeight)}
+    ctx.save_for_backward(*(None if place in ctx.handles else value for place, value in enumerate(values)))
+
+
+def kept(ctx) -> list:
+    """What was kept."""
+    return [ctx.handles.get(place, tensor) for place, tensor in enumerate(ctx.saved_tensors)]
 
 
 def _tell_flop_counters() -> None:
@@ -154,18 +199,18 @@ def _(grad, weights, pre, activation, needs, backend):
 
 def _column_setup(ctx, inputs, output):
     weights, _, _, ctx.activation, ctx.backend = inputs
-    ctx.save_for_backward(*weights, output[1])
+    keep(ctx, *weights, output[1])
     ctx.set_materialize_grads(False)
 
 
 def _column_gradients(ctx, grad, backward):
-    *weights, pre = ctx.saved_tensors
+    *weights, pre = kept(ctx)
     needs = list(ctx.needs_input_grad[1:3])
     grads = backward(grad, weights, pre, ctx.activation, needs, ctx.backend)
     return None, *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
 
 
-column_node = _differentiable(column, _column_setup, _column_gradients)
+column_node = differentiable(column, column_backward, _column_setup, _column_gradients)
 
 
 # --- row ------------------------------------------------------------------------------------------------------------
@@ -216,7 +261,7 @@ def _row_gradients(ctx, grad, backward):
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None, None
 
 
-row_node = _differentiable(row, _row_setup, _row_gradients)
+row_node = differentiable(row, row_backward, _row_setup, _row_gradients)
 
 
 # --- linear ---------------------------------------------------------------------------------------------------------
@@ -275,7 +320,7 @@ def _linear_setup(ctx, inputs, output):
     ctx.needs = [need_x, need_bias, need_h, need_b]
     tiled = not is_factored(ctx.activation, ctx.dropout)
     tiled_factors = tiled and (need_h or need_b)
-    keep = (
+    wanted = (
         (x, need_h or tiled_factors),
         (weight, need_x),
         (h, need_x or tiled_factors),
@@ -283,15 +328,15 @@ def _linear_setup(ctx, inputs, output):
         (output[1], need_b and not tiled),
         (seed, need_x or tiled_factors),
     )
-    ctx.save_for_backward(*(tensor if needed else None for tensor, needed in keep))
+    keep(ctx, *(value if needed else None for value, needed in wanted))
     ctx.set_materialize_grads(False)
 
 
 def _linear_gradients(ctx, grad, backward):
     settings = ctx.scale, ctx.activation, ctx.dropout, ctx.stream, ctx.needs, ctx.backend
-    grads = backward(grad, *ctx.saved_tensors, *settings)
+    grads = backward(grad, *kept(ctx), *settings)
     dx, dbias, dh, db = (g if need else None for g, need in zip(grads, ctx.needs, strict=True))
     return dx, None, dbias, dh, db, None, None, None, None, None, None
 
 
-linear_node = _differentiable(linear, _linear_setup, _linear_gradients)
+linear_node = differentiable(linear, linear_backward, _linear_setup, _linear_gradients)

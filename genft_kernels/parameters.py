@@ -72,6 +72,11 @@ class GeneratorParameters(NamedTuple):
         return cls(**{name: along_units(name) for name in cls._fields})
 
 
+def for_blocks(own: torch.Tensor, blocks: int) -> torch.Tensor:
+    """A layer's own units for each of its blocks, [blocks, ...]: one matrix serves all, of [n, ...] each its share."""
+    return own.expand(blocks, *own.shape) if own.dim() == 2 else own.repeat_interleave(blocks // own.shape[0], 0)
+
+
 def expected_shapes(
     config: GenFTConfig, in_features: int, out_features: int, width: int
 ) -> dict[str, tuple[int, ...] | None]:

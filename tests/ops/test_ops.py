@@ -111,7 +111,7 @@ def test_backend_runs_on_the_device_of_its_tensors(monkeypatch):
     monkeypatch.setattr(backends, "load", lambda name: backend)
     with FakeTensorMode():
         down = torch.empty(1, 2, 3, device="cuda:1")
-    ops._compute("triton", "column", [], down, None, "identity")
+    ops.compute("triton", "column", [], down, None, "identity")
     assert seen_on == [1] and current == [0]
 
 

@@ -1,0 +1,1 @@
+"""Mixture-of-experts layers that keep all their experts' weights in one stacked tensor."""

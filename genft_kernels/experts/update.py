@@ -1,0 +1,214 @@
+"""`ExpertUpdate`: the updates of one stacked parameter of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import _torch_private, backends, reference
+from ..checks import check_linear, check_transforms
+from ..config import GenFTConfig, is_factored
+from ..generator import GenFTGenerator
+from ..parameters import GeneratorParameters, for_blocks
+from ..sharing.source import Source
+from ..units import GenFTUpdate
+from ..update import Factors, compute_dtype, forward_seed, generate_factors
+from .layout import Layout
+from .products import expert_linear_node
+
+if TYPE_CHECKING:
+    from .layer import GenFTExperts
+
+
+class ExpertUpdate(GenFTUpdate):
+    """Every expert's own units beside the generator, for one projection whose weights are stacked in one parameter.
+
+    Each expert is a layer to the generator, each half of gate and up a block of it. With `expert_specific="expert"` the
+    units have a leading dimension E; with "layer" all experts share one set.
+
+    Called with the experts' tokens, it is the projection: x [S, in] -> y [S, out].
+    """
+
+    _unmerged: nn.Parameter | None = None
+    _enabled = True
+
+    def __init__(self, experts: GenFTExperts, name: str, layout: Layout, generator: GenFTGenerator, backend: str):
+        super().__init__()
+        self.__dict__.update(experts=experts, generator=generator)  # not registered: they have owners
+        self.parameter_name, self.layout = name, layout
+        blocks = layout.experts * layout.halves
+        rows = layout.experts * layout.out_features
+        self.join(generator, backend, (layout.in_features, rows), (blocks, tuple(range(blocks))))
+
+    def _shape_of_units(self, shape: tuple[int, int]) -> tuple[int, ...]:
+        return shape_of_units(self.config, self.layout, shape)
+
+    @property
+    def updates(self) -> dict[str, GenFTUpdate]:
+        """Itself, as a layer has its updates by their paths within it."""
+        return {"": self}
+
+    @property
+    def weight(self) -> Tensor:
+        """The experts' parameter, which holds W + dW while merged."""
+        return getattr(self.experts, self.parameter_name)
+
+    @property
+    def stored_weight(self) -> Tensor:
+        return self.weight if self._unmerged is None else self._unmerged
+
+    @property
+    def frozen_weight(self) -> Tensor:
+        """All experts' W as they are stored, one below the other, merged or not; a matrix."""
+        return self.stored_weight.flatten(0, -2)
+
+    def source(self) -> Source:
+        """All that the updates are generated from, as it is now."""
+        config, weight = self.config, self.stored_weight
+        blocks = self.layout.blocks(weight)
+        dropout = config.dropout if self.training and config.transform == "both" else 0.0
+        units = self.specific_parameters()
+        obstacle = self._obstacle(blocks[0])
+        return Source(config, weight, blocks, self.generator(), units, self.backend, dropout, self.training, obstacle)
+
+    def parameters_of_generator(self) -> GeneratorParameters:
+        """Those of every block: matrices have a leading dimension E * halves, biases none; differentiable."""
+        blocks = self.layout.experts * self.layout.halves
+        own = {name: for_blocks(units, blocks) for name, units in self.specific_parameters().items()}
+        return GeneratorParameters.concatenated(self.generator(), own, self.stored_weight.device, blocks)
+
+    def delta_weight(self, training: bool = False) -> Tensor:
+        """dW as W is stored, generated from the frozen W, in float32 or wider; differentiable.
+
+        Args:
+            training: whether dropout is active.
+        """
+        return self.layout.stored(torch.stack(list(self._deltas(training))))
+
+    def _deltas(self, training: bool = False) -> Iterator[Tensor]:
+        """dW [out, in] of each expert."""
+        layout, params = self.layout, self.parameters_of_generator()
+        blocks = layout.blocks(self.stored_weight)
+        for start in range(0, len(blocks), layout.halves):
+            halves = []
+            for index, block in enumerate(blocks[start : start + layout.halves], start):
+                wide = block.to(torch.promote_types(block.dtype, torch.float32))
+                of_block = GeneratorParameters(*(t if t is None or t.dim() == 1 else t[index] for t in params))
+                halves.append(reference.delta_weight(wide, of_block, self.config, training=training))
+            yield layout._replace(experts=1).join(torch.stack(halves))[0]
+
+    @property
+    def merged(self) -> bool:  # type: ignore[override]
+        """Whether the experts' parameter holds W + dW."""
+        return self._unmerged is not None
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Rebind the experts' parameter to W + dW, rounded to nearest; W itself is kept untouched for `unmerge`.
+
+        Raises:
+            RuntimeError: already merged; or the weight is computed, or the units are by a hook.
+        """
+        if self.merged:
+            raise RuntimeError("the update is merged already: call unmerge() first")
+        # A hook computes them before each forward, and not now.
+        computed = any(name in vars(self) for name in self.specific_names)
+        if computed or self.parameter_name not in self.experts._parameters:
+            raise RuntimeError(
+                "its weight or its units are computed (pruned or parametrized): make that permanent first "
+                "(prune.remove, parametrize.remove_parametrizations)"
+            )
+        frozen = self.weight
+        merged = torch.empty_like(frozen)
+        matrices = zip(self.layout.matrices(frozen), self.layout.matrices(merged), strict=True)
+        for (matrix, out), delta in zip(matrices, self._deltas(), strict=True):  # a float32 stack would be large
+            out.copy_(matrix.to(delta.dtype) + delta)
+        self.__dict__["_unmerged"] = frozen
+        setattr(self.experts, self.parameter_name, nn.Parameter(merged, requires_grad=False))
+        self.generator.group.forget(self)
+
+    def unmerge(self) -> None:
+        """Rebind the experts' parameter to the very W that it was.
+
+        Raises:
+            RuntimeError: not merged.
+        """
+        if not self.merged:
+            raise RuntimeError("the update is not merged")
+        setattr(self.experts, self.parameter_name, self.__dict__.pop("_unmerged"))
+
+    @property
+    def active(self) -> bool:
+        """Whether the projection takes an update beside its parameter."""
+        return self._enabled and not self.merged
+
+    def forward(self, x: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
+        """y [S, out] = x (W + dW)^T + bias, each row by its expert: e has rows `offsets[e]` to `offsets[e + 1]`."""
+        config, layout = self.config, self.layout
+        matrices = layout.matrices(self.stored_weight)
+        check_linear(x, matrices[0], None)
+        dtype = compute_dtype(x)
+        dropout = config.dropout if self.training else 0.0
+        psi = config.outer_activation
+        backend = backends.choose(self.backend, x.device, dtype, not is_factored(psi, dropout))
+        check_transforms(backend)
+        # Drawn for every block, so that no two have one mask.
+        seeds = None
+        if forward_seed(None, x.device, self.training, dropout, psi, dtype) is not None:
+            count = layout.experts * layout.halves
+            seeds = torch.randint(0, 2**63 - 1, (count,), dtype=torch.int64, device=x.device)
+        h, b, stream = layout.join_factors(self._factors(dtype, backend, seeds), self._h_is_one)
+        seed = None if seeds is None else seeds[:: layout.halves]
+        bias = None if bias is None else bias.to(dtype)
+        settings = float(config.scaling), psi, dropout, stream, backend
+        return expert_linear_node(x.to(dtype), offsets, matrices, bias, h, b, seed, *settings)
+
+    @property
+    def _h_is_one(self) -> bool:
+        """Whether h is the same for the halves of an expert: it is the column stage's up matrix."""
+        config = self.config
+        return config.transform == "column" and (config.ratio_scope != "all" or config.weight_ratio != "rms")
+
+    def _factors(self, dtype: torch.dtype, backend: str, seeds: Tensor | None) -> Factors:
+        """h [E * halves, in, k] and b [E * halves, out / halves, k]; with those of other layers where that can be."""
+        # A compiled graph cannot hold what outlives it, and sharded parameters cannot be watched.
+        if torch.compiler.is_compiling() or self.sharded or _torch_private.tensors_are_fake():
+            source = self.source()
+            return generate_factors(
+                source.blocks,
+                self.parameters_of_generator(),
+                self.config,
+                dtype=dtype,
+                dropout=source.dropout,
+                seed=seeds,
+                backend=backend,
+            )
+        blocks = self.layout.experts * self.layout.halves
+        each = [None] * blocks if seeds is None else list(seeds.split(1))
+        found = self.generator.group.factors_for(self, dtype, backend, each)  # type: ignore[arg-type]
+        stacks = (torch.stack([getattr(factors, name) for factors in found]) for name in ("h", "b"))
+        return Factors(*stacks, found[0].stream)
+
+    def extra_repr(self) -> str:
+        config = self.config
+        parts = [
+            f"{self.layout.experts} experts of {self.layout.in_features} x {self.layout.out_features}",
+            f"shared_dim={config.shared_dim}, specific_dim={config.specific_dim}",
+            f"backend={self.backend!r}",
+            "merged" if self.merged else "",
+        ]
+        return ", ".join(part for part in parts if part)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True):
+        super()._apply(fn, recurse)
+        if self._unmerged is not None:  # not registered, so it is moved by hand
+            self._unmerged.data = fn(self._unmerged.data)
+        return self
+
+
+def shape_of_units(config: GenFTConfig, layout: Layout, shape: tuple[int, int]) -> tuple[int, ...]:
+    """That of a tensor of own units, whose shape in a layer is `shape`."""
+    return shape if config.expert_specific == "layer" else (layout.experts, *shape)
