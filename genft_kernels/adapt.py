@@ -17,7 +17,7 @@ from .first_forward import FirstForward
 from .generator import GenFTGenerator
 from .instance_forward import carry_instance_forward
 from .matching import FullMatch, full_matches
-from .modules import GenFTLinear
+from .modules import MORE_BLOCKS, GenFTLinear, MoreBlocks
 from .parameters import shared_shapes, specific_shapes
 from .saved_modules import beside, check_can_return, keep_untied, let_tie, tied_again, trained_copies
 from .targets import Target, find_modules_to_save, find_targets, frozen_weight
@@ -68,10 +68,11 @@ class Plan(NamedTuple):
         """The shapes of all that will train in generators and layers, by its name in the model."""
         shapes: dict[str, tuple[int, ...]] = {}
         for target in self.targets:
-            block = _block_shape(target)
-            of_generator = {f"{GENERATORS}.{_shape_key(target)}": shared_shapes(config, *block)}
-            for owner, own in (of_generator | {target.name: specific_shapes(config, *block)}).items():
-                shapes |= {f"{owner}.{name}": shape for name, shape in own.items()}
+            for index, block in enumerate(target.blocks_by_shape()):
+                owner = f"{target.name}.{MORE_BLOCKS}.{block[1]}" if index else target.name
+                of_generator = {f"{GENERATORS}.{_key(block)}": shared_shapes(config, *block)}
+                for name, own in (of_generator | {owner: specific_shapes(config, *block)}).items():
+                    shapes |= {f"{name}.{tensor}": shape for tensor, shape in own.items()}
         return shapes
 
 
@@ -260,8 +261,11 @@ def set_backend(model: nn.Module, backend: str) -> nn.Module:
 def updates_of(model: nn.Module) -> list[GenFTUpdate]:
     """The generated updates of a model of PEFT's, or of one that `apply_genft` made; RuntimeError if it is neither."""
     check_type("model", model, nn.Module)
-    of_peft = [m for m in model.modules() if isinstance(m, GenFTUpdate) and not isinstance(m, GenFTLinear)]
-    return of_peft or list(layers_of_an_adapted_model(model).values())
+    if not is_adapted(model):
+        updates = [module for module in model.modules() if isinstance(module, GenFTUpdate)]
+        if of_peft := [update for update in updates if not isinstance(update, (GenFTLinear, MoreBlocks))]:
+            return of_peft
+    return [update for layer in layers_of_an_adapted_model(model).values() for update in layer.updates.values()]
 
 
 class _Generators(nn.ModuleDict):
@@ -275,31 +279,25 @@ def _make_generators(targets: list[Target], config: GenFTConfig) -> dict[str, Ge
     """One generator for each shape, on the device and in the adapter dtype of its first layer."""
     generators: dict[str, GenFTGenerator] = {}
     for target in targets:
-        key, weight = _shape_key(target), frozen_weight(target.module)
-        if key in generators:
-            continue
-        with about(f"target module {target.name!r}"):
-            dtype = adapter_dtype(weight.dtype)
-            generators[key] = GenFTGenerator(*_block_shape(target), config, weight.device, dtype)
+        weight = frozen_weight(target.module)
+        for shape in target.blocks_by_shape():
+            if _key(shape) not in generators:
+                with about(f"target module {target.name!r}"):
+                    made = GenFTGenerator(*shape, config, weight.device, adapter_dtype(weight.dtype))
+                generators[_key(shape)] = made
     return generators
 
 
 def _make_layer(target: Target, generators: dict[str, GenFTGenerator], backend: str) -> GenFTLinear:
-    generator = generators[_shape_key(target)]
-    return GenFTLinear.from_linear(
-        target.module, generator, blocks=target.blocks, backend=backend, register_generator=False
-    )
+    (first, blocks), *others = [(generators[_key(shape)], b) for shape, b in target.blocks_by_shape().items()]
+    layer = GenFTLinear.from_linear(target.module, first, blocks=blocks, backend=backend, register_generator=False)
+    for generator, more in others:
+        layer.adapt_more(generator, more)
+    return layer
 
 
-def _block_shape(target: Target) -> tuple[int, int]:
-    (out_features, in_features), (count, _) = frozen_weight(target.module).shape, target.blocks
-    if out_features % count:
-        raise ValueError(f"target module {target.name!r}: its {out_features} rows cannot be cut into {count} blocks")
-    return in_features, out_features // count
-
-
-def _shape_key(target: Target) -> str:
-    return "{}x{}".format(*_block_shape(target))
+def _key(shape: tuple[int, int]) -> str:
+    return "{}x{}".format(*shape)
 
 
 def _merge_layers(layers: Iterable[GenFTLinear]) -> None:
@@ -330,7 +328,8 @@ def _has_grown(layer: GenFTLinear) -> bool:
     shape, generator = layer.frozen_weight.shape, layer.generator
     if len(shape) != 2 or shape[1] != generator.in_features:  # its storage is away, with FSDP for example
         return False
-    return shape[0] != generator.out_features * layer.blocks[0]
+    cut = layer.blocks.cut
+    return shape[0] != (generator.out_features * cut if isinstance(cut, int) else sum(cut))
 
 
 def warn_if_tied_again(model: nn.Module) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .activations import ACTIVATIONS
 from .arguments import check_type, is_finite, is_integer, shown, warn
+from .row_blocks import RowBlocks, checked_fused_blocks
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,8 +54,9 @@ class GenFTConfig:
             None for the query and value projections and whatever `fused_blocks` names.
         exclude_modules: the same, for modules to leave alone.
         modules_to_save: suffixes of modules that are trained in full and saved with the adapter.
-        fused_blocks: name suffix -> (number of row blocks in the fused weight, the blocks to adapt), for example
-            `{"qkv": (3, (0, 2))}`. The blocks are consecutive; where heads alternate (GPT-NeoX, BLOOM) there are none.
+        fused_blocks: name suffix -> (number of row blocks in the fused weight, or the rows of each; the blocks to
+            adapt), for example `{"qkv": (3, (0, 2))}` or `{"qkv_proj": ((4096, 1024, 1024), (0, 2))}`. The blocks are
+            consecutive; where heads alternate (GPT-NeoX, BLOOM) there are none.
 
     Raises:
         ValueError: a value is out of its range; the message names the field.
@@ -79,7 +81,7 @@ class GenFTConfig:
     target_modules: str | tuple[str, ...] | None = None
     exclude_modules: str | tuple[str, ...] | None = None
     modules_to_save: tuple[str, ...] | None = None
-    fused_blocks: Mapping[str, tuple[int, tuple[int, ...]]] | None = None
+    fused_blocks: Mapping[str, tuple[int | Sequence[int], Sequence[int]]] | None = None
 
     def __post_init__(self) -> None:
         for name in ("shared_dim", "specific_dim"):
@@ -134,7 +136,7 @@ class GenFTConfig:
         if isinstance(self.modules_to_save, str):
             raise ValueError(f"modules_to_save must be a list of names, got the string {self.modules_to_save!r}")
         object.__setattr__(self, "modules_to_save", _names("modules_to_save", self.modules_to_save))
-        object.__setattr__(self, "fused_blocks", _fused_blocks(self.fused_blocks))
+        object.__setattr__(self, "fused_blocks", checked_fused_blocks(self.fused_blocks))
         if self.specific_dim and self.init_specific_down == "zeros" and self._specific_ups_start_at_zero():
             warn(
                 "the specific units can never train: init_specific_down='zeros' and their up matrices start at zero "
@@ -164,7 +166,11 @@ class GenFTConfig:
             if isinstance(values[name], tuple):
                 values[name] = list(values[name])
         if self.fused_blocks is not None:
-            values["fused_blocks"] = {name: [n, list(blocks)] for name, (n, blocks) in self.fused_blocks.items()}
+            blocks = {name: RowBlocks.checked(name, entry) for name, entry in self.fused_blocks.items()}
+            values["fused_blocks"] = {
+                name: [list(cut) if isinstance(cut, tuple) else cut, list(adapted)]
+                for name, (cut, adapted) in blocks.items()
+            }
         return values
 
     @classmethod
@@ -192,16 +198,17 @@ class GenFTConfig:
         return cls(**{**PRESETS[name], **overrides})
 
     @classmethod
-    def for_budget(cls, model: nn.Module, parameters: int, **overrides: Any) -> GenFTConfig:
-        """The preset "fast", changed by `overrides`, with as many units as train at most `parameters` of a model.
+    def for_budget(cls, model: nn.Module, parameters: int, preset: str = "fast", **overrides: Any) -> GenFTConfig:
+        """A preset, changed by `overrides`, with as many units as train at most `parameters` of a model.
 
-        Generators and layers are counted, `modules_to_save` are not. Specific units are those that fit if there are 12
-        shared ones for every 7, as in "fast", which is 73,728 parameters for q and v of 6 blocks of width 384; shared
-        ones take the rest, since they are paid once for all layers of a shape.
+        Generators and layers are counted, `modules_to_save` are not. Specific units are those that fit if shared ones
+        keep the preset's proportion to them: 12 to 7 in "fast", which is 73,728 parameters for q and v of 6 blocks of
+        width 384. Shared ones take the rest, since they are paid once for all layers of a shape.
 
         Args:
             model: as for `apply_genft`, which is not called.
             parameters: the largest total.
+            preset: as for `preset`.
 
         Raises:
             ValueError: `parameters` is below the smallest total, which the message names; or as `apply_genft`.
@@ -212,7 +219,7 @@ class GenFTConfig:
         for name in ("shared_dim", "specific_dim"):
             if name in overrides:
                 raise TypeError(f"{name} is what for_budget chooses: give it to GenFTConfig or preset instead")
-        return within_budget(model, parameters, cls.preset("fast", **overrides))
+        return within_budget(model, parameters, cls.preset(preset, **overrides))
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -267,30 +274,3 @@ def _check_regular_expression(field: str, pattern: str) -> None:
         re.compile(pattern)
     except (re.error, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{field}={shown(pattern)} is not a regular expression: {error}") from None
-
-
-def _fused_blocks(value: object) -> dict[str, tuple[int, tuple[int, ...]]] | None:
-    if value is None:
-        return None
-    problem = f"fused_blocks must map a name to (number of blocks, blocks to adapt), got {shown(value)}"
-    if not isinstance(value, Mapping) or not value:
-        raise ValueError(problem)
-    checked = {}
-    for name, entry in value.items():
-        if not isinstance(name, str) or not isinstance(entry, Sequence) or isinstance(entry, str) or len(entry) != 2:
-            raise ValueError(problem)
-        checked[name] = check_blocks(f"fused_blocks[{shown(name)}]", entry)
-    return checked
-
-
-def check_blocks(name: str, value: object) -> tuple[int, tuple[int, ...]]:
-    """(number of row blocks, those to adapt in their order); ValueError that names it `name` if it is not that."""
-    problem = f"{name} must be (number of blocks, blocks to adapt), got {shown(value)}"
-    if not isinstance(value, Sequence) or len(value) != 2:
-        raise ValueError(problem)
-    count, blocks = value
-    if not is_integer(count) or count < 1 or not isinstance(blocks, Sequence) or not blocks:
-        raise ValueError(problem)
-    if not all(is_integer(block) and 0 <= block < count for block in blocks) or len(set(blocks)) != len(blocks):
-        raise ValueError(f"{name}: blocks must be distinct numbers in 0..{shown(count - 1)}, got {shown(blocks)}")
-    return int(count), tuple(sorted(int(block) for block in blocks))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,6 +26,8 @@ from .together import updated_linear
 from .units import GenFTUpdate, adapter_dtype
 
 __all__ = ["GenFTGenerator", "GenFTLinear"]
+
+MORE_BLOCKS = "more_blocks"
 
 
 class GenFTLinear(MarksMerged, GenFTUpdate, nn.Linear):
@@ -74,7 +79,7 @@ class GenFTLinear(MarksMerged, GenFTUpdate, nn.Linear):
         linear: nn.Module,
         generator: GenFTGenerator,
         *,
-        blocks: tuple[int, tuple[int, ...]] | None = None,
+        blocks: tuple[int | Sequence[int], Sequence[int]] | None = None,
         backend: str = "auto",
         register_generator: bool = True,
     ) -> GenFTLinear:
@@ -83,7 +88,8 @@ class GenFTLinear(MarksMerged, GenFTUpdate, nn.Linear):
         Args:
             linear: its `weight` and `bias` become the layer's, the same objects, and are frozen.
             generator: of the shape of the weight, or of one of its row blocks.
-            blocks: (number of equal row blocks in a fused weight, the blocks to adapt); None adapts all of it.
+            blocks: (the number of equal row blocks in a fused weight, or the rows of each; the blocks to adapt); None
+                adapts all of it. Blocks of another size are adapted by `adapt_more`.
             register_generator: False where another module owns the shared generator.
 
         Raises:
@@ -113,10 +119,30 @@ class GenFTLinear(MarksMerged, GenFTUpdate, nn.Linear):
         carry_instance_forward(linear, layer)
         return layer.train(linear.training)
 
+    def adapt_more(self, generator: GenFTGenerator, blocks: tuple[int | Sequence[int], Sequence[int]]) -> None:
+        """Adapt further blocks of a fused weight, of which another generator has the shape and another module is owner.
+
+        Raises:
+            ValueError: the generator is of another shape, or the blocks are cut or adapted otherwise.
+        """
+        more = MoreBlocks(self, generator, blocks)
+        taken = [index for update in self.updates.values() for index in update.blocks.adapted]
+        if more.blocks.cut != self.blocks.cut or set(taken) & set(more.blocks.adapted):
+            raise ValueError(f"blocks {more.blocks} beside blocks {self.blocks} of one weight")
+        if MORE_BLOCKS not in self._modules:
+            self.add_module(MORE_BLOCKS, nn.ModuleDict().train(self.training))
+        self._modules[MORE_BLOCKS][str(generator.out_features)] = more.train(self.training)
+
+    @property
+    def updates(self) -> dict[str, GenFTUpdate]:
+        """Its updates by their paths within the layer: one, or one for each size of a fused weight's blocks."""
+        more = self._modules.get(MORE_BLOCKS) or {}
+        return {"": self, **{f"{MORE_BLOCKS}.{rows}": update for rows, update in more.items()}}
+
     _unmerged: nn.Parameter | None = None
     _enabled = True
 
-    def _adapt(self, generator: GenFTGenerator, backend: str, blocks: tuple[int, tuple[int, ...]] | None = None):
+    def _adapt(self, generator: GenFTGenerator, backend: str, blocks: Any = None) -> None:
         self.join(generator, backend, (self.in_features, self.out_features), blocks)
         self.weight.requires_grad_(False)
         if self.bias is not None:
@@ -126,7 +152,8 @@ class GenFTLinear(MarksMerged, GenFTUpdate, nn.Linear):
         """Draw W, the bias and the layer's own units anew."""
         super().reset_parameters()
         if "specific_names" in vars(self):  # else it is nn.Linear's constructor that calls
-            self.reset_specific_parameters()
+            for update in self.updates.values():
+                update.reset_specific_parameters()
 
     @property
     def stored_weight(self) -> Tensor:
@@ -136,6 +163,14 @@ class GenFTLinear(MarksMerged, GenFTUpdate, nn.Linear):
     def merged(self) -> bool:
         """Whether `weight` holds W + dW."""
         return self._unmerged is not None
+
+    def delta_weight(self) -> Tensor:
+        """dW [out, in] without dropout, generated from the frozen W, in float32 or wider; differentiable.
+
+        Rows of blocks that are not adapted are zero.
+        """
+        _, *more = self.updates.values()
+        return sum((update.delta_weight() for update in more), super().delta_weight())
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -147,7 +182,10 @@ class GenFTLinear(MarksMerged, GenFTUpdate, nn.Linear):
         if self.merged:
             raise RuntimeError("the update is merged already: call unmerge() first")
         # A hook computes them before each forward, and not now.
-        if "weight" not in self._parameters or any(name in vars(self) for name in self.specific_names):
+        updates = self.updates.values()
+        if "weight" not in self._parameters or any(
+            name in vars(each) for each in updates for name in each.specific_names
+        ):
             raise RuntimeError(
                 "its weight or its units are computed (pruned or parametrized): make that permanent first "
                 "(prune.remove, parametrize.remove_parametrizations)"
@@ -157,7 +195,8 @@ class GenFTLinear(MarksMerged, GenFTUpdate, nn.Linear):
         merged = (merged.t() if self._fan_in_fan_out else merged).contiguous()
         frozen, self.weight = self.weight, nn.Parameter(merged, requires_grad=False)
         self.__dict__["_unmerged"] = frozen
-        self.generator.group.forget(self)
+        for update in updates:
+            update.generator.group.forget(update)
 
     def unmerge(self) -> None:
         """Rebind `weight` to the very W that it was.
@@ -178,26 +217,29 @@ class GenFTLinear(MarksMerged, GenFTUpdate, nn.Linear):
             return F.linear(x, self.weight.t() if self._fan_in_fan_out else self.weight, self.bias)
         if self.backend == "reference":
             return self._materialised(x)
-        return updated_linear(x, self.frozen_weight, self.bias, [self])
+        return updated_linear(x, self.frozen_weight, self.bias, list(self.updates.values()))
 
     def _materialised(self, x: Tensor) -> Tensor:
         """y by the specification."""
-        params, (count, adapted) = self.parameters_of_generator(), self.blocks
-        biases = (None,) * count if self.bias is None else self.bias.chunk(count)
-        outputs = [
-            reference.genft_linear(x, weight, bias, params, self.config, training=self.training)
-            if index in adapted
-            else F.linear(x, weight, bias)
-            for index, (weight, bias) in enumerate(zip(self.frozen_weight.chunk(count), biases, strict=True))
-        ]
-        return outputs[0] if count == 1 else torch.cat(outputs, -1)
+        blocks, owners = self.blocks, {i: each for each in self.updates.values() for i in each.blocks.adapted}
+        biases = (None,) * blocks.count if self.bias is None else blocks.split(self.bias)
+        outputs = []
+        for index, (weight, bias) in enumerate(zip(blocks.split(self.frozen_weight), biases, strict=True)):
+            if index in owners:
+                params = owners[index].parameters_of_generator()
+                output = reference.genft_linear(x, weight, bias, params, self.config, training=self.training)
+            else:
+                output = F.linear(x, weight, bias)
+            outputs.append(output)
+        return outputs[0] if blocks.count == 1 else torch.cat(outputs, -1)
 
     def extra_repr(self) -> str:
-        config, (count, adapted) = self.config, self.blocks
+        config = self.config
+        adapted = tuple(sorted(index for update in self.updates.values() for index in update.blocks.adapted))
         parts = [
             super().extra_repr(),
             f"shared_dim={config.shared_dim}, specific_dim={config.specific_dim}",
-            f"blocks={list(adapted)} of {count}" if count > 1 else "",
+            f"blocks={self.blocks._replace(adapted=adapted)}" if self.blocks.count > 1 else "",
             f"backend={self.backend!r}",
             "merged" if self.merged else "",
         ]
@@ -208,6 +250,31 @@ class GenFTLinear(MarksMerged, GenFTUpdate, nn.Linear):
         if self._unmerged is not None:  # not registered, so it is moved by hand
             self._unmerged.data = fn(self._unmerged.data)
         return self
+
+
+class MoreBlocks(GenFTUpdate):
+    """The units of further blocks of a fused weight, of another size than a layer's others; the layer holds W."""
+
+    layer: GenFTLinear
+
+    def __init__(
+        self, layer: GenFTLinear, generator: GenFTGenerator, blocks: tuple[int | Sequence[int], Sequence[int]]
+    ) -> None:
+        super().__init__()
+        self.__dict__.update(layer=layer, generator=generator)  # not registered: they have owners
+        self._fan_in_fan_out = layer._fan_in_fan_out
+        self.join(generator, layer.backend, (layer.in_features, layer.out_features), blocks)
+
+    @property
+    def stored_weight(self) -> Tensor:
+        return self.layer.stored_weight
+
+    @property
+    def merged(self) -> bool:  # type: ignore[override]  # as the layer is
+        return self.layer.merged
+
+    def extra_repr(self) -> str:
+        return f"blocks={self.blocks}"
 
 
 def check_adaptable(linear: nn.Module) -> None:

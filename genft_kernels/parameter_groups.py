@@ -87,7 +87,7 @@ def _layers_of_generators(model: nn.Module) -> dict[GenFTGenerator, int]:
     counts: dict[GenFTGenerator, int] = {}
     for module in model.modules():
         if isinstance(module, GenFTUpdate):
-            counts[module.generator] = counts.get(module.generator, 0) + len(module.blocks[1])
+            counts[module.generator] = counts.get(module.generator, 0) + len(module.blocks.adapted)
     if not counts:
         raise ValueError("the model has no GenFT layers: call apply_genft(model, config) first")
     return counts

@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .arguments import warn
+from .arguments import about, warn
 from .config import ALL_LINEAR, QUERY_AND_VALUE_NAMES, GenFTConfig
 from .matching import FullMatch, Names, full_matches, upwards
 from .modules import GenFTLinear, check_adaptable, is_conv1d
+from .row_blocks import RowBlocks
 
 # Classes of transformers that read weights of their layers without calling the layers, some only where fused kernels
 # are installed. By name, so that transformers need not be imported.
@@ -36,12 +37,18 @@ class Target(NamedTuple):
 
     names: tuple[str, ...]  # every path at which the model holds it
     module: nn.Module
-    blocks: tuple[int, tuple[int, ...]]  # (number of row blocks, those to adapt)
+    blocks: RowBlocks
 
     @property
     def name(self) -> str:
         """The first of the paths, under which its parameters are listed."""
         return self.names[0]
+
+    def blocks_by_shape(self) -> dict[tuple[int, int], RowBlocks]:
+        """The adapted blocks by their (in, out): one generator each. ValueError if they do not make up W's rows."""
+        out_features, in_features = frozen_weight(self.module).shape
+        with about(f"target module {self.name!r}"):
+            return {(in_features, rows): blocks for rows, blocks in self.blocks.by_rows(out_features).items()}
 
 
 def find_targets(model: nn.Module, config: GenFTConfig, full_matches: FullMatch = full_matches) -> list[Target]:
@@ -83,7 +90,7 @@ def find_targets(model: nn.Module, config: GenFTConfig, full_matches: FullMatch 
         except (TypeError, ValueError) as error:
             hint = " (exclude_modules leaves it out)" if config.target_modules == ALL_LINEAR else ""
             raise type(error)(f"target module {held_at[0]!r}: {error}{hint}") from None
-        blocks = (config.fused_blocks or {})[blocks_of[held_at[0]]] if held_at[0] in blocks_of else (1, (0,))
+        blocks = (config.fused_blocks or {})[blocks_of[held_at[0]]] if held_at[0] in blocks_of else RowBlocks()
         targets.append(Target(tuple(held_at), module, blocks))
     used = {blocks_of.get(target.name) for target in targets}
     unused = [entry for entry in config.fused_blocks or {} if entry not in used]

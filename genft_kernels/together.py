@@ -38,15 +38,14 @@ def updated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequ
     """y [..., out] in x's dtype, or in autocast's, from the frozen W [out, in] and its updates, one at least.
 
     Raises:
-        ValueError: the updates are of different blocks of W; an argument does not fit.
+        ValueError: the updates cut W in different ways; an argument does not fit.
     """
     check_linear(x, weight, bias)
-    count, adapted = updates[0].blocks
+    blocks = updates[0].blocks
     for update in updates[1:]:
-        if update.blocks != (count, adapted):
+        if update.blocks.cut != blocks.cut:
             raise ValueError(
-                f"updates of different blocks of one weight cannot act together: blocks {list(adapted)} of {count}, "
-                f"and {list(update.blocks[1])} of {update.blocks[0]}"
+                f"updates of different blocks of one weight cannot act together: blocks {blocks}, and {update.blocks}"
             )
     dtype = compute_dtype(x)
     tiled = any(
@@ -54,17 +53,17 @@ def updated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequ
     )
     backend = backends.choose(updates[0].backend, x.device, dtype, tiled)
     check_transforms(backend)
-    generated = [_generated(update, x, dtype, backend) for update in updates]
-    if count == 1:
-        return _applied(x, weight, bias, [parts[0] for parts in generated], backend)
-    biases: Sequence[Tensor | None] = (None,) * count if bias is None else bias.chunk(count)
-    outputs = []
-    for index, (block, part_of_bias) in enumerate(zip(weight.chunk(count), biases, strict=True)):
-        if index in adapted:
-            parts = [parts[adapted.index(index)] for parts in generated]
-            outputs.append(_applied(x, block, part_of_bias, parts, backend))
-        else:
-            outputs.append(F.linear(x, block, part_of_bias))
+    of_blocks: list[list[_Part]] = [[] for _ in range(blocks.count)]
+    for update in updates:
+        for index, part in zip(update.blocks.adapted, _generated(update, x, dtype, backend), strict=True):
+            of_blocks[index].append(part)
+    if blocks.count == 1:
+        return _applied(x, weight, bias, of_blocks[0], backend)
+    biases: Sequence[Tensor | None] = (None,) * blocks.count if bias is None else blocks.split(bias)
+    outputs = [
+        _applied(x, block, part_of_bias, parts, backend) if parts else F.linear(x, block, part_of_bias)
+        for block, part_of_bias, parts in zip(blocks.split(weight), biases, of_blocks, strict=True)
+    ]
     return torch.cat(outputs, -1)
 
 
@@ -72,7 +71,9 @@ def _generated(update: GenFTUpdate, x: Tensor, dtype: torch.dtype, backend: str)
     """The update of each adapted block; with those of the other layers of its shape where that can be."""
     config, training = update.config, update.training
     dropout = config.dropout if training else 0.0
-    seeds = [forward_seed(None, x.device, training, dropout, config.outer_activation, dtype) for _ in update.blocks[1]]
+    seeds = [
+        forward_seed(None, x.device, training, dropout, config.outer_activation, dtype) for _ in update.blocks.adapted
+    ]
     # A compiled graph cannot hold what outlives it, and sharded parameters cannot be watched.
     if torch.compiler.is_compiling() or update.sharded or _torch_private.tensors_are_fake():
         of_layer = (t if t is None or t.dim() == 1 else t[None] for t in update.parameters_of_generator())

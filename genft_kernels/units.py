@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 
 from . import backends, reference
 from .arguments import check_type
-from .config import GenFTConfig, check_blocks
+from .config import GenFTConfig
 from .generator import GenFTGenerator, draw_up, zeroed_names
 from .left_out import watch_optimizers
 from .parameters import GeneratorParameters, specific_shapes
+from .row_blocks import RowBlocks
 from .sharing.source import Source, is_tensor_subclass
 
 
@@ -41,19 +43,20 @@ class GenFTUpdate(nn.Module):
         generator: GenFTGenerator,
         backend: str,
         shape: tuple[int, int],
-        blocks: tuple[int, tuple[int, ...]] | None = None,
+        blocks: tuple[int | Sequence[int], Sequence[int]] | None = None,
     ) -> None:
         """Make the units for a weight of `shape` (in, out), and become one of the layers that share `generator`.
 
         Raises:
-            ValueError: the generator is of another shape than the adapted blocks.
+            ValueError: the generator is of another shape than the adapted blocks, or these are of several.
         """
         backends.check_name(backend)
         in_features, out_features = shape
-        count, _ = self._blocks = (1, (0,)) if blocks is None else check_blocks("blocks", blocks)
-        if out_features % count:
-            raise ValueError(f"out_features={out_features} cannot be cut into {count} equal blocks")
-        has, wanted = (generator.in_features, generator.out_features), (in_features, out_features // count)
+        self._blocks = RowBlocks() if blocks is None else RowBlocks.checked("blocks", blocks)
+        rows, *others = self._blocks.by_rows(out_features)
+        if others:
+            raise ValueError(f"blocks of {rows} and of {others[0]} rows need a generator each")
+        has, wanted = (generator.in_features, generator.out_features), (in_features, rows)
         if has != wanted:
             raise ValueError(f"the generator is for in x out = {has[0]}x{has[1]}, the layer is {wanted[0]}x{wanted[1]}")
         self.backend = backend
@@ -98,8 +101,8 @@ class GenFTUpdate(nn.Module):
         return self.generator.config
 
     @property
-    def blocks(self) -> tuple[int, tuple[int, ...]]:
-        """(number of equal row blocks in the weight, those that are adapted)."""
+    def blocks(self) -> RowBlocks:
+        """How the weight's rows are cut, and which blocks are adapted by these units."""
         return self._blocks
 
     @property
@@ -118,11 +121,9 @@ class GenFTUpdate(nn.Module):
 
     def source(self) -> Source:
         """All that the layer's factors are generated from, as it is now."""
-        config, weight, (count, adapted) = self.config, self.stored_weight, self._blocks
-        blocks = [weight.t() if self._fan_in_fan_out else weight]
-        if count > 1:
-            cut = blocks[0].chunk(count)
-            blocks = [cut[index] for index in adapted]
+        config, weight = self.config, self.stored_weight
+        cut = self._blocks.split(weight.t() if self._fan_in_fan_out else weight)
+        blocks = [cut[index] for index in self._blocks.adapted]
         return Source(
             config,
             weight,
@@ -156,12 +157,12 @@ class GenFTUpdate(nn.Module):
         """
         weight = self.frozen_weight
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        params, (count, adapted) = self.parameters_of_generator(), self.blocks
+        params, blocks = self.parameters_of_generator(), self.blocks
         updates = [
-            reference.delta_weight(block, params, self.config) if index in adapted else torch.zeros_like(block)
-            for index, block in enumerate(weight.chunk(count))
+            reference.delta_weight(block, params, self.config) if index in blocks.adapted else torch.zeros_like(block)
+            for index, block in enumerate(blocks.split(weight))
         ]
-        return updates[0] if count == 1 else torch.cat(updates)
+        return updates[0] if blocks.count == 1 else torch.cat(updates)
 
 
 def refresh(model: nn.Module) -> nn.Module:

@@ -160,7 +160,11 @@ def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     layers = layers_of_an_adapted_model(model)
     check_enabled(model)
     owners = {f"{GENERATORS}.{key}": (each, each.tensor_names) for key, each in getattr(model, GENERATORS).items()}
-    owners |= {path: (layer, layer.specific_names) for path, layer in layers.items()}
+    owners |= {
+        f"{path}.{within}".rstrip("."): (update, update.specific_names)
+        for path, layer in layers.items()
+        for within, update in layer.updates.items()
+    }
     tensors = {f"{path}.{name}": getattr(owner, name) for path, (owner, names) in owners.items() for name in names}
     for name, tensor in tensors.items():
         if not isinstance(tensor, nn.Parameter):

@@ -23,6 +23,7 @@ from ..matching import Names
 from ..modules import GenFTLinear
 from ..parameters import GeneratorParameters
 from ..sharing.source import is_tensor_subclass
+from ..units import GenFTUpdate
 from ..update import generate_factors
 from . import folder
 from .format import CONFIG_FILE, TENSORS_FILE, is_ours
@@ -167,20 +168,26 @@ def _layer_factors(path: str, layer: GenFTLinear, rank: int | None, energy: floa
 
 def _exact(layer: GenFTLinear) -> _ThinUpdate:
     """The factors of each adapted block, one below the other; zero outside of the block's rows."""
-    config, dtype = layer.config, torch.promote_types(layer.weight.dtype, torch.float32)
+    downs, ups = zip(*(_factors_of(update) for update in layer.updates.values()), strict=True)
+    return _ThinUpdate(torch.cat(downs), torch.cat(ups, 1), 1.0)
+
+
+def _factors_of(update: GenFTUpdate) -> tuple[Tensor, Tensor]:
+    """The same (down, up) of the blocks that one generator serves."""
+    config, dtype = update.config, torch.promote_types(update.stored_weight.dtype, torch.float32)
     # The matrices of one layer; the biases have no dimension for layers.
     params = GeneratorParameters(
-        *(t if t is None or t.dim() == 1 else t[None] for t in layer.parameters_of_generator())
+        *(t if t is None or t.dim() == 1 else t[None] for t in update.parameters_of_generator())
     )
-    (count, adapted), downs, ups = layer.blocks, [], []
-    for index, weight in zip(adapted, layer.source().blocks, strict=True):
+    downs, ups = [], []
+    for index, weight in zip(update.blocks.adapted, update.source().blocks, strict=True):
         generated = generate_factors([weight], params, config, dtype=dtype, dropout=0.0, seed=None, backend="eager")
         (factors,) = generated.unbind()
-        up = factors.b.new_zeros(count, *factors.b.shape)  # [count, out / count, k]
-        up[index] = config.scaling * factors.b
+        up = factors.b.new_zeros(update.frozen_weight.shape[0], factors.b.shape[1])  # [out, k]
+        update.blocks.split(up)[index].copy_(config.scaling * factors.b)
         downs.append(factors.h.mT)
-        ups.append(up.flatten(0, 1))
-    return _ThinUpdate(torch.cat(downs), torch.cat(ups, 1), 1.0)
+        ups.append(up)
+    return torch.cat(downs), torch.cat(ups, 1)
 
 
 def _truncated(decomposed: tuple[Tensor, ...], rank: int | None, energy: float | None) -> _ThinUpdate:
@@ -239,8 +246,8 @@ def _exportable_layers(model: nn.Module) -> dict[str, GenFTLinear]:
     for path, layer in layers.items():
         if layer.merged:
             raise RuntimeError(f"{path!r} is merged: call unmerge(model) first")
-        source = layer.source()
-        for tensor in (source.weight, *source.thin):
+        sources = [update.source() for update in layer.updates.values()]
+        for tensor in (layer.stored_weight, *(thin for source in sources for thin in source.thin)):
             if tensor.device.type == "meta":
                 raise RuntimeError(f"{path!r} is on the meta device: bring the offloaded model back first")
             if is_tensor_subclass(tensor):

@@ -111,7 +111,7 @@ FAULTS = [
     Fault(
         "bad input: blocks as they come",
         "genft_kernels/units.py",
-        'check_blocks("blocks", blocks)',
+        'RowBlocks.checked("blocks", blocks)',
         "blocks",
         BAD_INPUT,
     ),

@@ -90,7 +90,7 @@ FAULTS = [
     Fault(
         "together: different blocks act together",
         "genft_kernels/together.py",
-        "if update.blocks != (count, adapted):",
+        "if update.blocks.cut != blocks.cut:",
         "if False:",
         TUNER,
     ),

@@ -53,7 +53,7 @@ FAULTS = [
     Fault(
         "rates: a fused weight counts once",
         "genft_kernels/parameter_groups.py",
-        "len(module.blocks[1])",
+        "len(module.blocks.adapted)",
         "1",
         RATES,
     ),

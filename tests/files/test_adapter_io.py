@@ -14,7 +14,16 @@ from genft_kernels import GenFTConfig, apply_genft, disabled, load_adapter, merg
 from genft_kernels.files import names
 from genft_kernels.files.fingerprint import Fingerprint
 from genft_kernels.files.format import CONFIG_FILE, TENSORS_FILE
-from tests.helpers.tiny_models import Encoder, FusedEncoder, GroupedQueryBlock, TiedModel, randomise, snapshot, tokens
+from tests.helpers.tiny_models import (
+    Encoder,
+    FusedEncoder,
+    FusedGroupedQueryBlock,
+    GroupedQueryBlock,
+    TiedModel,
+    randomise,
+    snapshot,
+    tokens,
+)
 
 QUERY = "layers.1.attention.query"
 
@@ -70,6 +79,7 @@ MODELS = {
     "encoder": (Encoder, {}),
     "modules_to_save": (Encoder, dict(modules_to_save=["classifier", "norm"])),
     "fused": (FusedEncoder, dict(fused_blocks={"qkv": (3, (0, 2))}, delta_layout="out_in", bias=True)),
+    "fused-unequal": (FusedGroupedQueryBlock, dict(fused_blocks={"qkv_proj": ((8, 4, 4), (0, 2))}, bias=True)),
     "rectangular": (GroupedQueryBlock, dict(target_modules=r".*_proj", exclude_modules=["k_proj"])),
     "tied-and-shared": (TiedModel, dict(target_modules=["first", "second", "head"], transform="column")),
     "shared-only-tiled": (Encoder, dict(specific_dim=0, outer_activation="gelu", weight_ratio="rms", dropout=0.1)),

@@ -14,6 +14,7 @@ from genft_kernels.files import folder, lora_check
 from tests.helpers.tiny_models import (
     Encoder,
     FusedEncoder,
+    FusedGroupedQueryBlock,
     GroupedQueryBlock,
     TiedModel,
     randomise,
@@ -67,6 +68,11 @@ EXACT = {
     "row": (Encoder, dict(transform="row", bias=True), 4),
     "several-shapes": (GroupedQueryBlock, dict(target_modules="all-linear", bias=True), 4),
     "fused": (FusedEncoder, dict(fused_blocks={"qkv": (3, (0, 2))}, delta_layout="out_in", bias=True), 8),
+    "fused-unequal": (
+        FusedGroupedQueryBlock,
+        dict(fused_blocks={"qkv_proj": ((8, 4, 4), (0, 1, 2))}, bias=True),
+        12,
+    ),
     "fused-beside-whole": (FusedEncoder, dict(fused_blocks={"qkv": (3, (0, 2))}, target_modules=["qkv", "proj"]), 6),
     "conv1d": (TransposedEncoder, dict(target_modules=["c_attn", "c_proj"], bias=True), 4),
     "conv1d-fused": (TransposedEncoder, dict(fused_blocks={"c_attn": (3, (1, 2))}), 6),

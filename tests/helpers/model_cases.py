@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from genft_kernels import GenFTConfig, apply_genft
-from tests.helpers.tiny_models import Encoder, FusedEncoder, GroupedQueryBlock, TiedModel, randomise
+from tests.helpers.tiny_models import (
+    Encoder,
+    FusedEncoder,
+    FusedGroupedQueryBlock,
+    GroupedQueryBlock,
+    TiedModel,
+    randomise,
+)
 
 
 def config(**settings) -> GenFTConfig:
@@ -13,6 +20,7 @@ def config(**settings) -> GenFTConfig:
 
 
 FUSED = dict(fused_blocks={"qkv": (3, (0, 2))})
+UNEQUAL = dict(fused_blocks={"qkv_proj": ((8, 4, 4), (0, 2))})
 RECTANGULAR = dict(target_modules=["q_proj", "v_proj", "up_proj", "down_proj"], outer_activation="gelu")
 SHARED = dict(target_modules=["first", "second", "head"])
 SAVED = dict(modules_to_save=["classifier", "norm"], target_modules=r"layers\.\d\.attention\.\w+")
@@ -21,6 +29,7 @@ MODELS = {
     "encoder-modules_to_save": (Encoder, SAVED),
     "encoder-dropout": (Encoder, dict(dropout=0.2)),
     "fused": (FusedEncoder, FUSED),
+    "fused-unequal": (FusedGroupedQueryBlock, UNEQUAL),
     "grouped-query": (GroupedQueryBlock, RECTANGULAR),
     "tied-and-shared": (TiedModel, SHARED),
 }

@@ -24,7 +24,7 @@ import genft_kernels
 from genft_kernels import GenFTConfig, apply_genft, save_adapter
 from genft_kernels.config import PRESETS
 from genft_kernels.integrations.peft import PeftGenFTConfig
-from tests.helpers.tiny_models import Encoder, FusedEncoder, GroupedQueryBlock
+from tests.helpers.tiny_models import Encoder, FusedEncoder, FusedGroupedQueryBlock, GroupedQueryBlock
 
 SNAPSHOT = Path(__file__).parents[1] / "packaging" / "public_names.json"
 RENEW = "python -m tests.helpers.public_names"
@@ -41,7 +41,15 @@ PARTS = {
     "genft_kernels.backends": ("explain",),
     "GenFTConfig": ("preset", "for_budget", "to_dict", "from_dict"),
     "GenFTGenerator": ("reset_parameters",),
-    "GenFTLinear": ("from_linear", "parameters_of_generator", "delta_weight", "merge", "unmerge", "merged"),
+    "GenFTLinear": (
+        "from_linear",
+        "adapt_more",
+        "parameters_of_generator",
+        "delta_weight",
+        "merge",
+        "unmerge",
+        "merged",
+    ),
 }
 _encoder = functools.partial(Encoder, layers=1)
 # (model, its configuration); each kind of tensor name is in one of them at least.
@@ -55,6 +63,7 @@ ADAPTERS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "column stage, with biases": (_encoder, dict(transform="column", bias=True)),
     "row stage, with biases": (_encoder, dict(transform="row", bias=True)),
     "fused blocks": (FusedEncoder, dict(fused_blocks={"qkv": (3, (0, 2))})),
+    "unequal fused blocks": (FusedGroupedQueryBlock, dict(fused_blocks={"qkv_proj": ((8, 4, 4), (0, 2))})),
 }
 
 

@@ -84,6 +84,19 @@ class GroupedQueryBlock(nn.Module):
         return x + self.down_proj(F.silu(self.up_proj(x)))
 
 
+class FusedGroupedQueryBlock(nn.Module):
+    """The same attention with q, k and v as one linear layer: 8, 4 and 4 rows."""
+
+    def __init__(self, dim: int = 8) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, dim)
+        self.qkv_proj = nn.Linear(dim, 2 * dim)
+
+    def forward(self, tokens):
+        q, k, v = self.qkv_proj(self.embedding(tokens)).tensor_split((8, 12), -1)
+        return torch.cat([F.scaled_dot_product_attention(part, k, v) for part in q.chunk(2, -1)], -1)
+
+
 class TiedModel(nn.Module):
     """A head that shares its weight with the embedding, and one linear layer under two names."""
 

@@ -19,6 +19,7 @@ from genft_kernels import (
     trainable_summary,
     unmerge,
 )
+from genft_kernels.units import GenFTUpdate
 from tests.helpers.model_cases import FUSED, RECTANGULAR, SAVED, SHARED, adapted, config, every_model
 from tests.helpers.tiny_models import (
     Encoder,
@@ -102,7 +103,7 @@ def test_copied_model_still_shares_its_generators(make, settings, copied):
     model = adapted(make, settings)
     twin = copied(model)
     assert torch.equal(twin(tokens()), model(tokens()))
-    layers = [m for m in twin.modules() if isinstance(m, GenFTLinear)]
+    layers = [m for m in twin.modules() if isinstance(m, GenFTUpdate)]
     assert layers and {id(m.generator) for m in layers} == {id(g) for g in twin.genft_generators.values()}
     expected = model(tokens())
     randomise(twin.genft_generators, 1.0)

@@ -9,11 +9,19 @@ from torch import nn
 
 from genft_kernels import GenFTConfig, GenFTLinear, accumulate, disabled
 from tests.helpers.adapted_models import DROPOUT, Checkpointed, adapted, assert_close, generations, gradients, groups
-from tests.helpers.tiny_models import Encoder, FusedEncoder, GroupedQueryBlock, TiedModel, Wrapper
+from tests.helpers.tiny_models import (
+    Encoder,
+    FusedEncoder,
+    FusedGroupedQueryBlock,
+    GroupedQueryBlock,
+    TiedModel,
+    Wrapper,
+)
 
 MODELS = {
     "encoder": (Encoder, {}),
     "fused": (FusedEncoder, dict(fused_blocks={"qkv": (3, (0, 2))}, bias=True)),
+    "fused-unequal": (FusedGroupedQueryBlock, dict(fused_blocks={"qkv_proj": ((8, 4, 4), (0, 2))}, bias=True)),
     "grouped-query": (GroupedQueryBlock, dict(target_modules=["q_proj", "v_proj", "up_proj"], outer_activation="silu")),
     "tied-and-shared": (TiedModel, dict(target_modules=["first", "second", "head"])),
     "column": (Encoder, dict(transform="column", outer_activation="gelu")),

@@ -20,11 +20,20 @@ from tests.helpers.adapted_models import (
     one_by_one,
     train,
 )
-from tests.helpers.tiny_models import Encoder, FusedEncoder, GroupedQueryBlock, TiedModel, randomise, tokens
+from tests.helpers.tiny_models import (
+    Encoder,
+    FusedEncoder,
+    FusedGroupedQueryBlock,
+    GroupedQueryBlock,
+    TiedModel,
+    randomise,
+    tokens,
+)
 
 MODELS = {
     "encoder": (Encoder, {}),
     "fused": (FusedEncoder, dict(fused_blocks={"qkv": (3, (0, 2))}, bias=True)),
+    "fused-unequal": (FusedGroupedQueryBlock, dict(fused_blocks={"qkv_proj": ((8, 4, 4), (0, 2))}, bias=True)),
     "grouped-query": (
         GroupedQueryBlock,
         dict(target_modules=["q_proj", "v_proj", "up_proj", "down_proj"], outer_activation="gelu", weight_ratio="rms"),

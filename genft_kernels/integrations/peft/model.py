@@ -12,11 +12,13 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from ...arguments import about
 from ...config import GenFTConfig
 from ...files.fingerprint import Fingerprint
 from ...generator import GenFTGenerator
 from ...matching import ends
 from ...modules import is_conv1d
+from ...row_blocks import RowBlocks
 from ...sharing.source import is_tensor_subclass
 from ...targets import check_called, frozen_weight
 from .config import PREFIX, PeftGenFTConfig
@@ -127,10 +129,10 @@ class PeftGenFTModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def _generator(
-        self, adapter_name: str, native: GenFTConfig, layer: GenFTLayer, blocks: tuple[int, tuple[int, ...]] | None
+        self, adapter_name: str, native: GenFTConfig, layer: GenFTLayer, blocks: RowBlocks | None
     ) -> GenFTGenerator:
         """The adapter's generator for the layer's shape, made if this is the first such layer."""
-        shape = layer.in_features, layer.out_features // (blocks[0] if blocks else 1)
+        shape = layer.in_features, next(iter((blocks or RowBlocks()).by_rows(layer.out_features)))
         generators = self._generators[adapter_name]
         if shape not in generators:
             generators[shape] = StoredGenerator(shape, native, self.genft_shared[adapter_name])
@@ -223,10 +225,11 @@ def _pass_names(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, A
     return args, {**kwargs, "adapter_names": names}
 
 
-def _blocks(native: GenFTConfig, path: str, rows: int) -> tuple[int, tuple[int, ...]] | None:
+def _blocks(native: GenFTConfig, path: str, rows: int) -> RowBlocks | None:
     """The entry of `fused_blocks` for a module, if it has one."""
     fused = native.fused_blocks or {}
     entry = next((fused[end] for end in ends(path) if end in fused), None)
-    if entry is not None and rows % entry[0]:
-        raise ValueError(f"{path!r}: its {rows} rows cannot be cut into {entry[0]} blocks")
+    if entry is not None:
+        with about(repr(path)):
+            entry.rows(rows)
     return entry
