@@ -136,3 +136,11 @@ def _selective_modes() -> tuple[type, ...]:
 def _push(modes: Iterable[object]) -> None:
     for mode in modes:
         _private("torch.utils._python_dispatch", "_push_mode")(mode)
+
+
+# --- process groups -------------------------------------------------------------------------------------------------
+
+
+def store_of_process_group() -> Any:
+    """The store by which the ranks of the default process group met."""
+    return _private("torch.distributed.distributed_c10d", "_get_default_store")()

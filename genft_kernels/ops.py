@@ -12,8 +12,8 @@ The package calls `column_node`, `row_node` and `linear_node`, which give the fi
 autograd graph: it takes a fraction of a custom op's time to make, and calls the backend itself. Where something listens
 to the dispatcher (compilation, tracing, a dispatch mode), they are the custom ops.
 
-In W's place the nodes take a handle of one that is stored quantised (`FrozenWeight`): it is made dense for the operation
-and again for its backward, and the node keeps the handle.
+In W's place the nodes take a handle of one that is stored quantised (`FrozenWeight`): it is made dense for the
+operation and again for its backward, and the node keeps the handle.
 """
 
 from __future__ import annotations

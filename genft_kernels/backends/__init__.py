@@ -10,19 +10,29 @@ import functools
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterable
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from .. import _torch_private
 from ..arguments import check_type, shown
+from . import choices
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KERNEL_BACKENDS = ("triton", "cuda")  # in the order in which "auto" asks them
 OPERATION_BACKENDS = ("eager", *KERNEL_BACKENDS)
 BACKENDS = ("auto", *OPERATION_BACKENDS, "reference")
+# Not chosen yet: an operation chooses where it runs, and knows its sizes there. A compiled graph has one for all lengths.
+_OPEN = {False: "auto, factored", True: "auto, tiled"}
+
+_set_aside: dict[tuple[str, torch.device], str] = {}  # (backend, device): why "auto" takes it no more in this process
+
+
+class LaunchError(RuntimeError):
+    """A kernel could not be started; the message names it."""
 
 
 class Explains(Protocol):
@@ -75,31 +85,63 @@ def check_name(name: str) -> None:
 
 
 def choose(requested: str, device: torch.device, dtype: torch.dtype, tiled: bool = False) -> str:
-    """The backend that computes in `dtype` on `device`; only "auto" ever becomes another.
+    """What to hand to the operations: the backend that computes in `dtype` on `device`, if one is asked for by name.
 
-    "auto" is "eager", whose products are a vendor's, but for the tiled form on a CUDA device: there it is the first
-    backend of kernels that can run and has passed the gate on that card.
+    "auto" stays open until an operation runs (`chosen`); only it ever becomes another.
 
     Raises:
         ValueError: no such backend.
         RuntimeError: the one asked for cannot run here; the message says why.
     """
     check_name(requested)
-    if requested == "reference":
-        return requested
     if requested == "auto":
-        kernels = KERNEL_BACKENDS if tiled and device.type == "cuda" else ()
-        return next((name for name in kernels if _refusal(name, device, dtype) is None), "eager")
-    if (reason := unavailable(requested, device, dtype)) is not None:
+        return _OPEN[tiled]
+    if requested != "reference" and (reason := unavailable(requested, device, dtype)) is not None:
         raise RuntimeError(f"backend {requested!r} cannot run on {device}: {reason}")
     return requested
+
+
+def is_open(backend: str) -> bool:
+    """Whether an operation has to choose for itself."""
+    return backend in _OPEN.values()
+
+
+def chosen(backend: str, device: torch.device, dtype: torch.dtype, operation: str, args: tuple[Any, ...]) -> str:
+    """The backend of an operation that has to choose: the fastest for its shape if that was measured, else `counted`."""
+    tiled = backend == _OPEN[True]
+    if (table := choices.table(device)) and (shape := choices.shape_of(operation, tiled, args)) is not None:
+        name = table.get(str(shape))
+        if name == "eager" or (name is not None and _refusal(name, device, dtype) is None):
+            return name
+    return counted(device, dtype, tiled)
+
+
+@functools.cache
+def counted(device: torch.device, dtype: torch.dtype, tiled: bool) -> str:
+    """What wins by counting launches and bytes: "eager", whose products are a vendor's, but for the tiled form on a
+    CUDA device. There it is the first backend of kernels that can run and has passed the gate on that card."""
+    kernels = KERNEL_BACKENDS if tiled and device.type == "cuda" else ()
+    return next((name for name in kernels if _refusal(name, device, dtype) is None), "eager")
+
+
+def set_aside(name: str, device: torch.device, operation: str, error: Exception) -> None:
+    """Have "auto" take a backend no more on `device` in this process, and warn once of the kernel that failed there."""
+    if (name, device) not in _set_aside:
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+        _set_aside[name, device] = f"set aside in this process: {operation}: {error}"
+        warnings.warn(
+            f'backend="auto" goes on without {name!r} on {device} ({where}), because {operation} failed there: {error}',
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    counted.cache_clear()
 
 
 def _refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why "auto" does not take a backend of kernels, in the words of `explain`."""
     if (reason := unavailable(name, device, dtype)) is not None:
         return f"unavailable: {reason}"
-    if (reason := rejection(name, device)) is not None:
+    if (reason := _set_aside.get((name, device)) or rejection(name, device)) is not None:
         return f"available by name; rejected for auto: {reason}"
     return None
 
@@ -120,9 +162,10 @@ def explain(
     """
     check_type("device", device, (torch.device, str, int), optional=True)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    factored, tiled = (choose("auto", device, dtype, form) for form in (False, True))
-    chosen = factored if factored == tiled else f"{factored} for the factored form, {tiled} for the tiled form"
-    lines = [f'backend="auto" on {device}: {chosen}', "  eager: available; plain PyTorch"]
+    factored, tiled = (counted(device, dtype, form) for form in (False, True))
+    auto = factored if factored == tiled else f"{factored} for the factored form, {tiled} for the tiled form"
+    measured = f"; but for {len(table)} measured shapes" if (table := choices.table(device)) else ""
+    lines = [f'backend="auto" on {device}: {auto}{measured}', "  eager: available; plain PyTorch"]
     lines += [f"  {name}: {_refusal(name, device, dtype) or 'available; passed the gate'}" for name in KERNEL_BACKENDS]
     lines.append("  reference: available; the specification, materialises every matrix; only by name")
     explained = [line for group in groups for line in group.explain()]

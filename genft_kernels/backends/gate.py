@@ -7,14 +7,12 @@ driver, versions and sources (docs/backends.md#choice).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -22,8 +20,8 @@ from types import ModuleType, SimpleNamespace
 import torch
 from torch import Tensor
 
-from .. import __version__
 from ..philox import ROW_STREAM
+from . import card
 
 SECONDS = 20.0  # that a first forward may wait
 _PACKAGE = Path(__file__).parents[1]
@@ -138,12 +136,18 @@ def _gain(backend, case: Case, device: torch.device) -> float:
 @functools.cache
 def rejection(backend: str, device: torch.device) -> str | None:
     """Why `backend` may not be chosen on a CUDA device, or None if it passed the gate, now or before."""
-    path = _verdict_file(backend, device)
-    if path is not None and (known := _read(path)) is not None:
-        return known["rejected"]
+    try:
+        path = card.file(f"gate-{backend}", device)
+    except (OSError, RuntimeError):
+        return run(backend, device, SECONDS)[0]  # there is no folder to keep it in
+    with contextlib.suppress(ValueError):  # damaged, another user's, or not there yet
+        known = card.read(path)
+        if "rejected" in known:
+            return known["rejected"]
     reason, final = run(backend, device, SECONDS)
-    if path is not None and final:
-        _write(path, {"backend": backend, "device": torch.cuda.get_device_name(device), "rejected": reason})
+    if final:
+        with contextlib.suppress(OSError):  # the next process asks again
+            card.write(path, {"backend": backend, **card.identity(device), "rejected": reason})
     return reason
 
 
@@ -162,52 +166,6 @@ def run(backend: str, device: torch.device, seconds: float) -> tuple[str | None,
         return None, True
     said = [line for line in (done.stdout + done.stderr).strip().splitlines() if line.strip()]
     return f"{said[-1] if said else 'its gate died'} (exit status {done.returncode})", True
-
-
-def _verdict_file(backend: str, device: torch.device) -> Path | None:
-    """Where the verdict is kept; None where there is no folder for it."""
-    from .compiled import cache
-
-    try:
-        folder = cache.cache_folder()
-    except (OSError, RuntimeError):
-        return None
-    capability = torch.cuda.get_device_capability(device)
-    driver = Path("/proc/driver/nvidia/version")
-    versions = __version__, torch.__version__, torch.version.cuda, _triton_version()
-    versions += (driver.read_text() if driver.exists() else None,)
-    digest = hashlib.sha256(repr((torch.cuda.get_device_name(device), capability, versions)).encode())
-    for source in sorted(path for place in (_PACKAGE, _PACKAGE.parent / "csrc") for path in place.rglob("*.*")):
-        if source.suffix in (".py", ".cu", ".cuh", ".h", ".cpp"):
-            digest.update(source.read_bytes())
-    return folder / f"gate-{backend}-{digest.hexdigest()[:24]}.json"
-
-
-def _triton_version() -> str | None:
-    try:
-        import triton
-    except ImportError:
-        return None
-    return triton.__version__
-
-
-def _read(path: Path) -> dict | None:
-    try:
-        known = json.loads(path.read_text())
-        trusted = path.stat().st_uid in (0, os.geteuid())
-        return known if trusted and isinstance(known, dict) and "rejected" in known else None
-    except (OSError, ValueError, TypeError):
-        return None
-
-
-def _write(path: Path, verdict: dict) -> None:
-    try:
-        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(verdict, file)
-        os.replace(file.name, path)
-    except OSError:
-        return  # the next process asks again
 
 
 def main() -> None:

@@ -175,7 +175,9 @@ def test_eager_never_waits_for_a_value_of_its_device(outer, dropout, dtype):
 
 
 def test_auto_takes_the_first_that_can_run():
-    assert backends.choose("auto", CPU, torch.float32) == "eager"
+    for tiled in (False, True):
+        open_ = backends.choose("auto", CPU, torch.float32, tiled)
+        assert backends.is_open(open_) and backends.chosen(open_, CPU, torch.float32, "row", ()) == "eager"
     assert backends.choose("reference", CPU, torch.float32) == "reference"
 
 

@@ -90,8 +90,8 @@ def test_backend_without_a_gpu_says_so(dtype, reason):
     """In a process without tests/cuda_host."""
     program = f"""
 import torch
-from genft_kernels.backends import choose
-print(choose("auto", torch.device("cpu"), torch.{dtype}))
+from genft_kernels.backends import choose, counted
+print(counted(torch.device("cpu"), torch.{dtype}, True))
 choose("cuda", torch.device("cpu"), torch.{dtype})
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from genft_kernels import backends
+from genft_kernels.backends import card as cards
 from genft_kernels.backends import gate
 from genft_kernels.backends.eager import operations as eager
 from tests.helpers.cases import CPU
@@ -88,23 +89,30 @@ def card(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Test Card")
     monkeypatch.setenv("GENFT_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(backends, "unavailable", lambda name, device, dtype: None)
-    gate.rejection.cache_clear()
-    yield types.SimpleNamespace(calls=calls, verdicts=verdicts, folder=tmp_path)
-    gate.rejection.cache_clear()
+    caches = gate.rejection, cards.identity, backends.counted
+
+    def new_process():
+        for cached in caches:
+            cached.cache_clear()
+
+    new_process()
+    yield types.SimpleNamespace(calls=calls, verdicts=verdicts, folder=tmp_path, new_process=new_process)
+    monkeypatch.undo()
+    new_process()
 
 
 def test_auto_takes_kernels_for_the_tiled_form_once_they_have_passed(card):
-    assert backends.choose("auto", CARD, torch.bfloat16) == "eager" and not card.calls
+    assert backends.counted(CARD, torch.bfloat16, False) == "eager" and not card.calls
     for _ in range(3):
-        assert backends.choose("auto", CARD, torch.bfloat16, tiled=True) == "triton"
-    gate.rejection.cache_clear()  # another process
-    assert backends.choose("auto", CARD, torch.bfloat16, tiled=True) == "triton" and card.calls == ["triton"]
-    assert backends.choose("auto", CPU, torch.bfloat16, tiled=True) == "eager"
+        assert backends.counted(CARD, torch.bfloat16, True) == "triton"
+    card.new_process()
+    assert backends.counted(CARD, torch.bfloat16, True) == "triton" and card.calls == ["triton"]
+    assert backends.counted(CPU, torch.bfloat16, True) == "eager"
 
 
 def test_auto_passes_over_what_was_rejected_and_explain_says_why(card):
     card.verdicts["triton"] = "row (bfloat16): an error of 1", True
-    assert backends.choose("auto", CARD, torch.bfloat16, tiled=True) == "cuda"
+    assert backends.counted(CARD, torch.bfloat16, True) == "cuda"
     text = backends.explain(CARD, torch.bfloat16)
     assert "eager for the factored form, cuda for the tiled form" in text
     assert "triton: available by name; rejected for auto: row (bfloat16): an error of 1" in text
@@ -112,8 +120,8 @@ def test_auto_passes_over_what_was_rejected_and_explain_says_why(card):
     card.verdicts["cuda"] = "it died", True
     for file in card.folder.glob("gate-*"):
         file.unlink()
-    gate.rejection.cache_clear()
-    assert backends.choose("auto", CARD, torch.bfloat16, tiled=True) == "eager"
+    card.new_process()
+    assert backends.counted(CARD, torch.bfloat16, True) == "eager"
     assert backends.choose("triton", CARD, torch.bfloat16, tiled=True) == "triton"
 
 
@@ -127,9 +135,10 @@ def test_damaged_verdict_is_asked_for_again(content, card):
     gate.rejection("triton", CARD)
     (file,) = card.folder.glob("gate-*")
     file.write_text(content)
-    gate.rejection.cache_clear()
+    card.new_process()
     assert gate.rejection("triton", CARD) is None and card.calls == ["triton", "triton"]
-    assert json.loads(file.read_text()) == {"backend": "triton", "device": "Test Card", "rejected": None}
+    kept = json.loads(file.read_text())
+    assert (kept["backend"], kept["card"], kept["rejected"]) == ("triton", "Test Card", None)
 
 
 @pytest.mark.parametrize("name", backends.KERNEL_BACKENDS)

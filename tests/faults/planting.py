@@ -60,8 +60,8 @@ def fate(fault: Fault, folder: pathlib.Path, run: Run) -> str:
     return "SURVIVED" if result.returncode == 0 else "caught"
 
 
-def plant(faults: list[Fault], run: Run = run) -> int:
-    """Plant each fault in a copy of the project, `run` its tests and print its fate; 0 if all are caught."""
+def plant(faults: list[Fault], run: Run = run, share: float = 1.0) -> int:
+    """Plant each fault in a copy of the project, `run` its tests and print its fate; 0 if that `share` is caught."""
     if complaints := lost(faults):
         print(*complaints, sep="\n")
         return 1
@@ -79,4 +79,4 @@ def plant(faults: list[Fault], run: Run = run) -> int:
             caught += outcome == "caught"
             print(f"{outcome:8}  {fault.what}", flush=True)
     print(f"{caught} of {len(faults)} faults caught")
-    return int(caught < len(faults))
+    return int(caught < share * len(faults))

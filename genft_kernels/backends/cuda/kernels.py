@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...activations import ACTIVATIONS
+from .. import LaunchError
 from . import extension
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # codes of genft.h
@@ -23,7 +24,7 @@ def launch(kernel: str, *arguments) -> None:
     Tensors go as their addresses, None as 0, activations as their codes.
 
     Raises:
-        RuntimeError: the launch failed; the message has the kernel's name and CUDA's words.
+        LaunchError: the launch failed; the message has the kernel's name and CUDA's words.
         BuildError: the kernels cannot be compiled here.
     """
     module = extension.load()
@@ -35,9 +36,9 @@ def launch(kernel: str, *arguments) -> None:
 
 
 def raise_for(code: int, kernel: str, module) -> None:
-    """RuntimeError if a launcher returned an error."""
+    """LaunchError if a launcher returned an error."""
     if code:
-        raise RuntimeError(f"CUDA kernel {kernel!r} failed to launch: {module.error_string(code)} (error {code})")
+        raise LaunchError(f"CUDA kernel {kernel!r} failed to launch: {module.error_string(code)} (error {code})")
 
 
 def encoded(argument):

@@ -1,12 +1,30 @@
 """Small decisions that every Triton launch makes: blocks, depth, precision, seeds."""
 
 import functools
+from collections.abc import Callable
 
 import torch
 import triton
 from torch import Tensor
 
+from .. import LaunchError
 from .math import SLICE
+
+
+def named(launcher: Callable) -> Callable:
+    """A launcher whose failure tells the kernel: LaunchError. Memory that runs out is no fault of the kernel's."""
+
+    @functools.wraps(launcher)
+    def launch(*args) -> None:
+        try:
+            launcher(*args)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+            raise LaunchError(f"Triton kernel {launcher.__name__!r} failed to launch: {problem}") from error
+
+    return launch
 
 
 def edge(tensor: Tensor) -> int:

@@ -10,13 +10,18 @@ from types import SimpleNamespace
 from ..plan import KernelOperations, Kernels
 from .contract import SPLITS_TOKENS, contract, tile_of_contract
 from .fold import fold
+from .launch import named
 from .row import row_backward, row_forward
 from .thin import thin_product, thin_transposed
 
 _launchers = SimpleNamespace(
-    thin_product=thin_product, thin_transposed=thin_transposed, row_forward=row_forward, row_backward=row_backward,
-    fold=fold, contract=contract, tile_of_contract=tile_of_contract, SPLITS_TOKENS=SPLITS_TOKENS,
-)  # fmt: skip
+    **{
+        each.__name__: named(each)
+        for each in (thin_product, thin_transposed, row_forward, row_backward, fold, contract)
+    },
+    tile_of_contract=tile_of_contract,
+    SPLITS_TOKENS=SPLITS_TOKENS,
+)
 kernels = Kernels(_launchers)
 _operations = KernelOperations(kernels)
 column, column_backward = _operations.column, _operations.column_backward
