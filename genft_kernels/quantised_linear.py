@@ -1,0 +1,92 @@
+"""`QuantisedGenFTLinear`: a `GenFTLinear` over a layer whose weight another library has quantised (QLoRA's place)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checks import autocasts
+from .frozen_weight import FrozenWeight
+from .instance_forward import carry_instance_forward
+from .modules import GenFTLinear
+from .together import updated_linear
+
+WAY_OUT = "remove_genft(model, keep_update=True, dequantize=True) leaves dense layers with W + dW"
+
+
+class QuantisedGenFTLinear(GenFTLinear):
+    """A layer that keeps the quantised one whole, as `base_layer`: what is frozen is saved and moved as ever.
+
+    `GenFTLinear.from_linear` makes it. It computes as `GenFTLinear` over the dequantised W would, which is made for an
+    operation and dropped. `disabled` has the quantised layer answer itself.
+    """
+
+    base_layer: Any
+
+    def _hold(self, linear: nn.Module) -> None:
+        self.base_layer = linear
+        frozen = FrozenWeight.of(linear)
+        assert frozen is not None
+        self._dense_shape, self._dense_dtype = tuple(frozen.shape), frozen.dtype
+
+    def _freeze(self) -> None:
+        self.base_layer.requires_grad_(False)
+
+    @property
+    def frozen_weight(self) -> FrozenWeight:  # type: ignore[override]
+        """The handle of W [out, in]."""
+        return FrozenWeight(self.base_layer, self._dense_shape, self._dense_dtype)
+
+    @property
+    def stored_weight(self) -> Tensor:
+        return self.frozen_weight.codes
+
+    @property
+    def weight(self) -> Any:
+        """W as `base_layer` stores it."""
+        return getattr(self.base_layer, "weight", self.stored_weight)
+
+    @property
+    def bias(self) -> Any:
+        """The bias of `base_layer`."""
+        return self.base_layer.bias
+
+    def reset_parameters(self) -> None:
+        """Draw the layer's own units anew."""
+        for update in self.updates.values():
+            update.reset_specific_parameters()
+
+    def merge(self) -> None:
+        """RuntimeError: quantised again, W + dW would not be W + dW."""
+        raise RuntimeError(f"its weight is quantised ({self.frozen_weight.kind}) and takes in no update: {WAY_OUT}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self._enabled:
+            return self.base_layer.forward(x)
+        weight, dtype = self.frozen_weight, x.dtype
+        if not autocasts(x):
+            x = x.to(weight.compute_dtype or dtype)
+        if self.backend == "reference":
+            y = self._materialised(x, weight.to(x.dtype))
+        else:
+            y = updated_linear(x, weight, self.bias, list(self.updates.values()))
+        return y if autocasts(x) else y.to(dtype)
+
+    @torch.no_grad()
+    def made_dense(self, dtype: torch.dtype) -> nn.Linear:
+        """A plain layer with W + dW in `dtype`, rounded once."""
+        delta = self.delta_weight()
+        weight = (self.frozen_weight.to(delta.dtype) + delta).to(dtype)
+        plain = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        if self.bias is not None:
+            plain.bias = nn.Parameter(self.bias.detach().to(dtype, copy=True), requires_grad=False)
+        hooks = {name: value for name, value in vars(self).items() if "_hooks" in name}
+        plain.__dict__.update(hooks, _is_full_backward_hook=self._is_full_backward_hook)
+        carry_instance_forward(self, plain)
+        return plain.train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, weight={self.frozen_weight.kind}"
