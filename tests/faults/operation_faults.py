@@ -56,7 +56,7 @@ FAULTS = [
         BACKENDS + "triton/contract.py",
         "split * tokens_per_split + start",
         "start",
-        ["tests/backends/test_triton.py", *QUICK, "-k", "split"],
+        ["tests/backends/test_triton.py", *QUICK, "-k", "triton and split"],
     ),
     Fault(
         "factored: a bias of 16 bits before the big product",

@@ -31,7 +31,10 @@ def run(folder: pathlib.Path, tests: list[str]) -> subprocess.CompletedProcess:
     if "triton" in tests[-1]:
         environment["TRITON_INTERPRET"] = "1"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    if " passed" not in result.stdout:  # all skipped is no pass
+        result.returncode = result.returncode or 1
+    return result
 
 
 Run = Callable[[pathlib.Path, list[str]], subprocess.CompletedProcess]
