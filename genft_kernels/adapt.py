@@ -5,26 +5,33 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from . import backends
 from .arguments import about, check_flag, check_type, warn
 from .config import GenFTConfig, check_config
+from .experts.layer import GenFTExperts
+from .experts.targets import ExpertTarget, find_expert_targets, make_experts
+from .experts.update import ExpertUpdate
 from .first_forward import FirstForward
 from .generator import GenFTGenerator
 from .instance_forward import carry_instance_forward
 from .matching import FullMatch, full_matches
 from .modules import MORE_BLOCKS, GenFTLinear, MoreBlocks
 from .parameters import shared_shapes, specific_shapes
+from .quantised_linear import QuantisedGenFTLinear, frozen_dtype, mergeable_layers
 from .saved_modules import beside, check_can_return, keep_untied, let_tie, tied_again, trained_copies
 from .targets import Target, find_modules_to_save, find_targets, frozen_weight
 from .units import GenFTUpdate, adapter_dtype
 
 GENERATORS = "genft_generators"
 _STATE = "_genft_state"
+# Layers with a W of their own: a linear layer, or one stacked parameter of experts.
+Adapted = GenFTLinear | ExpertUpdate
 
 
 @dataclasses.dataclass
@@ -62,42 +69,48 @@ class Plan(NamedTuple):
     """What `apply_genft` will do to a model: the layers it adapts, and the paths of the modules it trains in full."""
 
     targets: list[Target]
+    experts: list[ExpertTarget]
     to_save: list[str]
 
     def tensor_shapes(self, config: GenFTConfig) -> dict[str, tuple[int, ...]]:
         """The shapes of all that will train in generators and layers, by its name in the model."""
-        shapes: dict[str, tuple[int, ...]] = {}
+        blocks: dict[str, tuple[int, int]] = {}  # the shape of what it adapts, by the path of a layer's own units
+        own: dict[str, Mapping[str, tuple[int, ...]]] = {}
         for target in self.targets:
             for index, block in enumerate(target.blocks_by_shape()):
                 owner = f"{target.name}.{MORE_BLOCKS}.{block[1]}" if index else target.name
-                of_generator = {f"{GENERATORS}.{_key(block)}": shared_shapes(config, *block)}
-                for name, own in (of_generator | {owner: specific_shapes(config, *block)}).items():
-                    shapes |= {f"{name}.{tensor}": shape for tensor, shape in own.items()}
-        return shapes
+                blocks[owner], own[owner] = block, specific_shapes(config, *block)
+        for stack in self.experts:
+            blocks[stack.name], own[stack.name] = stack.layout.block_shape, stack.own_shapes(config)
+        shared = {f"{GENERATORS}.{_key(block)}": shared_shapes(config, *block) for block in blocks.values()}
+        return {f"{owner}.{name}": shape for owner, shapes in (shared | own).items() for name, shape in shapes.items()}
 
 
 def plan(model: nn.Module, config: GenFTConfig, full_matches: FullMatch = full_matches) -> Plan:
     """Find what `config` names in `model`; arguments and errors of `apply_genft`, nothing is changed."""
     check_type("model", model, nn.Module)
     check_config(config)
-    if is_adapted(model) or any(isinstance(module, GenFTLinear) for module in model.modules()):
+    if is_adapted(model) or any(isinstance(module, (GenFTLinear, GenFTExperts)) for module in model.modules()):
         raise RuntimeError("the model has GenFT layers already: call remove_genft(model) first")
     if hasattr(model, GENERATORS):
         raise ValueError(f"the model has an attribute {GENERATORS!r} of its own")
-    targets = find_targets(model, config, full_matches)
-    return Plan(targets, find_modules_to_save(model, config, targets))
+    experts = find_expert_targets(model, config, full_matches)
+    names_modules = config.target_modules is not None or config.fused_blocks is not None
+    targets = find_targets(model, config, full_matches) if names_modules or not experts else []
+    return Plan(targets, experts, find_modules_to_save(model, config, [*targets, *experts]))
 
 
 def adapt_as_planned(model: nn.Module, config: GenFTConfig, plan: Plan, backend: str = "auto") -> None:
     """The second half of `apply_genft`."""
-    targets, to_save = plan
+    targets, stacks, to_save = plan
     required_grad = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     # What can fail is done before the model is touched, but that adapting freezes a weight.
-    generators = _make_generators(targets, config)
+    generators = _make_generators(targets, stacks, config)
     trained = trained_copies(model, to_save)
     saved = {name: model.get_submodule(name) for name in to_save}
     try:
         layers = [_make_layer(target, generators, backend) for target in targets]
+        experts, updates = make_experts(stacks, generators, backend)
     except BaseException:
         _restore_required_grad(model, required_grad)
         raise
@@ -106,37 +119,50 @@ def adapt_as_planned(model: nn.Module, config: GenFTConfig, plan: Plan, backend:
     for target, layer in zip(targets, layers, strict=True):
         for name in target.names:
             _set_submodule(model, name, layer)
-    for name, module in trained.items():
+    for name, module in (experts | trained).items():
         _set_submodule(model, name, module)
-    setattr(model, GENERATORS, _Generators(generators))
+    setattr(model, GENERATORS, _Generators({_key(shape): generator for shape, generator in generators.items()}))
     keep_untied(model, to_save)
-    by_name = {target.name: layer for target, layer in zip(targets, layers, strict=True)}
+    by_name = {target.name: layer for target, layer in zip(targets, layers, strict=True)} | updates
     watch = FirstForward(model, by_name, warn_if_tied_again)
     setattr(model, _STATE, AdapterState(config, required_grad, saved, tuple(by_name), watch))
 
 
-def remove_genft(model: nn.Module, *, keep_update: bool = False) -> nn.Module:
+def remove_genft(model: nn.Module, *, keep_update: bool = False, dequantize: bool = False) -> nn.Module:
     """Undo `apply_genft` exactly, merged or not, and return the model.
 
     Args:
         keep_update: leave the fine-tuned model instead: plain layers whose weight is W + dW, as `merge` makes it, and
             the trained `modules_to_save`. It needs this package no longer, and its state dict has the names it had.
+        dequantize: with `keep_update`, leave dense layers in the place of adapted ones whose weight is quantised, in
+            the dtype of the model's frozen parameters; layers that were not adapted stay as they are.
 
     Raises:
-        RuntimeError: the model is not adapted, or within `disabled`.
+        RuntimeError: the model is not adapted, or within `disabled`; or an adapted layer is quantised, and
+            `keep_update` is without `dequantize`.
+        ValueError: `dequantize` without `keep_update`.
     """
     check_flag("keep_update", keep_update)
+    check_flag("dequantize", dequantize)
+    if dequantize and not keep_update:
+        raise ValueError("dequantize=True needs keep_update=True: without it the quantised layers come back")
     state = adapter_state(model)
     check_enabled(model)
+    dtype = frozen_dtype(model) if dequantize else None
     if keep_update:
-        _merge_layers([layer for layer in adapted_layers(model).values() if not layer.merged])
+        mergeable = mergeable_layers(adapted_layers(model), leave_out=dequantize)
+        _merge_layers([layer for layer in mergeable if not layer.merged])
     else:
         check_can_return(state.saved_modules, model)
     state.first_forward.stop()
-    layers = adapted_layers(model, remove_duplicate=False)
     present = {id(module) for module in model.modules()}
-    plain = {layer: _plain(layer, keep_update, present) for layer in dict.fromkeys(layers.values())}
-    for name, layer in layers.items():
+    places = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, (GenFTLinear, GenFTExperts))
+    }
+    plain = {layer: _plain(layer, keep_update, present, dtype) for layer in dict.fromkeys(places.values())}
+    for name, layer in places.items():
         _set_submodule(model, name, plain[layer])
     saved = {} if keep_update else state.saved_modules
     for name, original in saved.items():
@@ -169,23 +195,23 @@ def check_enabled(model: nn.Module) -> None:
         raise RuntimeError("the adapter is disabled: leave the context of disabled(model) first")
 
 
-def adapted_layers(model: nn.Module, remove_duplicate: bool = True) -> dict[str, GenFTLinear]:
+def adapted_layers(model: nn.Module, remove_duplicate: bool = True) -> dict[str, Adapted]:
     """The adapted layers by path."""
     modules = model.named_modules(remove_duplicate=remove_duplicate)
-    return {name: module for name, module in modules if isinstance(module, GenFTLinear)}
+    return {name: module for name, module in modules if isinstance(module, Adapted)}
 
 
 def merge(model: nn.Module) -> nn.Module:
     """Merge the update into the weight of every adapted layer (`GenFTLinear.merge`), or of none on failure.
 
     Raises:
-        RuntimeError: the model has no adapter, or a layer is merged already; the message names it.
+        RuntimeError: the model has no adapter, or a layer is merged already or quantised; the message names it.
     """
     layers = layers_of_an_adapted_model(model)
     for name, layer in layers.items():
         if layer.merged:
             raise RuntimeError(f"{name!r} is merged already: call unmerge(model) first")
-    _merge_layers(layers.values())
+    _merge_layers(mergeable_layers(layers))
     return model
 
 
@@ -275,21 +301,27 @@ class _Generators(nn.ModuleDict):
         return x
 
 
-def _make_generators(targets: list[Target], config: GenFTConfig) -> dict[str, GenFTGenerator]:
+def _make_generators(
+    targets: list[Target], stacks: list[ExpertTarget], config: GenFTConfig
+) -> dict[tuple[int, int], GenFTGenerator]:
     """One generator for each shape, on the device and in the adapter dtype of its first layer."""
-    generators: dict[str, GenFTGenerator] = {}
+    generators: dict[tuple[int, int], GenFTGenerator] = {}
+
+    def make(subject: str, shape: tuple[int, int], weight: Tensor) -> None:
+        if shape not in generators:
+            with about(subject):
+                generators[shape] = GenFTGenerator(*shape, config, weight.device, adapter_dtype(weight.dtype))
+
     for target in targets:
-        weight = frozen_weight(target.module)
         for shape in target.blocks_by_shape():
-            if _key(shape) not in generators:
-                with about(f"target module {target.name!r}"):
-                    made = GenFTGenerator(*shape, config, weight.device, adapter_dtype(weight.dtype))
-                generators[_key(shape)] = made
+            make(f"target module {target.name!r}", shape, frozen_weight(target.module))
+    for stack in stacks:
+        make(f"target parameter {stack.name!r}", stack.layout.block_shape, stack.weight)
     return generators
 
 
-def _make_layer(target: Target, generators: dict[str, GenFTGenerator], backend: str) -> GenFTLinear:
-    (first, blocks), *others = [(generators[_key(shape)], b) for shape, b in target.blocks_by_shape().items()]
+def _make_layer(target: Target, generators: dict[tuple[int, int], GenFTGenerator], backend: str) -> GenFTLinear:
+    (first, blocks), *others = [(generators[shape], b) for shape, b in target.blocks_by_shape().items()]
     layer = GenFTLinear.from_linear(target.module, first, blocks=blocks, backend=backend, register_generator=False)
     for generator, more in others:
         layer.adapt_more(generator, more)
@@ -300,9 +332,9 @@ def _key(shape: tuple[int, int]) -> str:
     return "{}x{}".format(*shape)
 
 
-def _merge_layers(layers: Iterable[GenFTLinear]) -> None:
+def _merge_layers(layers: Iterable[Adapted]) -> None:
     """Merge all of them, or none on failure."""
-    done: list[GenFTLinear] = []
+    done: list[Adapted] = []
     try:
         for layer in layers:
             layer.merge()
@@ -313,7 +345,7 @@ def _merge_layers(layers: Iterable[GenFTLinear]) -> None:
         raise
 
 
-def layers_of_an_adapted_model(model: nn.Module) -> dict[str, GenFTLinear]:
+def layers_of_an_adapted_model(model: nn.Module) -> dict[str, Adapted]:
     state, layers = adapter_state(model), adapted_layers(model)
     lost = [name for name in state.layers if name not in layers or _has_grown(layers[name])]
     if lost:
@@ -324,7 +356,7 @@ def layers_of_an_adapted_model(model: nn.Module) -> dict[str, GenFTLinear]:
     return layers
 
 
-def _has_grown(layer: GenFTLinear) -> bool:
+def _has_grown(layer: Adapted) -> bool:
     shape, generator = layer.frozen_weight.shape, layer.generator
     if len(shape) != 2 or shape[1] != generator.in_features:  # its storage is away, with FSDP for example
         return False
@@ -338,10 +370,16 @@ def warn_if_tied_again(model: nn.Module) -> None:
         warn(f"modules_to_save: {name!r} is tied to {other!r} again, so what was trained is gone, and it is frozen")
 
 
-def _plain(layer: GenFTLinear, keep_update: bool, present: set[int]) -> nn.Module:
-    """The layer that `apply_genft` found, with W or with W + dW."""
+def _plain(
+    layer: GenFTLinear | GenFTExperts, keep_update: bool, present: set[int], dtype: torch.dtype | None
+) -> nn.Module:
+    """The module that `apply_genft` found, with W or with W + dW; a dense one in `dtype` if its W is quantised."""
     if layer.merged and not keep_update:
         layer.unmerge()
+    if isinstance(layer, GenFTExperts):
+        return layer.release()
+    if isinstance(layer, QuantisedGenFTLinear):
+        return layer.release() if dtype is None else layer.made_dense(dtype)
     original = layer.__dict__["_original"]
     carry_instance_forward(layer, original)
     if keep_update and id(original) in present:

@@ -18,6 +18,7 @@ TRANSFORMS = ("both", "column", "row")
 RATIO_SCOPES = ("weight", "all")
 DELTA_LAYOUTS = ("in_out", "out_in")
 SHARED_INITS = ("linear", "trunc_normal")
+EXPERT_SPECIFICS = ("expert", "layer")
 SPECIFIC_INITS = ("kaiming_uniform", "zeros", "xavier_uniform", "normal")
 # What `target_modules` says for every linear layer, as in PEFT.
 ALL_LINEAR = "all-linear"
@@ -54,6 +55,10 @@ class GenFTConfig:
             None for the query and value projections and whatever `fused_blocks` names.
         exclude_modules: the same, for modules to leave alone.
         modules_to_save: suffixes of modules that are trained in full and saved with the adapter.
+        target_parameters: suffixes of names of stacked experts' parameters, as "experts.gate_up_proj", or one regular
+            expression for whole names. With them, None in `target_modules` names no module.
+        expert_specific: "expert": every expert of a stack has `specific_dim` units of its own; "layer": a stack has them
+            once, for all of its experts.
         fused_blocks: name suffix -> (number of row blocks in the fused weight, or the rows of each; the blocks to
             adapt), for example `{"qkv": (3, (0, 2))}` or `{"qkv_proj": ((4096, 1024, 1024), (0, 2))}`. The blocks are
             consecutive; where heads alternate (GPT-NeoX, BLOOM) there are none.
@@ -81,6 +86,8 @@ class GenFTConfig:
     target_modules: str | tuple[str, ...] | None = None
     exclude_modules: str | tuple[str, ...] | None = None
     modules_to_save: tuple[str, ...] | None = None
+    target_parameters: str | tuple[str, ...] | None = None
+    expert_specific: str = "expert"
     fused_blocks: Mapping[str, tuple[int | Sequence[int], Sequence[int]]] | None = None
 
     def __post_init__(self) -> None:
@@ -98,6 +105,7 @@ class GenFTConfig:
         _check_choice("init_shared", self.init_shared, SHARED_INITS)
         _check_choice("init_specific_down", self.init_specific_down, SPECIFIC_INITS)
         _check_choice("init_specific_up", self.init_specific_up, SPECIFIC_INITS)
+        _check_choice("expert_specific", self.expert_specific, EXPERT_SPECIFICS)
         for name in ("bias", "tie_specific"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {shown(getattr(self, name))}")
@@ -129,7 +137,7 @@ class GenFTConfig:
         for name in ("dropout", "scaling", "weight_ratio"):
             if getattr(self, name) != "rms":
                 object.__setattr__(self, name, float(getattr(self, name)))
-        for name in ("target_modules", "exclude_modules"):
+        for name in ("target_modules", "exclude_modules", "target_parameters"):
             object.__setattr__(self, name, _names(name, getattr(self, name)))
             if isinstance(getattr(self, name), str):
                 _check_regular_expression(name, getattr(self, name))
@@ -162,7 +170,7 @@ class GenFTConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-compatible values; `from_dict` is the inverse."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
             if isinstance(values[name], tuple):
                 values[name] = list(values[name])
         if self.fused_blocks is not None:

@@ -61,13 +61,17 @@ class GenFTUpdate(nn.Module):
             raise ValueError(f"the generator is for in x out = {has[0]}x{has[1]}, the layer is {wanted[0]}x{wanted[1]}")
         self.backend = backend
         weight = self.stored_weight
-        shapes = specific_shapes(generator.config, *wanted)
+        shapes = {name: self._shape_of_units(s) for name, s in specific_shapes(generator.config, *wanted).items()}
         for name, matrix_shape in shapes.items():
             data = torch.empty(matrix_shape, device=weight.device, dtype=adapter_dtype(weight.dtype))
             self.register_parameter(name, nn.Parameter(data))
         self.__dict__["specific_names"] = tuple(shapes)
         self.reset_specific_parameters()
         self._join_group()
+
+    def _shape_of_units(self, shape: tuple[int, int]) -> tuple[int, ...]:
+        """That of a tensor of the layer's own: one matrix, or [n, ...] where n parts of the layer have one each."""
+        return shape
 
     def _join_group(self) -> None:
         self.generator.group.join(self)
@@ -89,12 +93,13 @@ class GenFTUpdate(nn.Module):
         for name in self.specific_names:
             parameter, end = getattr(self, name), name.rpartition("_")[2]
             shared = name.replace("_specific", "")  # tied units are "specific_up": the last stage's, and the first's
-            if shared in zeroed or (name == "specific_up" and config.zero_delta):
-                nn.init.zeros_(parameter)
-            elif config.zero_delta == "down":
-                draw_up(parameter)
-            else:
-                _initialise(parameter, config.init_specific_up if end == "up" else config.init_specific_down)
+            for matrix in parameter.detach() if parameter.dim() == 3 else (parameter,):
+                if shared in zeroed or (name == "specific_up" and config.zero_delta):
+                    nn.init.zeros_(matrix)
+                elif config.zero_delta == "down":
+                    draw_up(matrix)
+                else:
+                    _initialise(matrix, config.init_specific_up if end == "up" else config.init_specific_down)
 
     @property
     def config(self) -> GenFTConfig:
@@ -183,7 +188,7 @@ def adapter_dtype(weight_dtype: torch.dtype) -> torch.dtype:
 
 
 @torch.no_grad()
-def _initialise(parameter: nn.Parameter, init: str) -> None:
+def _initialise(parameter: Tensor, init: str) -> None:
     if init == "zeros":
         nn.init.zeros_(parameter)
     elif init == "kaiming_uniform":

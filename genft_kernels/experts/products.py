@@ -112,10 +112,7 @@ def _backward(grad, x, offsets, weight, h, b, xh, seed, scale, activation, dropo
     experts = offsets.shape[0] - 1
     dx = grad.new_empty((grad.shape[0], weight.shape[2])) if need_x else None
     dh = grad.new_zeros((experts, x.shape[1], b.shape[2])) if need_h else None
-    if need_b:
-        db = grad.new_zeros((experts, grad.shape[1], (h if xh is None else xh).shape[-1]))
-    else:
-        db = None
+    db = grad.new_zeros((experts, grad.shape[1], (h if xh is None else xh).shape[-1])) if need_b else None
     for expert, rows in _with_rows(offsets):
         dy = grad[rows]
         if h is None and b is None and xh is None:

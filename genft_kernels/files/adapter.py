@@ -107,6 +107,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, *, backend: str
     else:
         planned = plan(model, adapter.config, full_matches_in_time)
         weights = {target.name: frozen_weight(target.module) for target in planned.targets}
+        weights |= {stack.name: stack.weight for stack in planned.experts}
         wanted = _planned_kinds(model, planned, adapter.config)
     _check_base(weights, adapter.fingerprints)
     _check_tensors(wanted, adapter.tensors)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..ops import first_order
-from ..parameters import GeneratorParameters
+from ..parameters import GeneratorParameters, for_blocks
 from ..update import Factors, generate_factors, unit_multiple
 from .source import Source
 
@@ -84,13 +84,19 @@ class _Recipe:
         specific = {}
         with torch.autocast(device.type, enabled=False):  # it has no stack of float16 tensors on a CPU
             for index, name in enumerate(self.specific_names):
-                of_layers = own[index :: len(self.specific_names)]
-                of_blocks = [of_layers[owner] for owner in self.owners]
-                specific[name] = torch.stack(of_blocks) if len(of_blocks) > 1 else of_blocks[0][None]  # not even a copy
+                specific[name] = self._for_blocks(own[index :: len(self.specific_names)])
             multiple = unit_multiple(device, self.options["dtype"])
             stacked = GeneratorParameters.concatenated(shared, specific, device, len(self.weights), multiple)
             h, b, self.stream = generate_factors(self.weights, stacked, self.config, **self.options)
         return [h.squeeze(0), b.squeeze(0)] if len(self.weights) == 1 else [*h.unbind(0), *b.unbind(0)]
+
+    def _for_blocks(self, of_layers: Sequence[Tensor]) -> Tensor:
+        """One of the layers' own tensors for each of their blocks."""
+        if any(own.dim() == 3 for own in of_layers):
+            counts = (self.owners.count(layer) for layer in range(len(of_layers)))
+            return torch.cat([for_blocks(own, blocks) for own, blocks in zip(of_layers, counts, strict=True)])
+        of_blocks = [of_layers[owner] for owner in self.owners]
+        return torch.stack(of_blocks) if len(of_blocks) > 1 else of_blocks[0][None]  # not even a copy
 
     def graph(self, parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """(leaves that stand for the parameters, factors that hang on them)."""
