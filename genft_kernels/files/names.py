@@ -1,6 +1,6 @@
 """Names of an adapter's tensors: in the model, and in files, where they are those of PEFT, which opens them so.
 
-genft_generators.8x8.row_up             base_model.genft_shared.8x8_row_up
+genft_generators.8x8.row_up             base_model.model.genft_shared.8x8_row_up
 encoder.layer.0.query.specific_up       base_model.model.encoder.layer.0.query.genft_own.specific_up
 modules_to_save.classifier.weight       base_model.model.classifier.weight
 """
@@ -12,7 +12,7 @@ from typing import TypeVar
 
 MODULES_TO_SAVE = "modules_to_save."
 _GENERATORS = "genft_generators."
-_MODEL, _SHARED, _OWN = "base_model.model.", "base_model.genft_shared.", ".genft_own."
+_MODEL, _SHARED, _OWN = "base_model.model.", "base_model.model.genft_shared.", ".genft_own."
 T = TypeVar("T")
 
 

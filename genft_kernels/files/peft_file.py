@@ -21,7 +21,9 @@ from .untrusted import parse_tensors, read_file, read_json
 RENAMED = {"bias": "generator_bias"}
 # Those that choose modules, by rules of PEFT's own.
 CHOICES = ("target_modules", "exclude_modules", "modules_to_save")
-SETTINGS = tuple(field.name for field in dataclasses.fields(GenFTConfig) if field.name not in CHOICES)
+# Those of stacked experts, which the tuner does not adapt.
+OF_EXPERTS = ("target_parameters", "expert_specific")
+SETTINGS = tuple(field.name for field in dataclasses.fields(GenFTConfig) if field.name not in CHOICES + OF_EXPERTS)
 
 
 def is_of_peft(directory: Path) -> bool:

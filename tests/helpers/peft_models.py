@@ -83,7 +83,8 @@ def layers_of(model: nn.Module) -> list[GenFTLayer]:
 
 
 def group_of(model: PeftModel, shape=(8, 8), adapter: str = "default"):
-    return model.base_model._generators[adapter][shape].group
+    generators = [layer.genft_own[adapter].generator for layer in layers_of(model) if adapter in layer.genft_own]
+    return next(each.group for each in generators if (each.in_features, each.out_features) == shape)
 
 
 def with_second_adapter(model: PeftModel, **settings) -> PeftModel:

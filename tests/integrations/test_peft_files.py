@@ -267,7 +267,7 @@ def test_an_adapter_does_not_spoil_the_folder_of_a_model(tmp_path):
 @pytest.mark.parametrize(
     "own, in_file",
     [
-        ("genft_generators.8x8.row_up_bias", "base_model.genft_shared.8x8_row_up_bias"),
+        ("genft_generators.8x8.row_up_bias", "base_model.model.genft_shared.8x8_row_up_bias"),
         ("layers.0.query.row_specific_up", "base_model.model.layers.0.query.genft_own.row_specific_up"),
         ("modules_to_save.head.0.weight", "base_model.model.head.0.weight"),
     ],

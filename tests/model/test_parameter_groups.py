@@ -149,7 +149,7 @@ def test_peft_models():
     found = rates(model, parameter_groups(model, 1.0, head_lr=3.0))
     assert set(found.values()) == {1 / math.sqrt(2), 1.0, 3.0} and all("other" in name for name in found)
     with pytest.raises(ValueError, match="are not in the model: pass the whole of it"):
-        parameter_groups(model.base_model.model, 1.0)
+        parameter_groups(model.base_model.model.layers, 1.0)
 
 
 def test_the_trainer_takes_them(tmp_path):

@@ -97,7 +97,7 @@ class PeftGenFTConfig(PeftConfig):
             raise ValueError(
                 f"bias must be one of {', '.join(BIASES)}; got {self.bias!r} (generator_bias is GenFT's own)"
             )
-        if self.target_parameters:
+        if self.target_parameters or (config or {}).get("target_parameters"):
             raise ValueError("target_parameters is not supported: name modules in target_modules")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern has a meaning only with layers_to_transform")

@@ -19,6 +19,13 @@ from ...units import GenFTUpdate, adapter_dtype
 BASE = "__base__"  # PEFT's name for the model without an adapter
 
 
+class SharedTensors(nn.ModuleDict):
+    """All adapters' shared tensors: for each an `nn.ParameterDict`. They change nothing in an `nn.Sequential`."""
+
+    def forward(self, x: Any) -> Any:
+        return x
+
+
 class StoredGenerator(GenFTGenerator):
     """A generator whose tensors are in a container of PEFT's, `{in}x{out}_{name}` each.
 
@@ -29,19 +36,18 @@ class StoredGenerator(GenFTGenerator):
 
     def __init__(self, shape: tuple[int, int], config: Any, container: nn.ParameterDict) -> None:
         super().__init__(*shape, config)
-        for name in self.tensor_names:
-            container[self._key(name)] = self._parameters.pop(name)
-        self.__dict__["container"] = container  # not registered: the tuner has it
+        self._keys = {name: f"{self.in_features}x{self.out_features}_{name}" for name in self.tensor_names}
+        for name, key in self._keys.items():
+            container[key] = self._parameters.pop(name)
+        self.__dict__["container"] = container  # not registered: the model has it
 
     def forward(self) -> dict[str, Tensor]:
-        return {name: self.container[self._key(name)] for name in self.tensor_names}
+        container = self.container  # its attributes: items take a dictionary several times as long
+        return {name: getattr(container, key) for name, key in self._keys.items()}
 
     @property
     def sharded(self) -> bool:  # type: ignore[override]  # of what the container holds now
-        return any(is_tensor_subclass(tensor) for tensor in self().values())
-
-    def _key(self, name: str) -> str:
-        return f"{self.in_features}x{self.out_features}_{name}"
+        return any(is_tensor_subclass(tensor) for tensor in self.forward().values())
 
 
 class AdapterUpdate(GenFTUpdate):
@@ -71,19 +77,19 @@ class GenFTLayer(nn.Module, BaseTunerLayer):
         TypeError, ValueError: the layer cannot be adapted; the message says why.
     """
 
-    # The adapters' units here, and what the tuner holds for all layers: PEFT switches both on and off.
+    # The adapters' units here, and what the model holds for all layers: PEFT switches both on and off.
     adapter_layer_names = ("genft_own", "genft_shared")
     other_param_names = ()
 
     base_layer: Any  # an nn.Linear or a Conv1D
     genft_own: Any  # an nn.ModuleDict of AdapterUpdates
-    genft_shared: nn.ModuleDict
+    genft_shared: SharedTensors
     # PEFT's, which tells type checkers nothing.
     active_adapters: list[str]
     set_adapter: Callable[..., None]
     _cast_input_dtype: Callable[..., Tensor]
 
-    def __init__(self, base_layer: nn.Module, shared: nn.ModuleDict) -> None:
+    def __init__(self, base_layer: nn.Module, shared: SharedTensors) -> None:
         super().__init__()
         check_adaptable(base_layer)
         # The same dictionaries, so that hooks on the base layer go on working. Its forward is called, never itself.
@@ -94,7 +100,7 @@ class GenFTLayer(nn.Module, BaseTunerLayer):
         sizes: tuple[int, ...] = tuple(self.base_layer.weight.shape)
         self.out_features, self.in_features = reversed(sizes) if self.fan_in_fan_out else sizes
         self.genft_own = nn.ModuleDict()
-        self.__dict__["genft_shared"] = shared  # not registered: one key in a state dict, and it is the tuner's
+        self.__dict__["genft_shared"] = shared  # not registered: one key in a state dict, and it is the model's
         self._frozen: dict[str, nn.Parameter] = {}  # "weight" while it is merged; a dict, so that it is not registered
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -124,7 +130,7 @@ class GenFTLayer(nn.Module, BaseTunerLayer):
     @property
     def stored_weight(self) -> Tensor:
         """W as the base layer stores it, merged or not."""
-        return self._frozen.get("weight", self.base_layer.weight)
+        return self._frozen["weight"] if self._frozen else self.base_layer.weight
 
     @property
     def frozen_weight(self) -> Tensor:

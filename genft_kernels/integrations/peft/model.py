@@ -22,24 +22,26 @@ from ...row_blocks import RowBlocks
 from ...sharing.source import is_tensor_subclass
 from ...targets import check_called, frozen_weight
 from .config import PREFIX, PeftGenFTConfig
-from .layer import BASE, GenFTLayer, StoredGenerator
+from .layer import BASE, GenFTLayer, SharedTensors, StoredGenerator
+
+SHARED = "genft_shared"
 
 
 class PeftGenFTModel(BaseTuner):
     """GenFT for all targeted layers of a model; layers of one weight shape share a generator in each adapter.
 
-    `genft_shared` has each adapter's shared tensors, under one key each.
+    Shared tensors are registered on the model itself, as `genft_shared`, because transformers' `add_adapter` keeps the
+    model and no tuner.
     """
 
-    genft_shared: Any  # an nn.ModuleDict, for each adapter an nn.ParameterDict
+    genft_shared: SharedTensors  # the model's
 
-    uses_shared_state = True
     prefix = PREFIX
     tuner_layer_cls = GenFTLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As ever; and the adapter gets its place for shared tensors.
+        """As ever; and the adapter gets a place for its shared tensors.
 
         Raises:
             ValueError: the adapter comes from a file, and was trained on another base model; or an entry of
@@ -48,14 +50,11 @@ class PeftGenFTModel(BaseTuner):
         config = self.peft_config[adapter_name]
         _check_base(config, model)
         self._held_twice = _held_twice(model)
-        if "genft_shared" not in self._modules:
-            self.genft_shared = nn.ModuleDict()
-            self._generators: dict[str, dict[tuple[int, int], GenFTGenerator]] = {}
-        # PEFT looks after those within `model`; an adapter that is added must not make others train.
-        trains = [(parameter, parameter.requires_grad) for parameter in self.genft_shared.parameters()]
-        self.genft_shared[adapter_name] = nn.ParameterDict()
-        self._generators[adapter_name] = {}
+        self._generators: dict[tuple[int, int], GenFTGenerator] = {}  # the new adapter's
         adapted = _layers(model)
+        if SHARED not in model._modules:
+            model.add_module(SHARED, SharedTensors())
+        self.genft_shared[adapter_name] = nn.ParameterDict()
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             _check_blocks(config, model, adapter_name)
@@ -66,23 +65,50 @@ class PeftGenFTModel(BaseTuner):
                 if path not in adapted:
                     parent, _, name = path.rpartition(".")
                     setattr(model.get_submodule(parent), name, layer.base_layer)
-            self._forget(adapter_name)
+            del self.genft_shared[adapter_name]
+            if not adapted:
+                del model._modules[SHARED]
             raise
-        for parameter, train in trains:
-            parameter.requires_grad_(train)
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: nn.Module, config: PeftGenFTConfig, adapter_name: str, *args: Any, **kwargs: Any
+        cls,
+        model: nn.Module,
+        config: PeftGenFTConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        *args: Any,
+        **kwargs: Any,
     ) -> dict[str, Tensor]:
         """As ever; and the configuration, which is saved next, tells what the adapter was trained on."""
         config.fingerprints = _fingerprints(model, adapter_name)
-        return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        shared = {key: state_dict[key] for key in state_dict if f"{SHARED}.{adapter_name}." in key}
+        return shared | super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftGenFTConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """As ever; and shared tensors get the adapter's name."""
+        named = {key.replace(f"{SHARED}.", f"{SHARED}.{adapter_name}."): state_dict[key] for key in state_dict}
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, named)
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        shared = [(parameter, parameter.requires_grad) for parameter in self.genft_shared.parameters()]
+        super()._mark_only_adapters_as_trainable(model)  # freezes what is on no layer of the tuner's
+        for parameter, train in shared:
+            parameter.requires_grad_(train)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As ever, with the adapter's shared tensors."""
         super().delete_adapter(adapter_name)
-        self._forget(adapter_name)
+        if adapter_name in self.genft_shared:  # else its last layer has taken it away
+            del self.genft_shared[adapter_name]
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        del model._modules[SHARED]
+        return model
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """NotImplementedError: a sum of updates is no update that one generator makes."""
@@ -90,11 +116,6 @@ class PeftGenFTModel(BaseTuner):
             "no weighted sums of GenFT adapters: activate several, by model.base_model.set_adapter([...]), or merge "
             "them, by model.merge_adapter([...]); both add their updates"
         )
-
-    def _forget(self, adapter_name: str) -> None:
-        if adapter_name in self.genft_shared:  # else its last layer has taken it away
-            del self.genft_shared[adapter_name]
-        self._generators.pop(adapter_name, None)
 
     def _create_and_replace(
         self,
@@ -133,10 +154,9 @@ class PeftGenFTModel(BaseTuner):
     ) -> GenFTGenerator:
         """The adapter's generator for the layer's shape, made if this is the first such layer."""
         shape = layer.in_features, next(iter((blocks or RowBlocks()).by_rows(layer.out_features)))
-        generators = self._generators[adapter_name]
-        if shape not in generators:
-            generators[shape] = StoredGenerator(shape, native, self.genft_shared[adapter_name])
-        return generators[shape]
+        if shape not in self._generators:
+            self._generators[shape] = StoredGenerator(shape, native, self.genft_shared[adapter_name])
+        return self._generators[shape]
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         for layer in _layers(self.model).values():
