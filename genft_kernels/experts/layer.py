@@ -108,7 +108,7 @@ class GenFTExperts(MarksMerged, nn.Module):
             y = original.post_expert_norm(y)
         y = y * top_k_weights.reshape(-1)[order, None]
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        return y[back].view(tokens, choices, -1).sum(1).to(hidden_states.dtype)
+        return y[back].unflatten(0, (tokens, choices)).sum(1).to(hidden_states.dtype)
 
     def _projection(self, name: str, x: Tensor, offsets: Tensor) -> Tensor:
         bias = getattr(self, f"{name}_bias") if self.original.has_bias else None

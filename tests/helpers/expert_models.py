@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 
 import pytest
@@ -24,8 +25,8 @@ COMMON = dict(
 TARGETS = ("experts.gate_up_proj", "experts.down_proj")
 
 
-def mixtral() -> nn.Module:
-    return _made("Mixtral", intermediate_size=24, num_local_experts=EXPERTS)
+def mixtral(hidden: int = HIDDEN, inner: int = 24) -> nn.Module:
+    return _made("Mixtral", hidden_size=hidden, intermediate_size=inner, num_local_experts=EXPERTS)
 
 
 def qwen3_moe() -> nn.Module:
@@ -66,6 +67,7 @@ def _made(kind: str, without: tuple[str, ...] = (), **settings) -> nn.Module:
     config._attn_implementation = "eager"
     torch.manual_seed(0)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).double().eval()
+    model.set_experts_implementation("eager")  # grouped_mm, where it is the default, has no float64
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(std=0.3)
@@ -126,3 +128,55 @@ def answer(model: nn.Module, ids: Tensor, replaced: Mapping[str, Tensor] | None 
     if replaced is None:
         return model(**call).logits
     return torch.func.functional_call(model, dict(replaced), kwargs=call).logits
+
+
+def experts_of(model: nn.Module) -> nn.Module:
+    """The experts module of the last layer."""
+    return model.model.layers[-1].mlp.experts
+
+
+def routed(count: int = 11, seed: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states [T, d], experts and weights [T, 2] of each token; the last expert gets none."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, HIDDEN, generator=generator, dtype=torch.float64)
+    chosen = torch.stack([torch.randperm(EXPERTS - 1, generator=generator)[:2] for _ in range(count)])
+    weights = torch.rand(count, 2, generator=generator, dtype=torch.float64)
+    return x, chosen, weights
+
+
+def results(module: Callable[..., Tensor], inputs: tuple[Tensor, Tensor, Tensor], trained: dict[str, Tensor]) -> dict:
+    """y of an experts module, and the gradients of a loss in it: of x, of the routing weights, of what trains."""
+    x, chosen, weights = inputs
+    x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
+    y = module(x, chosen, weights)
+    slope = torch.randn(y.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(y.dtype)
+    wanted = {"x": x, "weights": weights, **trained}
+    grads = torch.autograd.grad((y * slope).sum(), list(wanted.values()), allow_unused=True)
+    return {"y": y.detach(), **{f"d {name}": g for name, g in zip(wanted, grads, strict=True) if g is not None}}
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """All that trains in a model, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def expected(model: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> dict:
+    """`results` of the last layer's experts with materialised updates, by the class's own loop."""
+    experts = experts_of(model)
+    original = experts.original
+    path = next(name for name, module in model.named_modules() if module is experts)
+
+    def computed(*arguments: Tensor) -> Tensor:
+        replaced = {n.removeprefix(f"{path}."): w for n, w in materialised(model).items() if n.startswith(f"{path}.")}
+        loop = type(original).forward.__wrapped__
+        clone = copy.copy(original)
+        clone.__dict__["_parameters"] = {**original._parameters, **replaced}
+        return loop(clone, *arguments)
+
+    return results(computed, inputs, trained(model))
+
+
+def largest_difference(found: dict, wanted: dict) -> float:
+    """The largest relative difference of any tensor; the two must have the same ones."""
+    assert found.keys() == wanted.keys(), found.keys() ^ wanted.keys()
+    return max(((found[name] - wanted[name]).norm() / wanted[name].norm()).item() for name in wanted)
