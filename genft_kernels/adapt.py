@@ -124,7 +124,8 @@ def adapt_as_planned(model: nn.Module, config: GenFTConfig, plan: Plan, backend:
     setattr(model, GENERATORS, _Generators({_key(shape): generator for shape, generator in generators.items()}))
     keep_untied(model, to_save)
     by_name = {target.name: layer for target, layer in zip(targets, layers, strict=True)} | updates
-    watch = FirstForward(model, by_name, warn_if_tied_again)
+    called = by_name | {name: update.experts for name, update in updates.items()}  # of experts disabled, these alone
+    watch = FirstForward(model, called, warn_if_tied_again)
     setattr(model, _STATE, AdapterState(config, required_grad, saved, tuple(by_name), watch))
 
 
