@@ -7,6 +7,7 @@ from .config import GenFTConfig
 from .fidelity import fidelity_report
 from .files.adapter import load_adapter, save_adapter
 from .files.lora import export_lora
+from .frozen_weight import register_frozen_weight
 from .modules import GenFTGenerator, GenFTLinear
 from .parameter_groups import parameter_groups
 from .parameters import GeneratorParameters
@@ -30,6 +31,7 @@ __all__ = [
     "parameter_groups",
     "reference",
     "refresh",
+    "register_frozen_weight",
     "remove_genft",
     "save_adapter",
     "set_backend",

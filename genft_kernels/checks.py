@@ -56,10 +56,14 @@ def check_frozen_weight(weight: torch.Tensor, name: str = "weight") -> None:
         raise ValueError(f"{name} requires grad, but GenFT keeps it frozen: call {name}.requires_grad_(False)")
 
 
-def check_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Raise unless `x [..., in]`, `weight [out, in]` and `bias [out]` make a linear layer with a frozen weight."""
+def check_linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> None:
+    """Raise unless `x [..., in]`, `weight [out, in]` and `bias [out]` make a linear layer with a frozen weight.
+
+    The handle of a quantised weight (genft_kernels/frozen_weight.py) was checked as it was made, and is of any dtype.
+    """
     check_type("x", x, torch.Tensor)
-    check_frozen_weight(weight)
+    if dense := isinstance(weight, torch.Tensor) or not hasattr(weight, "dense"):
+        check_frozen_weight(weight)
     out_features, in_features = weight.shape
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(f"x must be [..., in] with in = {in_features} as in weight, got shape {tuple(x.shape)}")
@@ -69,7 +73,7 @@ def check_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
             continue
         if tensor.device != x.device:
             raise ValueError(f"x is on {x.device} but {name} is on {tensor.device}")
-        if tensor.dtype != x.dtype and not autocasts(x):
+        if dense and tensor.dtype != x.dtype and not autocasts(x):
             raise TypeError(f"x has dtype {x.dtype} but {name} has {tensor.dtype}: cast one, or use torch.autocast")
     if x.layout != torch.strided:
         raise TypeError(f"x has layout {x.layout}; only dense (strided) tensors are supported")

@@ -19,9 +19,11 @@ from .checks import (
     check_sizes,
 )
 from .config import GenFTConfig
+from .frozen_weight import blocks_gradients, is_kind_of_layer, kind_name, kind_of, kind_of_classes, without_dense
 from .generator import GenFTGenerator
 from .instance_forward import carry_instance_forward, check_instance_forward
 from .merged_state import MarksMerged
+from .sharing.source import is_tensor_subclass
 from .together import updated_linear
 from .units import GenFTUpdate, adapter_dtype
 
@@ -86,27 +88,29 @@ class GenFTLinear(MarksMerged, GenFTUpdate, nn.Linear):
         """Adapt an existing `nn.Linear` or transformers `Conv1D`, sharing its parameters.
 
         Args:
-            linear: its `weight` and `bias` become the layer's, the same objects, and are frozen.
+            linear: its `weight` and `bias` become the layer's, the same objects, and are frozen. One whose weight is
+                quantised becomes the layer's `base_layer` (`register_frozen_weight`).
             generator: of the shape of the weight, or of one of its row blocks.
             blocks: (the number of equal row blocks in a fused weight, or the rows of each; the blocks to adapt); None
                 adapts all of it. Blocks of another size are adapted by `adapt_more`.
             register_generator: False where another module owns the shared generator.
 
         Raises:
-            TypeError: not a plain linear layer, or a weight that is quantised or computed.
+            TypeError: not a plain linear layer, a weight that is computed, or quantised and not to be made dense.
             ValueError: a meta weight, or a generator of another shape.
         """
         check_type("linear", linear, nn.Module)
         check_type("generator", generator, GenFTGenerator)
         check_flag("register_generator", register_generator)
         check_adaptable(linear)
+        if kind_of(linear) is not None:
+            from .quantised_linear import QuantisedGenFTLinear as cls  # noqa: N813  # which is one of these
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         # The same dictionaries, so that hooks on the original go on working, and their handles too.
         hooks = {name: value for name, value in vars(linear).items() if "_hooks" in name}
         layer.__dict__.update(hooks, _is_full_backward_hook=linear._is_full_backward_hook)
-        layer.weight, layer.bias = linear.weight, linear.bias
-        layer._fan_in_fan_out = is_conv1d(linear)
+        layer._hold(linear)
         out_features, in_features = layer.frozen_weight.shape
         layer.in_features, layer.out_features = in_features, out_features
         if register_generator:
@@ -144,9 +148,25 @@ class GenFTLinear(MarksMerged, GenFTUpdate, nn.Linear):
 
     def _adapt(self, generator: GenFTGenerator, backend: str, blocks: Any = None) -> None:
         self.join(generator, backend, (self.in_features, self.out_features), blocks)
+        self._freeze()
+
+    def _hold(self, linear: nn.Module) -> None:
+        """Take W and the bias over."""
+        self.weight, self.bias = linear.weight, linear.bias
+        self._fan_in_fan_out = is_conv1d(linear)
+
+    def _freeze(self) -> None:
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and is_tensor_subclass(value) and kind_of_classes(type(self), type(value)) is not None:
+            raise TypeError(
+                f"an adapted layer cannot be quantised (to {type(value).__name__}): quantise the model first, then "
+                "call apply_genft"
+            )
+        super().__setattr__(name, value)
 
     def reset_parameters(self) -> None:
         """Draw W, the bias and the layer's own units anew."""
@@ -216,15 +236,15 @@ class GenFTLinear(MarksMerged, GenFTUpdate, nn.Linear):
                 raise RuntimeError("a merged layer does not train: call unmerge() or eval() first")
             return F.linear(x, self.weight.t() if self._fan_in_fan_out else self.weight, self.bias)
         if self.backend == "reference":
-            return self._materialised(x)
+            return self._materialised(x, self.frozen_weight)
         return updated_linear(x, self.frozen_weight, self.bias, list(self.updates.values()))
 
-    def _materialised(self, x: Tensor) -> Tensor:
+    def _materialised(self, x: Tensor, frozen: Tensor) -> Tensor:
         """y by the specification."""
         blocks, owners = self.blocks, {i: each for each in self.updates.values() for i in each.blocks.adapted}
-        biases = (None,) * blocks.count if self.bias is None else blocks.split(self.bias)
+        biases = (None,) * blocks.count if self.bias is None else blocks.split(self.bias.to(x.dtype))
         outputs = []
-        for index, (weight, bias) in enumerate(zip(blocks.split(self.frozen_weight), biases, strict=True)):
+        for index, (weight, bias) in enumerate(zip(blocks.split(frozen), biases, strict=True)):
             if index in owners:
                 params = owners[index].parameters_of_generator()
                 output = reference.genft_linear(x, weight, bias, params, self.config, training=self.training)
@@ -278,16 +298,41 @@ class MoreBlocks(GenFTUpdate):
 
 
 def check_adaptable(linear: nn.Module) -> None:
-    """Raise unless `linear` is a plain `nn.Linear` or transformers `Conv1D` with a usable weight."""
+    """Raise unless `linear` is a plain `nn.Linear` or transformers `Conv1D` with a usable weight, or quantised.
+
+    Whether a quantised weight can be made dense is not tried yet.
+    """
+    if is_kind_of_layer(linear):
+        _check_quantised(linear)
+        return
+    if (method := without_dense(linear)) is not None:
+        raise TypeError(
+            f"{type(linear).__name__} cannot be adapted: {method} keeps W in a form of its kernels that is never made "
+            "dense (if you can, register_frozen_weight)"
+        )
     # A subclass with a forward of its own, or one whose owner reads the weight past forward, would bypass the update.
     plain = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
     if isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear) or not (plain or is_conv1d(linear)):
         raise TypeError(f"{type(linear).__name__} cannot be adapted: only nn.Linear and transformers' Conv1D can")
     if linear._parameters.get("weight") is None:
         raise TypeError("its weight is not a parameter but computed (by a parametrization, weight or spectral norm)")
+    if kind_of(linear) is not None:
+        _check_quantised(linear)
+        return
+    if is_tensor_subclass(linear.weight) and not type(linear.weight).__module__.startswith("torch."):
+        raise TypeError(
+            f"{kind_name(linear)} cannot be adapted: how its weight becomes a dense matrix is not known "
+            "(register_frozen_weight)"
+        )
     check_instance_forward(linear)
     check_frozen_weight(linear.weight.detach())
     check_bias(linear.bias, linear.weight.shape[0 if isinstance(linear, nn.Linear) else 1])
+
+
+def _check_quantised(linear: nn.Module) -> None:
+    if (reason := blocks_gradients(linear)) is not None:
+        raise TypeError(f"{kind_name(linear)} cannot be adapted: {reason}")
+    check_instance_forward(linear)
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -51,6 +51,8 @@ def _compute_by(backend: str, operation: str, *args) -> tuple[Tensor | None, ...
         # The dtypes are settled by now; autocast must not settle them anew inside a product.
         with torch.autocast(device.type, enabled=False):
             return _compute_by(backend, operation, *args)
+    # Plain PyTorch makes the W of a list dense itself, one after the other.
+    args = tuple(each if backend == "eager" and isinstance(each, list) else opened(each) for each in args)
     if device.type != "cuda":
         return function(*args)
     with torch.cuda.device(device):  # Triton launches on the current one, whatever its tensors are on
@@ -104,10 +106,10 @@ def differentiable(
     op.register_autograd(of_op, setup_context=setup)
 
     def run(*args):
-        return compute(args[-1], name, *_dense(args))
+        return compute(args[-1], name, *args[:-1])
 
     def run_backward(*args):
-        return compute(args[-1], f"{name}_backward", *_dense(args))
+        return compute(args[-1], f"{name}_backward", *args[:-1])
 
     class Node(torch.autograd.Function):
         @staticmethod
@@ -135,13 +137,6 @@ def differentiable(
 
 def _is_handle(value: object) -> bool:
     return isinstance(value[0] if isinstance(value, list) else value, FrozenWeight)
-
-
-def _dense(args) -> list:
-    """All but the backend, W made dense. Plain PyTorch does that itself to the W of a list, to one after the other."""
-    if args[-1] == "eager":
-        return [each if isinstance(each, list) else opened(each) for each in args[:-1]]
-    return [opened(each) for each in args[:-1]]
 
 
 def keep(ctx, *values: Tensor | FrozenWeight | None) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,10 @@ from .checks import autocasts
 from .frozen_weight import FrozenWeight
 from .instance_forward import carry_instance_forward
 from .modules import GenFTLinear
+from .sharing.source import is_tensor_subclass
 from .together import updated_linear
 
-WAY_OUT = "remove_genft(model, keep_update=True, dequantize=True) leaves dense layers with W + dW"
+Layer = TypeVar("Layer")
 
 
 class QuantisedGenFTLinear(GenFTLinear):
@@ -60,19 +62,31 @@ class QuantisedGenFTLinear(GenFTLinear):
 
     def merge(self) -> None:
         """RuntimeError: quantised again, W + dW would not be W + dW."""
-        raise RuntimeError(f"its weight is quantised ({self.frozen_weight.kind}) and takes in no update: {WAY_OUT}")
+        raise RuntimeError(f"its weight is {self._cannot_merge()}")
+
+    def _cannot_merge(self) -> str:
+        return (
+            f"quantised ({self.frozen_weight.kind}) and takes in no update: "
+            "remove_genft(model, keep_update=True, dequantize=True) leaves dense layers with W + dW"
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         if not self._enabled:
             return self.base_layer.forward(x)
-        weight, dtype = self.frozen_weight, x.dtype
+        weight, bias, dtype = self.frozen_weight, self.bias, x.dtype
         if not autocasts(x):
             x = x.to(weight.compute_dtype or dtype)
+            bias = None if bias is None else bias.to(x.dtype)
         if self.backend == "reference":
             y = self._materialised(x, weight.to(x.dtype))
         else:
-            y = updated_linear(x, weight, self.bias, list(self.updates.values()))
+            y = updated_linear(x, weight, bias, list(self.updates.values()))
         return y if autocasts(x) else y.to(dtype)
+
+    def release(self) -> nn.Module:
+        """The quantised layer."""
+        carry_instance_forward(self, self.base_layer)
+        return self.base_layer.train(self.training)
 
     @torch.no_grad()
     def made_dense(self, dtype: torch.dtype) -> nn.Linear:
@@ -90,3 +104,19 @@ class QuantisedGenFTLinear(GenFTLinear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weight={self.frozen_weight.kind}"
+
+
+def mergeable_layers(layers: Mapping[str, Layer], *, leave_out: bool = False) -> list[Layer]:
+    """The layers whose weight takes in an update; RuntimeError for others, unless they are to be left out."""
+    for name, layer in layers.items():
+        if isinstance(layer, QuantisedGenFTLinear) and not leave_out:
+            raise RuntimeError(f"{name!r} is {layer._cannot_merge()}")
+    return [layer for layer in layers.values() if not isinstance(layer, QuantisedGenFTLinear)]
+
+
+def frozen_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of the first frozen floating-point parameter that is not quantised: what the model computes in."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and not (parameter.requires_grad or is_tensor_subclass(parameter)):
+            return parameter.dtype
+    return torch.get_default_dtype()

@@ -11,6 +11,7 @@ from torch import nn
 
 from .arguments import about, warn
 from .config import ALL_LINEAR, QUERY_AND_VALUE_NAMES, GenFTConfig
+from .frozen_weight import FrozenWeight, blocks_gradients, is_kind_of_layer, kind_name, without_dense
 from .matching import FullMatch, Names, full_matches, upwards
 from .modules import GenFTLinear, check_adaptable, is_conv1d
 from .row_blocks import RowBlocks
@@ -85,6 +86,7 @@ def find_targets(model: nn.Module, config: GenFTConfig, full_matches: FullMatch 
     for module, held_at in paths.items():
         try:
             check_adaptable(module)
+            frozen_weight(module)  # a quantised one is made dense once, to try
             for name in held_at:
                 check_called(model, name)
         except (TypeError, ValueError) as error:
@@ -97,6 +99,7 @@ def find_targets(model: nn.Module, config: GenFTConfig, full_matches: FullMatch 
     if unused:
         listed = _listing(target.name for target in targets)
         raise ValueError(f"fused_blocks[{unused[0]!r}] names no target module; targets are {listed}")
+    _check_gradients_pass(model, targets)
     return targets
 
 
@@ -123,8 +126,10 @@ def find_modules_to_save(model: nn.Module, config: GenFTConfig, targets: Iterabl
     return list(found)
 
 
-def frozen_weight(module: nn.Module) -> torch.Tensor:
-    """W [out, in] of a target; a view where it is stored transposed."""
+def frozen_weight(module: nn.Module) -> torch.Tensor | FrozenWeight:
+    """W [out, in] of a target: a view where it is stored transposed, a handle where it is quantised."""
+    if (quantised := FrozenWeight.of(module)) is not None:
+        return quantised
     weight = module.get_parameter("weight")
     return weight if isinstance(module, nn.Linear) else weight.t()
 
@@ -149,9 +154,25 @@ def _all_linear(model: nn.Module, config: GenFTConfig, names: Names) -> set[str]
     return {
         name
         for name, module in model.named_modules(remove_duplicate=False)
-        if (isinstance(module, nn.Linear) or is_conv1d(module)) and module is not output_embedding
+        if _is_linear(module) and module is not output_embedding
         if name and saved.isdisjoint(upwards(name))
     }
+
+
+def _is_linear(module: nn.Module) -> bool:
+    if isinstance(module, nn.Linear) or is_conv1d(module) or is_kind_of_layer(module):
+        return True
+    return without_dense(module) is not None and not any(module.children())  # it is refused later, by name
+
+
+def _check_gradients_pass(model: nn.Module, targets: list[Target]) -> None:
+    """Raise TypeError if a layer after a target, in the model's order, is known to let no gradient through."""
+    adapted = {target.module: target.name for target in targets}
+    below = None
+    for name, module in model.named_modules():
+        below = below or adapted.get(module)
+        if below is not None and module not in adapted and (reason := blocks_gradients(module)) is not None:
+            raise TypeError(f"{name!r} ({kind_name(module)}) comes after the target {below!r}: {reason}")
 
 
 def _entries(wanted: str | Iterable[str] | None) -> Iterable[str]:

@@ -16,9 +16,10 @@ from torch import Tensor
 from . import _torch_private, backends, reference
 from .checks import check_linear, check_transforms
 from .config import GenFTConfig, is_factored
+from .frozen_weight import frozen_linear
 from .parameters import GeneratorParameters
 from .units import GenFTUpdate
-from .update import Factors, apply_factors, compute_dtype, forward_seed, generate_factors
+from .update import Factors, Frozen, apply_factors, compute_dtype, forward_seed, generate_factors
 
 
 class _Part(NamedTuple):
@@ -34,7 +35,7 @@ class _Part(NamedTuple):
         return is_factored(self.config.outer_activation, self.dropout)
 
 
-def updated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[GenFTUpdate]) -> Tensor:
+def updated_linear(x: Tensor, weight: Frozen, bias: Tensor | None, updates: Sequence[GenFTUpdate]) -> Tensor:
     """y [..., out] in x's dtype, or in autocast's, from the frozen W [out, in] and its updates, one at least.
 
     Raises:
@@ -61,7 +62,7 @@ def updated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequ
         return _applied(x, weight, bias, of_blocks[0], backend)
     biases: Sequence[Tensor | None] = (None,) * blocks.count if bias is None else blocks.split(bias)
     outputs = [
-        _applied(x, block, part_of_bias, parts, backend) if parts else F.linear(x, block, part_of_bias)
+        _applied(x, block, part_of_bias, parts, backend) if parts else frozen_linear(x, block, part_of_bias)
         for block, part_of_bias, parts in zip(blocks.split(weight), biases, of_blocks, strict=True)
     ]
     return torch.cat(outputs, -1)
@@ -89,7 +90,7 @@ def _generated(update: GenFTUpdate, x: Tensor, dtype: torch.dtype, backend: str)
     return [_Part(each, config, dropout, seed) for each, seed in zip(factors, seeds, strict=True)]
 
 
-def _applied(x: Tensor, weight: Tensor, bias: Tensor | None, parts: list[_Part], backend: str) -> Tensor:
+def _applied(x: Tensor, weight: Frozen, bias: Tensor | None, parts: list[_Part], backend: str) -> Tensor:
     if len(parts) == 1:
         factors, config, dropout, seed = parts[0]
         return apply_factors(x, weight, bias, factors, config.scaling, config.outer_activation, dropout, seed, backend)

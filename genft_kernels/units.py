@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import backends, reference
 from .arguments import check_type
 from .config import GenFTConfig
+from .frozen_weight import FrozenWeight
 from .generator import GenFTGenerator, draw_up, zeroed_names
 from .left_out import watch_optimizers
 from .parameters import GeneratorParameters, specific_shapes
@@ -111,14 +112,14 @@ class GenFTUpdate(nn.Module):
         return self._blocks
 
     @property
-    def frozen_weight(self) -> Tensor:
-        """W [out, in], merged or not; a view where it is stored transposed."""
+    def frozen_weight(self) -> Tensor | FrozenWeight:
+        """W [out, in], merged or not: a view where it is stored transposed, a handle where it is quantised."""
         return self.stored_weight.t() if self._fan_in_fan_out else self.stored_weight
 
     @property
     def sharded(self) -> bool:
         """Whether parameters are, or have been, of a tensor class of their own, as FSDP's outside of a forward."""
-        return self._sharded or self.generator.sharded or is_tensor_subclass(self.stored_weight)
+        return self._sharded or self.generator.sharded or is_tensor_subclass(self.frozen_weight)
 
     def specific_parameters(self) -> dict[str, Tensor]:
         """The layer's own trained tensors by name."""
@@ -127,7 +128,7 @@ class GenFTUpdate(nn.Module):
     def source(self) -> Source:
         """All that the layer's factors are generated from, as it is now."""
         config, weight = self.config, self.stored_weight
-        cut = self._blocks.split(weight.t() if self._fan_in_fan_out else weight)
+        cut = self._blocks.split(self.frozen_weight)
         blocks = [cut[index] for index in self._blocks.adapted]
         return Source(
             config,
@@ -141,7 +142,7 @@ class GenFTUpdate(nn.Module):
             self._obstacle(blocks[0]),
         )
 
-    def _obstacle(self, block: Tensor) -> str | None:
+    def _obstacle(self, block: Tensor | FrozenWeight) -> str | None:
         """What `Source.obstacle` says."""
         if self.merged:
             return "it is merged"

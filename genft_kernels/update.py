@@ -12,10 +12,14 @@ import torch
 import torch.nn.functional as F
 
 from . import ops
+from .backends import KERNEL_BACKENDS
 from .checks import autocasts, draw_seed, seed_tensor
 from .config import GenFTConfig, is_factored
+from .frozen_weight import FrozenWeight
 from .parameters import GeneratorParameters
 from .philox import COLUMN_STREAM, ROW_STREAM
+
+Frozen = torch.Tensor | FrozenWeight  # W, or the handle of one that is stored quantised
 
 
 class Factors(NamedTuple):
@@ -31,7 +35,7 @@ class Factors(NamedTuple):
 
 
 def generate_factors(
-    weights: Sequence[torch.Tensor],
+    weights: Sequence[Frozen],
     params: GeneratorParameters,
     config: GenFTConfig,
     *,
@@ -70,10 +74,10 @@ def generate_factors(
     row_down_bias = down_bias(params.row_down_bias)
     if config.transform == "row":
         transposed = [weight.t() for weight in weights]
-        h = ops.column_node(transposed, down(params.row_down, rho), row_down_bias, phi, backend)  # [L, in, k]
+        h = _column(transposed, down(params.row_down, rho), row_down_bias, phi, backend)  # [L, in, k]
         return Factors(*with_bias_unit(h, params.row_up, params.row_up_bias), ROW_STREAM)
     column_down, column_down_bias = down(params.column_down, rho), down_bias(params.column_down_bias)
-    h1 = ops.column_node(list(weights), column_down, column_down_bias, phi, backend)  # [L, out, k]
+    h1 = _column(list(weights), column_down, column_down_bias, phi, backend)  # [L, out, k]
     left, right = with_bias_unit(h1, params.column_up, params.column_up_bias)
     if config.transform == "column":
         return Factors(right, left, COLUMN_STREAM)
@@ -86,12 +90,28 @@ def generate_factors(
     return Factors(b, h, ROW_STREAM) if config.delta_layout == "out_in" else Factors(h, b, ROW_STREAM)
 
 
-def _weight_ratio(weights: Sequence[torch.Tensor], config: GenFTConfig) -> float | torch.Tensor:
+def _column(
+    weights: Sequence[Frozen], down: torch.Tensor, bias: torch.Tensor | None, phi: str, backend: str
+) -> torch.Tensor:
+    """The column op for all layers at once; for kernels one by one where W is quantised, so that one is dense."""
+    at_once = backend not in KERNEL_BACKENDS and down.device.type == "cpu"
+    if at_once or not isinstance(weights[0], FrozenWeight):
+        return ops.column_node(list(weights), down, bias, phi, backend)
+    each = zip(weights, down.split(1), strict=True)
+    return torch.cat([ops.column_node([weight], one, bias, phi, backend) for weight, one in each])
+
+
+def _weight_ratio(weights: Sequence[Frozen], config: GenFTConfig) -> float | torch.Tensor:
     """rho: the configured number, or 1 / root mean square of each W as a tensor [L, 1, 1] (no host sync)."""
     if config.weight_ratio != "rms":
         return config.weight_ratio
     wide = torch.promote_types(weights[0].dtype, torch.float32)
-    norms = torch.stack([torch.linalg.vector_norm(weight, dtype=wide) for weight in weights])
+    norms = torch.stack(
+        [
+            weight.norm() if isinstance(weight, FrozenWeight) else torch.linalg.vector_norm(weight, dtype=wide)
+            for weight in weights
+        ]
+    )
     # From a W of zeros everything in proportion to it is zero, whatever rho is.
     return (weights[0].numel() ** 0.5 / torch.where(norms > 0, norms, 1))[:, None, None]
 
@@ -127,7 +147,7 @@ def unit_multiple(device: torch.device, dtype: torch.dtype) -> int:
 
 def apply_factors(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Frozen,
     bias: torch.Tensor | None,
     factors: Factors,
     scale: float,

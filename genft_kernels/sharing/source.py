@@ -7,14 +7,15 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ..config import GenFTConfig
+from ..frozen_weight import FrozenWeight
 
 
 class Source(NamedTuple):
     """What the factors of one layer are generated from, as it is now; and what decides for how long they hold."""
 
     config: GenFTConfig
-    weight: Tensor  # W, as it is stored
-    blocks: list[Tensor]  # its adapted blocks, each [out, in] of the generator; views
+    weight: Tensor  # W, as it is stored; of one that is quantised, the codes
+    blocks: list[Tensor] | list[FrozenWeight]  # its adapted blocks, each [out, in] of the generator; views
     shared: dict[str, Tensor]  # the generator's tensors
     own: dict[str, Tensor]  # the layer's
     backend: str  # as the layer was told, "auto" included
@@ -30,7 +31,8 @@ class Source(NamedTuple):
         repetition of a checkpointed region may make.
         """
         trained = tuple(tensor.requires_grad for tensor in self.own.values())
-        return self.weight.device, self.weight.dtype, self.backend, self.dropout, trained
+        quantised = isinstance(self.blocks[0], FrozenWeight)
+        return self.weight.device, self.weight.dtype, quantised, self.backend, self.dropout, trained
 
     @property
     def thin(self) -> list[Tensor]:
@@ -41,16 +43,17 @@ class Source(NamedTuple):
         """Why the layer is neither generated together with others nor its factors kept; None if it can be."""
         if self.obstacle is not None:
             return self.obstacle
+        quantised = isinstance(self.blocks[0], FrozenWeight)
         for tensor in (self.weight, *self.thin):
             if tensor.device.type == "meta":
                 return "its parameters are on the meta device (offloaded)"
             if tensor.is_inference():
                 return "its parameters were made in inference mode, where changes cannot be seen"
-            if not isinstance(tensor, nn.Parameter):
+            if not isinstance(tensor, nn.Parameter) and not (tensor is self.weight and quantised):
                 return "its parameters are computed (pruned, parametrized, a replica)"
         return None
 
 
-def is_tensor_subclass(tensor: Tensor) -> bool:
+def is_tensor_subclass(tensor: Tensor | FrozenWeight) -> bool:
     """Whether a parameter is more than a plain tensor in memory: sharded, quantised, fake."""
-    return type(tensor) not in (Tensor, nn.Parameter)
+    return isinstance(tensor, Tensor) and type(tensor) not in (Tensor, nn.Parameter)
