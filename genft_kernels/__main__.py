@@ -12,7 +12,7 @@ import torch
 
 from . import __version__, backends, export_lora, load_adapter
 from .backends.cuda import extension
-from .backends.eager import dropout as cpu_dropout
+from .backends.eager import cpu_pass
 
 OPTIONAL_PACKAGES = ("safetensors", "triton", "transformers", "peft", "numpy")
 
@@ -74,7 +74,7 @@ def info(arguments: argparse.Namespace) -> None:
     if not torch.cuda.is_available():
         print("GPU: none that this torch can use")
     print(backends.explain())
-    print(cpu_dropout.state())
+    print(cpu_pass.state())
     print(extension.state())
 
 

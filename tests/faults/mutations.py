@@ -6,12 +6,20 @@ words of the faults wanted.
 
 import sys
 
-from tests.faults import compile_faults, file_faults, model_faults, operation_faults, peft_faults, settings_faults
+from tests.faults import (
+    compile_faults,
+    cpu_faults,
+    file_faults,
+    model_faults,
+    operation_faults,
+    peft_faults,
+    settings_faults,
+)
 from tests.faults.planting import plant
 
 FAULTS = [
     fault
-    for each in (operation_faults, model_faults, settings_faults, file_faults, compile_faults, peft_faults)
+    for each in (operation_faults, cpu_faults, model_faults, settings_faults, file_faults, compile_faults, peft_faults)
     for fault in each.FAULTS
 ]
 

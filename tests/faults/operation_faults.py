@@ -1,4 +1,4 @@
-"""Faults in the operations: Triton's kernels, the eager backend and the CPU's dropout."""
+"""Faults in the operations: Triton's kernels and the eager backend; its compiled pass is in cpu_faults.py."""
 
 from tests.faults.planting import Fault
 
@@ -12,7 +12,7 @@ INTERPRETED = [
     "triton and (square or tall or wide or many) or beyond",
 ]
 GROUPED = ["tests/backends/test_backends.py", *QUICK, "-k", "triton and one_call"]
-CPU_DROPOUT = ["tests/backends/test_cpu_dropout.py"]
+CPU_PASS = ["tests/backends/test_cpu_pass.py", *QUICK, "-k", "plain or bits"]
 EAGER = ["tests/backends/test_backends.py", "tests/ops/test_precision.py", *QUICK, "-k", "eager"]
 
 FAULTS = [
@@ -141,41 +141,34 @@ FAULTS = [
         BACKENDS + "eager/fold.py",
         "    if is_16_bit(weight):\n        exact",
         "    if False:\n        exact",
-        EAGER,
+        CPU_PASS,
     ),
     Fault(
         "eager: tile computed after it was overwritten",
-        BACKENDS + "eager/contract.py",
-        "p = tile.backward_(",
-        "tile.value_(); p = tile.backward_(",
-        EAGER,
+        BACKENDS + "eager/update_tile.py",
+        "        if grad is not None:\n            activation",
+        "        if grad is not None:\n            activate_(self.update.activation, self.pre)\n            activation",
+        CPU_PASS,
     ),
     Fault(
         "eager: mask of the other stage",
         BACKENDS + "eager/update_tile.py",
-        "dropout_factors(seed, stream, right",
-        "dropout_factors(seed, 0, right",
+        "keep_mask(update.seed, update.stream,",
+        "keep_mask(update.seed, 0,",
+        CPU_PASS,
+    ),
+    Fault(
+        "eager: gradient contracted before it passed the activation",
+        BACKENDS + "eager/contract.py",
+        "tile.evaluate_(grad, folding=folding)",
+        "tile.evaluate_(None, folding=folding)",
         EAGER,
     ),
     Fault(
-        "compiled dropout: words of a block in another order",
-        "csrc/dropout.cpp",
-        "keep[j][lane] = words.word[j]",
-        "keep[j][lane] = words.word[3 - j]",
-        CPU_DROPOUT,
-    ),
-    Fault(
-        "compiled dropout: a later thread's rows one block too early",
-        "csrc/dropout.cpp",
-        "factors + 4 * (begin - first) *",
-        "factors + 4 * (begin - first - 1) *",
-        CPU_DROPOUT,
-    ),
-    Fault(
-        "compiled dropout: the rest of a row left out",
-        "csrc/dropout.cpp",
-        "start < dropout.in_features; start += kLanes",
-        "start + kLanes <= dropout.in_features; start += kLanes",
-        CPU_DROPOUT,
+        "eager: rounding that starts anew in every tile",
+        BACKENDS + "eager/fold.py",
+        "rows.start * weight.shape[1]",
+        "0",
+        CPU_PASS,
     ),
 ]

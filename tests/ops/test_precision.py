@@ -116,7 +116,7 @@ def test_dither_gathered_on_a_device_is_what_a_cpu_reads(seed, monkeypatch):
     for piece, dither in stochastic_rounding._against_table(integers, table, (seed or 0) % 8):
         piece += dither
     seed = None if seed is None else torch.tensor([seed])
-    assert torch.equal(stochastic_rounding._gathered(table, seed, 30).view(5, 6), integers)
+    assert torch.equal(stochastic_rounding._gathered(table, seed, 30, 0).view(5, 6), integers)
 
 
 def _neighbours(exact, dtype):

@@ -1,4 +1,4 @@
-"""Libraries compiled on first use and kept on disk: one folder for the CUDA kernels and for dropout on a CPU.
+"""Libraries compiled on first use and kept on disk: one folder for the CUDA kernels and for a CPU's tiles.
 
 An entry is a library and a manifest with its digest, named by a key of all that the library follows from. A process
 compiles in a folder of its own, under a lock, and renames the results into place, so nobody sees half of one. Code is

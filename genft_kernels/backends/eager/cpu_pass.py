@@ -1,7 +1,8 @@
-"""What dropout multiplies an update with; on a CPU by compiled code, in an eighth of the time that plain PyTorch takes.
+"""The elementwise steps over a tile on a CPU in one pass of compiled code, where PyTorch takes one for each.
 
-The machine's C++ compiler makes a library of `csrc/dropout.cpp` at the first use, in less than a second, and it is kept
-in the folder of compiled kernels. Where that is not possible, plain PyTorch draws the same numbers.
+The machine's C++ compiler makes a library of `csrc/cpu_update.cpp` at the first use, in a few seconds, and it is kept
+in the folder of compiled kernels. Where that is not possible, plain PyTorch computes the same: masks are equal bit for
+bit, numbers but for rounding.
 """
 
 from __future__ import annotations
@@ -14,70 +15,101 @@ import shlex
 import shutil
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from ... import philox
+from ...activations import ACTIVATIONS
 from ..compiled import cache
 from ..compiled.build import package_sources
-from ..compiled.run import BuildError, run
+from ..compiled.run import BuildError
+from ..compiled.run import run as run_compiler
+from .rounding import dither_of
 from .scratch import scratch
 
-_SOURCES = ("dropout.cpp", "philox.h")
-_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread")
+if TYPE_CHECKING:
+    from .fold import Folding
+    from .update_tile import UpdateTile
+
+_SOURCES = ("cpu_update.cpp", "cpu_math.h", "genft.h", "philox.h")
+# Without traps and errno, which nobody here looks at, compilers make vectors of more loops; no result changes.
+_FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
 _LIMIT = 60  # seconds for the compiler
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-# Blocks of four elements below which a second thread costs more than it saves.
-_BLOCKS_OF_A_THREAD = 1 << 14
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+# Elements below which a second thread costs more than it saves.
+_ELEMENTS_OF_A_THREAD = 1 << 16
 
 
-def dropout_factors(
-    seed: torch.Tensor,
-    stream: int,
-    in_features: int,
-    out_features: int,
-    dropout: float,
-    rows: slice,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """1 / (1 - dropout) where `philox.keep_mask` of the same arguments keeps, else 0.
+class _Tile(ctypes.Structure):
+    """`Tile` of csrc/cpu_update.cpp."""
 
-    Returns:
-        [rows, in] in `dtype`, in scratch memory.
-    """
-    kept = torch.tensor(1 / (1 - dropout), dtype=dtype)
-    compiled = _compiled() if seed.device.type == "cpu" else None
-    if isinstance(compiled, str | None):
-        return philox.keep_mask(seed, stream, in_features, out_features, dropout, rows).to(dtype).mul_(kept)
-    first, last, count = philox.blocks_of(rows, out_features)
-    factors = scratch("dropout factors", (4 * (last - first), in_features), dtype, seed.device)
-    threads = min(torch.get_num_threads(), 1 + (last - first) * in_features // _BLOCKS_OF_A_THREAD)
-    compiled.genft_dropout_factors(
-        ctypes.c_uint64(int(seed)),
-        ctypes.c_uint32(stream),
-        ctypes.c_uint32(philox.threshold(dropout)),
-        *map(ctypes.c_int64, (in_features, out_features, first, last)),
-        ctypes.c_uint64(kept.view(_BITS[dtype.itemsize]).item()),
-        ctypes.c_int(dtype.itemsize),
-        ctypes.c_void_p(factors.data_ptr()),
-        ctypes.c_int(threads),
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("pre", "grad", "weight", "folded", "dither")),
+        *((name, ctypes.c_int64) for name in ("weight_stride", "dither_size", "dither_start")),
+        *((name, ctypes.c_int64) for name in ("first_row", "tile_rows", "rows", "columns")),
+        ("seed", ctypes.c_uint64),
+        *((name, ctypes.c_double) for name in ("scale", "keep_scale")),
+        *((name, ctypes.c_uint32) for name in ("stream", "threshold")),
+        *((name, ctypes.c_int32) for name in ("dtype", "activation", "drops", "value")),
+    ]
+
+
+def run(tile: UpdateTile, grad: Tensor | None, value: bool, folding: Folding | None) -> bool:
+    """`UpdateTile.evaluate_`, where there is compiled code for it; whether that is so."""
+    update, rows, pre = tile
+    if pre.device.type != "cpu" or pre.dtype not in _DTYPES or isinstance(compiled := _compiled(), str):
+        return False
+    first, last, count = philox.blocks_of(rows, update.left.shape[0])
+    call = _Tile(
+        pre=pre.data_ptr(),
+        value=value,
+        first_row=4 * first,
+        tile_rows=count,
+        rows=update.left.shape[0],
+        columns=update.right.shape[0],
+        dtype=_DTYPES[pre.dtype],
+        activation=ACTIVATIONS.index(update.activation),
     )
-    return factors[:count]
+    if grad is not None:
+        call.grad = grad.data_ptr()
+    if update.dropout > 0:
+        assert update.seed is not None
+        call.drops, call.seed, call.stream = True, int(update.seed), update.stream
+        call.threshold, call.keep_scale = philox.threshold(update.dropout), 1 / (1 - update.dropout)
+    if folding is not None:
+        weight = _with_contiguous_rows(folding.weight[rows])
+        call.weight, call.weight_stride, call.scale = weight.data_ptr(), weight.stride(0), folding.scale
+        call.folded = folding.out[rows].data_ptr()
+        if pre.dtype.itemsize == 2:
+            table, call.dither_start = dither_of(pre.dtype, update.seed, rows.start * weight.shape[1])
+            call.dither, call.dither_size = table.data_ptr(), table.numel()
+    threads = min(torch.get_num_threads(), 1 + pre.numel() // _ELEMENTS_OF_A_THREAD)
+    compiled.genft_update_tile(ctypes.byref(call), ctypes.c_int(threads))
+    return True
 
 
 def state() -> str:
-    """In words: whether the numbers are drawn by compiled code, and why not."""
+    """In words: whether a CPU's tiled form is computed by compiled code, and why not."""
     compiled = _compiled()
-    return f"dropout on a CPU: {f'plain PyTorch: {compiled}' if isinstance(compiled, str) else 'compiled'}"
+    return f"the tiled form on a CPU: {f'plain PyTorch: {compiled}' if isinstance(compiled, str) else 'compiled'}"
+
+
+def _with_contiguous_rows(weight: Tensor) -> Tensor:
+    if weight.stride(1) == 1 or weight.shape[1] == 1:
+        return weight
+    return scratch("weight", tuple(weight.shape), weight.dtype, weight.device).copy_(weight)
 
 
 @functools.cache
 def _compiled() -> ctypes.CDLL | str:
     """The compiled functions, or, with a warning, why there are none."""
     try:
-        return cache.obtain(_library())
+        library: ctypes.CDLL = cache.obtain(_library())
+        return library
     except (BuildError, OSError) as error:
-        warnings.warn(f"dropout takes eight times as long, drawn by plain PyTorch: {error}", stacklevel=3)
+        warnings.warn(f"the tiled form takes longer, computed by plain PyTorch: {error}", stacklevel=3)
         return str(error)
 
 
@@ -95,14 +127,14 @@ def _library() -> cache.Library:
     def compile(folder: Path) -> Path:
         for name, content in sources.items():
             (folder / name).write_bytes(content)
-        run(program, [*command, _SOURCES[0], "-o", "dropout.so"], _LIMIT, folder)
-        return folder / "dropout.so"
+        run_compiler(program, [*command, _SOURCES[0], "-o", "cpu_update.so"], _LIMIT, folder)
+        return folder / "cpu_update.so"
 
     follows_from = (command, platform.machine(), sources)
-    return cache.Library("dropout", "the code for dropout on a CPU", follows_from, compile, _load, _LIMIT)
+    return cache.Library("cpu_update", "the code for the tiled form on a CPU", follows_from, compile, _load, _LIMIT)
 
 
 def _load(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
-    library.genft_dropout_factors  # AttributeError if it is another  # noqa: B018
+    library.genft_update_tile  # AttributeError if it is another  # noqa: B018
     return library

@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, NamedTuple
+
 import torch
 from torch import Tensor
 
 from .products import is_16_bit
 from .rounding import round_stochastically
 from .scratch import scratch
-from .update_tile import Update
+
+if TYPE_CHECKING:
+    from .update_tile import Update
+
+
+class Folding(NamedTuple):
+    """Where rows of an update U go: out = weight + scale * U, in 16 bits rounded so that no small U is swallowed."""
+
+    weight: Tensor  # [out, in]
+    scale: float
+    out: Tensor  # contiguous
+
+    @classmethod
+    def of(cls, weight: Tensor, scale: float) -> Folding:
+        """Into scratch memory."""
+        return cls(weight, scale, scratch("folded", tuple(weight.shape), weight.dtype, weight.device))
 
 
 def fold(weight: Tensor, update: Update, scale: float) -> Tensor:
     """W + scale * U  [out, in] in scratch memory."""
-    folded = scratch("folded", weight.shape, weight.dtype, weight.device)
-    for rows, tile in update.tiles():
-        fold_tile(weight[rows], tile.value_(), scale, update.seed, out=folded[rows])
-    return folded
+    folding = Folding.of(weight, scale)
+    for tile in update.tiles():
+        tile.evaluate_(folding=folding)
+    return folding.out
 
 
-def fold_tile(weight: Tensor, update: Tensor, scale: float, seed: Tensor | None, out: Tensor) -> None:
-    """out = weight + scale * update, rounded so that a 16-bit weight does not swallow a small update."""
+def fold_rows(folding: Folding, rows: slice, update: Tensor, seed: Tensor | None) -> None:
+    """Fold rows of an update by PyTorch's passes."""
+    weight, out = folding.weight[rows], folding.out[rows]
     if is_16_bit(weight):
-        exact = scratch("exact", weight.shape, torch.float32, weight.device).copy_(weight)
-        round_stochastically(exact.add_(update, alpha=scale), seed, out=out)
+        exact = scratch("exact", tuple(weight.shape), torch.float32, weight.device).copy_(weight)
+        round_stochastically(exact.add_(update, alpha=folding.scale), seed, out, rows.start * weight.shape[1])
     else:
-        torch.add(weight, update, alpha=scale, out=out)
+        torch.add(weight, update, alpha=folding.scale, out=out)

@@ -34,7 +34,7 @@ def linear_backward(grad, x, weight, h, b, xh, seed, scale, activation, dropout,
         dx, dh, db = _factored_backward(dy, tokens, weight, h, b, xh, scale, need_x, need_h, need_b)
     elif need_x or need_h or need_b:
         update = Update(b, h, activation, dropout, seed, stream)
-        dx, dh, db = contract_and_fold(dy, tokens, weight, update, scale, [need_x, need_h, need_b])
+        dx, dh, db = contract_and_fold(dy, tokens, weight, update, scale, need_h, need_b)
     dx = dx.reshape(*grad.shape[:-1], dx.shape[-1]) if need_x else None
     return dx, sum_of_rows(dy) if need_bias else None, dh, db
 

@@ -18,21 +18,28 @@ _TABLE_SIZE = 1 << 20
 _DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
 
 
-def round_stochastically(exact: torch.Tensor, seed: torch.Tensor | None, out: torch.Tensor) -> None:
+def round_stochastically(exact: torch.Tensor, seed: torch.Tensor | None, out: torch.Tensor, first: int = 0) -> None:
     """Write `exact` (float32, overwritten) to `out` (bfloat16 or float16), up or down with the odds of its distance.
 
-    `seed` None is a fixed seed. NaN and infinities stay what they are. float16 numbers below 2**-14 are rounded to
-    nearest in part, which is exact to their spacing of 2**-24.
+    `seed` None is a fixed seed; `first` is which element of a matrix the first of `exact` is. NaN and infinities stay
+    what they are. float16 numbers below 2**-14 are rounded to nearest in part, which is exact to their spacing of
+    2**-24.
     """
-    bits = _DROPPED_BITS[out.dtype]
-    table, integers = _dither_table(bits, exact.device), exact.view(torch.int32)
+    bits, integers = _DROPPED_BITS[out.dtype], exact.view(torch.int32)
     if exact.device.type == "cpu":
-        for piece, dither in _against_table(integers, table, 0 if seed is None else int(seed) % _TABLE_SIZE):
+        for piece, dither in _against_table(integers, *dither_of(out.dtype, seed, first)):
             piece += dither
     else:
-        integers += _gathered(table, seed, integers.numel()).view(integers.shape)
+        table = _dither_table(bits, exact.device)
+        integers += _gathered(table, seed, integers.numel(), first).view(integers.shape)
     integers.bitwise_and_(-(1 << bits))
     out.copy_(exact)
+
+
+def dither_of(dtype: torch.dtype, seed: torch.Tensor | None, first: int) -> tuple[torch.Tensor, int]:
+    """On a CPU (the table, its entry for element `first`); each further element has the next one, round and round."""
+    start = first if seed is None else first + int(seed)
+    return _dither_table(_DROPPED_BITS[dtype], torch.device("cpu")), start % _TABLE_SIZE
 
 
 def _against_table(integers: torch.Tensor, table: torch.Tensor, start: int):
@@ -44,9 +51,9 @@ def _against_table(integers: torch.Tensor, table: torch.Tensor, start: int):
         done, start = done + count, 0
 
 
-def _gathered(table: torch.Tensor, seed: torch.Tensor | None, count: int) -> torch.Tensor:
+def _gathered(table: torch.Tensor, seed: torch.Tensor | None, count: int, first: int) -> torch.Tensor:
     """The same entries as a tensor [count], for a device that must not be waited for to read the seed."""
-    places = torch.arange(count, device=table.device)
+    places = torch.arange(first, first + count, device=table.device)
     if seed is not None:
         places += seed % _TABLE_SIZE
     return table[places.remainder_(_TABLE_SIZE)]

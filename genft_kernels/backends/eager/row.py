@@ -49,32 +49,36 @@ def _updates(left: Tensor, right: Tensor, outer: str, dropout: float, seed: Tens
     """Y of each layer, by its own seed."""
     seeds = [None] * left.shape[0] if seed is None else seed.split(1)
     return [
-        Update(*layer, outer, dropout, own_seed, COLUMN_STREAM)
-        for *layer, own_seed in zip(left, right, seeds, strict=True)
+        Update(b, h, outer, dropout, own_seed, COLUMN_STREAM) for b, h, own_seed in zip(left, right, seeds, strict=True)
     ]
 
 
 def _tiled(y: Update, down: Tensor) -> Tensor:
     """Y^T A^T  [in, k] of one layer, at least in float32 if Y takes more than one tile."""
     z = None  # [k, in]
-    for rows, tile in y.tiles():
-        z = add_part(z, down[:, rows] @ tile.value_())
+    for tile in y.tiles():
+        z = add_part(z, down[:, tile.rows] @ tile.evaluate_(value=True))
+    assert z is not None
     return z.t()
 
 
-def _tiled_backward(y: Update, down: Tensor, dz: Tensor, needs: list[bool]):
+def _tiled_backward(
+    y: Update, down: Tensor, dz: Tensor, needs: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """One layer, as in flash attention: a tile of Y is made again, and dY = (dZ A)^T is formed for it and used up."""
     need_left, need_right, need_down = needs
     dleft = torch.empty_like(y.left) if need_left else None
     dright = None  # [k1, in]
     ddown = torch.empty_like(down) if need_down else None
-    for rows, tile in y.tiles():
+    for tile in y.tiles():
+        rows, grad = tile.rows, None
         if need_left or need_right:
-            q = tile.backward_(product("grad", down[:, rows].t(), dz.t()))  # d(left right^T)  [tile, in]
-        if need_left:
-            torch.mm(q, y.right, out=dleft[rows])
-        if need_right:
-            dright = add_part(dright, y.left[rows].t() @ q)
-        if need_down:
-            ddown[:, rows] = (tile.value_() @ dz).t()
-    return dleft, dright.t().to(y.right.dtype).contiguous() if need_right else None, ddown
+            grad = product("grad", down[:, rows].t(), dz.t())  # dY  [tile, in]
+        value = tile.evaluate_(grad, value=need_down)
+        if grad is not None and dleft is not None:
+            torch.mm(grad, y.right, out=dleft[rows])  # of what is now d(left right^T)
+        if grad is not None and need_right:
+            dright = add_part(dright, y.left[rows].t() @ grad)
+        if ddown is not None:
+            ddown[:, rows] = (value @ dz).t()
+    return dleft, None if dright is None else dright.t().to(y.right.dtype).contiguous(), ddown

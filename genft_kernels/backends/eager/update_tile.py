@@ -1,14 +1,17 @@
-"""Tiles of an update U = drop(psi(left right^T)), or of a gradient of its size, in scratch memory."""
+"""Tiles of an update U = drop(psi(left right^T)): the product, then all that is elementwise."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from ... import philox
 from ...activations import activate_, activation_backward_
-from .dropout import dropout_factors
+from . import cpu_pass
+from .fold import Folding, fold_rows
 from .products import product
 
 # Elements of a tile: large enough that its products run at full speed, small enough to stay in a CPU's cache;
@@ -27,35 +30,54 @@ class Update(NamedTuple):
     seed: Tensor | None
     stream: int
 
-    def tiles(self) -> Iterator[tuple[slice, UpdateTile]]:
+    def tiles(self) -> Iterator[UpdateTile]:
         """The tiles of whole rows one by one; each starts at a multiple of 4, as masks ask."""
         rows, columns = self.left.shape[0], self.right.shape[0]
         elements = _TILE_ELEMENTS if self.left.device.type == "cpu" else _DEVICE_TILE_ELEMENTS
         height = max(64, elements // columns // 4 * 4)
         for start in range(0, rows, height):
             tile = slice(start, min(start + height, rows))
-            yield tile, UpdateTile(self, tile)
+            yield UpdateTile(self, tile, product("pre", self.left[tile], self.right.t()))
 
 
-class UpdateTile:
-    """Rows of an update, made and taken back in scratch memory, which the next tile overwrites.
+class UpdateTile(NamedTuple):
+    """Some rows of left right^T in scratch memory, which the next tile overwrites."""
 
-    First `backward_` where a gradient has to pass, then `value_`: it overwrites what the gradient needs.
-    """
+    update: Update
+    rows: slice
+    pre: Tensor  # left right^T  [tile, columns]
 
-    def __init__(self, update: Update, rows: slice):
-        left, right, self._activation, dropout, seed, stream = update
-        self._pre = product("pre", left[rows], right.t())  # [tile, columns]
-        self._keep = None  # 0 or 1 / (1 - p), [tile, columns]
-        if dropout > 0:
-            self._keep = dropout_factors(seed, stream, right.shape[0], left.shape[0], dropout, rows, left.dtype)
+    def evaluate_(self, grad: Tensor | None = None, value: bool = False, folding: Folding | None = None) -> Tensor:
+        """Everything elementwise that is wanted of the tile, by compiled code in one pass where there is any.
 
-    def backward_(self, grad: Tensor) -> Tensor:
-        """grad of U -> grad of left right^T, in place."""
-        grad = grad if self._keep is None else grad.mul_(self._keep)
-        return activation_backward_(self._activation, grad, self._pre)
+        Args:
+            grad: the gradient of U  [tile, columns], which that of left right^T takes the place of.
+            value: whether U itself is wanted.
+            folding: the weight that the rows of U are added to.
 
-    def value_(self) -> Tensor:
-        """U itself, in the place of left right^T."""
-        value = activate_(self._activation, self._pre)
-        return value if self._keep is None else value.mul_(self._keep)
+        Returns:
+            U, in the place of left right^T; without `value` it is not to be read.
+        """
+        if not cpu_pass.run(self, grad, value, folding):
+            self._plain(grad, value, folding)
+        return self.pre
+
+    def _plain(self, grad: Tensor | None, value: bool, folding: Folding | None) -> None:
+        keep = self._keep_factors()
+        if grad is not None:
+            activation_backward_(self.update.activation, grad if keep is None else grad.mul_(keep), self.pre)
+        if value or folding is not None:
+            update = activate_(self.update.activation, self.pre)
+            update = update if keep is None else update.mul_(keep)
+        if folding is not None:
+            fold_rows(folding, self.rows, update, self.update.seed)
+
+    def _keep_factors(self) -> Tensor | None:
+        """0 or 1 / (1 - p) for each element; None without dropout."""
+        update, dtype = self.update, self.pre.dtype
+        if update.dropout == 0:
+            return None
+        assert update.seed is not None
+        size = update.right.shape[0], update.left.shape[0]
+        keep = philox.keep_mask(update.seed, update.stream, *size, update.dropout, self.rows)
+        return keep.to(dtype).mul_(torch.tensor(1 / (1 - update.dropout), dtype=dtype))
