@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from . import backends
 from .arguments import about, check_flag, check_type, warn
 from .config import GenFTConfig, check_config
+from .defaults import settled
 from .experts.layer import GenFTExperts
 from .experts.targets import ExpertTarget, find_expert_targets, make_experts
 from .experts.update import ExpertUpdate
 from .first_forward import FirstForward
 from .generator import GenFTGenerator
+from .heads import warn_of_fresh_heads
 from .instance_forward import carry_instance_forward
 from .matching import FullMatch, full_matches
 from .modules import MORE_BLOCKS, GenFTLinear, MoreBlocks
@@ -61,7 +63,9 @@ def apply_genft(model: nn.Module, config: GenFTConfig, *, backend: str = "auto")
         RuntimeError: the model is adapted already. In each case the model is as it was.
     """
     backends.check_name(backend)
+    config = settled(model, config)
     adapt_as_planned(model, config, plan(model, config), backend)
+    warn_of_fresh_heads(model)
     return model
 
 

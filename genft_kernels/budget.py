@@ -10,6 +10,7 @@ from torch import nn
 from .adapt import plan
 from .arguments import is_integer, shown
 from .config import GenFTConfig
+from .defaults import settled
 
 # Of the study that the preset "fast" comes from (docs/using.md#choosing-settings).
 SHARED, SPECIFIC = 12, 7
@@ -19,6 +20,7 @@ def within_budget(model: nn.Module, parameters: int, config: GenFTConfig) -> Gen
     """`config` with the s and r that `GenFTConfig.for_budget` promises."""
     if not is_integer(parameters) or parameters < 1:
         raise ValueError(f"parameters must be an integer of at least 1, got {shown(parameters)}")
+    config = settled(model, config)
     planned = plan(model, config)
 
     def total(s: int, r: int) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .activations import ACTIVATIONS
 from .arguments import check_type, is_finite, is_integer, shown, warn
+from .foreign_settings import names_our_settings
 from .row_blocks import RowBlocks, checked_fused_blocks
 
 if TYPE_CHECKING:
@@ -20,14 +21,16 @@ DELTA_LAYOUTS = ("in_out", "out_in")
 SHARED_INITS = ("linear", "trunc_normal")
 EXPERT_SPECIFICS = ("expert", "layer")
 SPECIFIC_INITS = ("kaiming_uniform", "zeros", "xavier_uniform", "normal")
-# What `target_modules` says for every linear layer, as in PEFT.
+# What `target_modules` says for every linear layer, as in PEFT, and `modules_to_save` for a model's head.
 ALL_LINEAR = "all-linear"
+HEAD = "head"
 _LARGEST_DIMENSION = 2**31
 _LONGEST_PATTERN = 100_000  # characters; longer ones take seconds to compile
 # The query and value projections, by the names that transformers models give them: what `target_modules=None` adapts.
 QUERY_AND_VALUE_NAMES = ("query", "value", "q_proj", "v_proj", "q_lin", "v_lin")
 
 
+@names_our_settings
 @dataclasses.dataclass(frozen=True)
 class GenFTConfig:
     """The settings of GenFT (arXiv 2506.11042), in the notation of docs/method.md#the-method.
@@ -51,10 +54,11 @@ class GenFTConfig:
             bias are zero. "down", for a single stage: its down matrices and its biases are zero, and its up matrices
             [n, k] are drawn from U(±1/sqrt(n)), whatever `init_shared` and `init_specific_up` say.
         target_modules: suffixes of module names, or one regular expression that matches whole names (as in PEFT);
-            "all-linear" stands for every linear layer but the output embedding and what is in `modules_to_save`,
-            None for the query and value projections and whatever `fused_blocks` names.
+            "all-linear" stands for every linear layer but the output embedding, a model's head and what is in
+            `modules_to_save`, None for the query and value projections and whatever `fused_blocks` names.
         exclude_modules: the same, for modules to leave alone.
-        modules_to_save: suffixes of modules that are trained in full and saved with the adapter.
+        modules_to_save: suffixes of modules that are trained in full and saved with the adapter; "head" stands for
+            the head of a model of transformers or timm.
         target_parameters: suffixes of names of stacked experts' parameters, as "experts.gate_up_proj", or one regular
             expression for whole names. With them, None in `target_modules` names no module.
         expert_specific: "expert": every expert of a stack has `specific_dim` units of its own; "layer": a stack has them
@@ -85,7 +89,7 @@ class GenFTConfig:
     zero_delta: bool | str = True
     target_modules: str | tuple[str, ...] | None = None
     exclude_modules: str | tuple[str, ...] | None = None
-    modules_to_save: tuple[str, ...] | None = None
+    modules_to_save: tuple[str, ...] | str | None = None
     target_parameters: str | tuple[str, ...] | None = None
     expert_specific: str = "expert"
     fused_blocks: Mapping[str, tuple[int | Sequence[int], Sequence[int]]] | None = None
@@ -141,8 +145,10 @@ class GenFTConfig:
             object.__setattr__(self, name, _names(name, getattr(self, name)))
             if isinstance(getattr(self, name), str):
                 _check_regular_expression(name, getattr(self, name))
-        if isinstance(self.modules_to_save, str):
-            raise ValueError(f"modules_to_save must be a list of names, got the string {self.modules_to_save!r}")
+        if isinstance(self.modules_to_save, str) and self.modules_to_save != HEAD:
+            raise ValueError(
+                f"modules_to_save must be a list of names or {HEAD!r}, got the string {shown(self.modules_to_save)}"
+            )
         object.__setattr__(self, "modules_to_save", _names("modules_to_save", self.modules_to_save))
         object.__setattr__(self, "fused_blocks", checked_fused_blocks(self.fused_blocks))
         if self.specific_dim and self.init_specific_down == "zeros" and self._specific_ups_start_at_zero():

@@ -12,6 +12,7 @@ from torch import nn
 from .arguments import about, warn
 from .config import ALL_LINEAR, QUERY_AND_VALUE_NAMES, GenFTConfig
 from .frozen_weight import FrozenWeight, blocks_gradients, is_kind_of_layer, kind_name, without_dense
+from .heads import heads
 from .matching import FullMatch, Names, full_matches, upwards
 from .modules import GenFTLinear, check_adaptable, is_conv1d
 from .row_blocks import RowBlocks
@@ -150,7 +151,7 @@ def check_called(model: nn.Module, path: str) -> None:
 def _all_linear(model: nn.Module, config: GenFTConfig, names: Names) -> set[str]:
     """Paths of the linear layers, without the output embedding and what is within `modules_to_save`."""
     output_embedding = getattr(model, "get_output_embeddings", lambda: None)()
-    saved = names.matching(config.modules_to_save)
+    saved = names.matching(config.modules_to_save) | set(heads(model))
     return {
         name
         for name, module in model.named_modules(remove_duplicate=False)

@@ -27,6 +27,7 @@ from ..adapt import (
 from ..arguments import check_type, warn
 from ..checks import SUPPORTED_DTYPES
 from ..config import GenFTConfig
+from ..defaults import settled
 from ..matching import full_matches_in_time
 from ..saved_modules import tied_again, unsavable
 from ..targets import frozen_weight
@@ -105,6 +106,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, *, backend: str
         weights = {path: layer.frozen_weight for path, layer in adapted_layers(model).items()}
         wanted = {name: _Kind.of(tensor) for name, tensor in (_adapter_tensors(model) | _saved_tensors(model)).items()}
     else:
+        adapter = adapter._replace(config=settled(model, adapter.config))
         planned = plan(model, adapter.config, full_matches_in_time)
         weights = {target.name: frozen_weight(target.module) for target in planned.targets}
         weights |= {stack.name: stack.weight for stack in planned.experts}

@@ -146,7 +146,7 @@ def test_files_of_the_first_format_still_load(make, tmp_path):
 def test_a_model_and_its_adapter_load_at_once(tmp_path):
     classifier().save_pretrained(tmp_path / "base")
     model = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "base")
-    model = randomised(apply_genft(model, GenFTConfig(**SMALL))).eval()
+    model = randomised(apply_genft(model, GenFTConfig(**SMALL, modules_to_save="head"))).eval()
     save_adapter(model, tmp_path / "adapter")
     loaded = peft.AutoPeftModel.from_pretrained(tmp_path / "adapter").eval()
     assert torch.allclose(loaded(input_ids=tokens()).logits, model(tokens()).logits, atol=1e-6)
@@ -257,7 +257,7 @@ def test_an_adapter_does_not_spoil_the_folder_of_a_model(tmp_path):
     model = classifier()
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds a saved model, which transformers loads no longer"):
-        save_adapter(apply_genft(model, GenFTConfig(**SMALL)), tmp_path)
+        save_adapter(apply_genft(model, GenFTConfig(**SMALL, modules_to_save="head")), tmp_path)
     assert transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path) is not None
 
 
