@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -21,13 +21,11 @@ from ..adapt import adapted_layers, adapter_state, check_enabled
 from ..arguments import check_type, is_finite
 from ..matching import Names
 from ..modules import GenFTLinear
-from ..parameters import GeneratorParameters
 from ..sharing.source import is_tensor_subclass
-from ..units import GenFTUpdate
-from ..update import generate_factors
 from . import folder
 from .format import CONFIG_FILE, TENSORS_FILE, is_ours
 from .lora_check import check_by_peft
+from .thin_update import ThinUpdate, exact, largest
 
 # What vLLM's --max-lora-rank may be.
 SERVER_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -106,12 +104,12 @@ def export_lora(
     _check_names(model, layers)
     if is_ours(directory):
         raise ValueError(f"{directory} holds an adapter of this package: choose another folder for the export")
-    factors = {path: _layer_factors(path, layer, rank, energy) for path, layer in layers.items()}
+    factors = {path: _thin_update(path, layer, rank, energy) for path, layer in layers.items()}
     highest = rank or max(each.rank for each in factors.values())
     tensors = {}
     for path, each in factors.items():
-        tensors[f"{_PREFIX}{path}.lora_A.weight"] = _padded(each.down, highest, 0)
-        tensors[f"{_PREFIX}{path}.lora_B.weight"] = _padded(each.up, highest, 1)
+        down, up, _ = each.padded(highest)
+        tensors[f"{_PREFIX}{path}.lora_A.weight"], tensors[f"{_PREFIX}{path}.lora_B.weight"] = down, up
     saved = tuple(adapter_state(model).saved_modules)
     for path in saved:
         for name, tensor in model.get_submodule(path).state_dict().items():
@@ -134,78 +132,18 @@ def export_lora(
     return LoraExport(directory, highest, kept, saved, drift)
 
 
-class _ThinUpdate(NamedTuple):
-    """A layer's update as LoRA has it: dW = up down."""
-
-    down: Tensor  # [r, in]
-    up: Tensor  # [out, r]
-    energy: float
-
-    @property
-    def rank(self) -> int:
-        return self.down.shape[0]
-
-
 @torch.no_grad()
-def _layer_factors(path: str, layer: GenFTLinear, rank: int | None, energy: float | None) -> _ThinUpdate:
+def _thin_update(path: str, layer: GenFTLinear, rank: int | None, energy: float | None) -> ThinUpdate:
     """The layer's update, exact or, where `rank` or `energy` allow less, its largest singular values."""
     if layer.config.outer_activation == "identity":
-        thin = _exact(layer)
-        if energy is None and (rank is None or thin.rank <= rank):
-            return thin
-        left, upper = torch.linalg.qr(thin.up)
-        right, lower = torch.linalg.qr(thin.down.mT)
-        inner, values, outer = torch.linalg.svd(upper @ lower.mT)
-        return _truncated((left @ inner, values, outer @ right.mT), rank, energy)
+        return exact(layer.updates.values()).truncated(rank, energy)
     if rank is None and energy is None:
         raise ValueError(
             f"{path!r}: with outer_activation={layer.config.outer_activation!r} the update has full rank and is no "
             "LoRA. Either write merged weights, by remove_genft(model, keep_update=True) and save_pretrained, or "
             "truncate it, by rank= or energy="
         )
-    return _truncated(torch.linalg.svd(layer.delta_weight(), full_matrices=False), rank, energy)
-
-
-def _exact(layer: GenFTLinear) -> _ThinUpdate:
-    """The factors of each adapted block, one below the other; zero outside of the block's rows."""
-    downs, ups = zip(*(_factors_of(update) for update in layer.updates.values()), strict=True)
-    return _ThinUpdate(torch.cat(downs), torch.cat(ups, 1), 1.0)
-
-
-def _factors_of(update: GenFTUpdate) -> tuple[Tensor, Tensor]:
-    """The same (down, up) of the blocks that one generator serves."""
-    config, dtype = update.config, torch.promote_types(update.stored_weight.dtype, torch.float32)
-    # The matrices of one layer; the biases have no dimension for layers.
-    params = GeneratorParameters(
-        *(t if t is None or t.dim() == 1 else t[None] for t in update.parameters_of_generator())
-    )
-    downs, ups = [], []
-    for index, weight in zip(update.blocks.adapted, update.source().blocks, strict=True):
-        generated = generate_factors([weight], params, config, dtype=dtype, dropout=0.0, seed=None, backend="eager")
-        (factors,) = generated.unbind()
-        up = factors.b.new_zeros(update.frozen_weight.shape[0], factors.b.shape[1])  # [out, k]
-        update.blocks.split(up)[index].copy_(config.scaling * factors.b)
-        downs.append(factors.h.mT)
-        ups.append(up)
-    return torch.cat(downs), torch.cat(ups, 1)
-
-
-def _truncated(decomposed: tuple[Tensor, ...], rank: int | None, energy: float | None) -> _ThinUpdate:
-    """The largest singular values of (left vectors [out, m], values [m], right vectors [m, in])."""
-    left, values, right = decomposed
-    total = values.double().square().sum()
-    # Of an update of zeros everything is kept.
-    kept = values.double().square().cumsum(0) / total if total > 0 else torch.ones_like(values)
-    count = rank or int((kept < (energy or 1.0)).sum()) + 1
-    count = min(count, len(values))
-    roots = values[:count].sqrt()
-    return _ThinUpdate(roots[:, None] * right[:count], left[:, :count] * roots, kept[count - 1].item())
-
-
-def _padded(tensor: Tensor, size: int, dim: int) -> Tensor:
-    missing = list(tensor.shape)
-    missing[dim] = size - missing[dim]
-    return torch.cat([tensor, tensor.new_zeros(missing)], dim)
+    return largest(torch.linalg.svd(layer.delta_weight(), full_matrices=False), rank, energy)
 
 
 def _description(model: nn.Module, layers: dict[str, GenFTLinear], saved: tuple[str, ...], rank: int) -> dict[str, Any]:
@@ -242,8 +180,14 @@ def _target_modules(model: nn.Module, paths: set[str]) -> list[str]:
 def _exportable_layers(model: nn.Module) -> dict[str, GenFTLinear]:
     adapter_state(model)
     check_enabled(model)
-    layers = adapted_layers(model)
-    for path, layer in layers.items():
+    layers: dict[str, GenFTLinear] = {}
+    for path, layer in adapted_layers(model).items():
+        if not isinstance(layer, GenFTLinear):
+            raise ValueError(
+                f"{path!r}: stacked experts, for which servers read no LoRA: write merged weights, by "
+                "remove_genft(model, keep_update=True) and save_pretrained"
+            )
+        layers[path] = layer
         if layer.merged:
             raise RuntimeError(f"{path!r} is merged: call unmerge(model) first")
         sources = [update.source() for update in layer.updates.values()]

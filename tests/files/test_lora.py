@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from genft_kernels import GenFTConfig, __main__, apply_genft, disabled, export_lora, merge, remove_genft, save_adapter
+from genft_kernels import GenFTConfig, apply_genft, disabled, export_lora, merge, remove_genft, save_adapter
 from genft_kernels.files import folder, lora_check
 from tests.helpers.tiny_models import (
     Encoder,
@@ -22,20 +22,8 @@ from tests.helpers.tiny_models import (
 )
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
-from transformers.pytorch_utils import Conv1D  # noqa: E402
-
-
-class TransposedEncoder(nn.Module):
-    """Weights stored as [in, out], fused and not."""
-
-    def __init__(self, dim: int = 8) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(20, dim)
-        self.c_attn, self.c_proj = Conv1D(3 * dim, dim), Conv1D(dim, dim)
-
-    def forward(self, tokens):
-        query, key, value = self.c_attn(self.embedding(tokens)).chunk(3, -1)
-        return self.c_proj(nn.functional.scaled_dot_product_attention(query, key, value))
+from tests.helpers.expert_models import mixtral  # noqa: E402
+from tests.helpers.peft_models import TransposedEncoder  # noqa: E402
 
 
 def config(**settings) -> GenFTConfig:
@@ -204,6 +192,13 @@ def test_models_that_cannot_be_exported_are_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_stacked_experts_are_refused(tmp_path):
+    model = apply_genft(mixtral(), config(target_modules=["q_proj"], target_parameters=["experts.down_proj"]))
+    with pytest.raises(ValueError, match="experts.*stacked experts, for which servers read no LoRA"):
+        export_lora(model, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
 def test_a_sharded_model_is_refused(tmp_path):
     class Sharded(nn.Parameter):
         """Stands for FSDP's DTensor: a parameter of a class of its own."""
@@ -322,57 +317,3 @@ def test_the_smallest_rank_of_a_server_is_named(tmp_path):
     assert "--max-lora-rank 8 " in str(export_lora(model, tmp_path))
     assert "--max-lora-rank 320 " in str(export_lora(model, tmp_path, rank=257))
     assert "up to 512 only" in str(export_lora(model, tmp_path, rank=513))
-
-
-# --- from a shell ---------------------------------------------------------------------------------------------------
-
-
-def saved_bert(folder, **settings):
-    """(a tiny encoder's folder, an adapter's): with a mask filler's head, as encoders come."""
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=20)
-    model = transformers.BertForMaskedLM(transformers.BertConfig(**sizes, max_position_embeddings=16)).eval()
-    model.save_pretrained(folder / "base")
-    save_adapter(randomise(apply_genft(model, config(**settings))), folder / "adapter")
-    return str(folder / "base"), str(folder / "adapter")
-
-
-def saved_vit(folder):
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
-    configuration = transformers.ViTConfig(**sizes, image_size=8, patch_size=4, num_labels=3)
-    model = transformers.ViTForImageClassification(configuration).eval()
-    model.save_pretrained(folder / "base")
-    save_adapter(randomise(apply_genft(model, config(modules_to_save=["classifier"]))), folder / "adapter")
-    return str(folder / "base"), str(folder / "adapter")
-
-
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr("sys.argv", ["genft_kernels", *arguments])
-    __main__.main()
-
-
-@pytest.mark.parametrize("saved", [saved_bert, saved_vit])
-def test_command_exports_checks_and_names_the_servers_rank(saved, tmp_path, monkeypatch, capsys):
-    base, adapter = saved(tmp_path)
-    run(monkeypatch, "export-lora", adapter, "--base", base, "--out", str(tmp_path / "lora"), "--rank", "9")
-    printed = capsys.readouterr().out
-    assert "LoRA of rank 9 for 2 layers" in printed and "--max-lora-rank 16" in printed and "drift of the" in printed
-    assert (tmp_path / "lora" / "adapter_model.safetensors").exists()
-
-
-@pytest.mark.filterwarnings("ignore:modules_to_save")
-def test_command_says_in_a_sentence_what_does_not_fit(tmp_path, monkeypatch):
-    base, adapter = saved_bert(tmp_path, outer_activation="gelu", modules_to_save=["predictions"])
-    with pytest.raises(SystemExit, match="error: .*rank= or energy="):
-        run(monkeypatch, "export-lora", adapter, "--base", base, "--out", str(tmp_path / "lora"))
-    description = json.loads((tmp_path / "base" / "config.json").read_text())
-    (tmp_path / "base" / "config.json").write_text(json.dumps({**description, "architectures": ["BertModel"]}))
-    with pytest.raises(SystemExit, match="'predictions' matches no module.*loaded as BertModel"):
-        run(monkeypatch, "export-lora", adapter, "--base", base, "--out", str(tmp_path / "lora"))
-
-
-@pytest.mark.parametrize("arguments", [(), ("info",)], ids=["default", "named"])
-def test_command_info_is_the_default(arguments, monkeypatch, capsys):
-    run(monkeypatch, *arguments)
-    assert capsys.readouterr().out.startswith("genft_kernels ")

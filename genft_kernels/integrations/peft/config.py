@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from dataclasses import InitVar, dataclass
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
@@ -116,6 +118,16 @@ class PeftGenFTConfig(PeftConfig):
             if getattr(self, field) is None:
                 setattr(self, field, settings[name])
         self.native()
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As ever; and a warning where a model is saved, too, because transformers loads both at once from then on."""
+        if (Path(save_directory) / "config.json").exists():
+            warnings.warn(
+                f"{save_directory} holds a saved model, which transformers loads with this adapter from now on: "
+                "import genft_kernels.integrations.peft first, else it fails with KeyError: 'GENFT'",
+                stacklevel=3,
+            )
+        super().save_pretrained(save_directory, **kwargs)
 
     def native(self) -> GenFTConfig:
         """The settings of the update alone, which know of no modules."""

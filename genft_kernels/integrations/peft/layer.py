@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...generator import GenFTGenerator
 from ...modules import check_adaptable, is_conv1d
+from ...row_blocks import RowBlocks
 from ...sharing.source import is_tensor_subclass
 from ...together import updated_linear
 from ...units import GenFTUpdate, adapter_dtype
@@ -55,7 +56,7 @@ class AdapterUpdate(GenFTUpdate):
 
     layer: GenFTLayer
 
-    def __init__(self, layer: GenFTLayer, generator: GenFTGenerator, blocks: tuple[int, tuple[int, ...]] | None):
+    def __init__(self, layer: GenFTLayer, generator: GenFTGenerator, blocks: RowBlocks | None):
         super().__init__()
         self.__dict__.update(layer=layer, generator=generator)  # not registered: they have owners
         self._fan_in_fan_out = layer.fan_in_fan_out
@@ -106,9 +107,7 @@ class GenFTLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.train(base_layer.training)
 
-    def update_layer(
-        self, adapter_name: str, generator: GenFTGenerator, blocks: tuple[int, tuple[int, ...]] | None = None
-    ) -> None:
+    def update_layer(self, adapter_name: str, generator: GenFTGenerator, blocks: RowBlocks | None = None) -> None:
         """Add an adapter."""
         update = AdapterUpdate(self, generator, blocks)
         self.genft_own[adapter_name] = update.train(self.training)
@@ -217,7 +216,7 @@ class GenFTLayer(nn.Module, BaseTunerLayer):
         return self
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether the update is an addition to W: PEFT's `convert_to_lora` takes the largest singular values of it."""
+        """Whether the update is an addition to W (genft_kernels/integrations/peft/conversion.py)."""
         return True
 
     def __repr__(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -34,7 +34,7 @@ class PeftGenFTModel(BaseTuner):
     model and no tuner.
     """
 
-    genft_shared: SharedTensors  # the model's
+    genft_shared: Any  # the model's SharedTensors
 
     prefix = PREFIX
     tuner_layer_cls = GenFTLayer
@@ -248,7 +248,7 @@ def _pass_names(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, A
 def _blocks(native: GenFTConfig, path: str, rows: int) -> RowBlocks | None:
     """The entry of `fused_blocks` for a module, if it has one."""
     fused = native.fused_blocks or {}
-    entry = next((fused[end] for end in ends(path) if end in fused), None)
+    entry = cast(RowBlocks | None, next((fused[end] for end in ends(path) if end in fused), None))
     if entry is not None:
         with about(repr(path)):
             entry.rows(rows)
