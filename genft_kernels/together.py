@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from . import _torch_private, backends, reference
 from .checks import check_linear, check_transforms
@@ -102,6 +103,12 @@ def _applied(x: Tensor, weight: Frozen, bias: Tensor | None, parts: list[_Part],
         scale = first if equal else 1.0
         stream = parts[0].factors.stream
         return apply_factors(x, weight, bias, Factors(h, b, stream), scale, "identity", 0.0, parts[0].seed, backend)
+    # Made again for the backward: what is kept is x, W and the factors.
+    return checkpoint(_folded, x, weight, bias, parts, use_reentrant=False, preserve_rng_state=False)
+
+
+def _folded(x: Tensor, weight: Frozen, bias: Tensor | None, parts: list[_Part]) -> Tensor:
+    """y by one transient W with all updates."""
     dtype = compute_dtype(x)
     wide = torch.promote_types(dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
