@@ -25,7 +25,7 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KERNEL_BACKENDS = ("triton", "cuda")  # in the order in which "auto" asks them
 OPERATION_BACKENDS = ("eager", *KERNEL_BACKENDS)
 BACKENDS = ("auto", *OPERATION_BACKENDS, "reference")
-# Not chosen yet: an operation chooses where it runs, and knows its sizes there. A compiled graph has one for all lengths.
+# Not chosen yet: an operation chooses where it runs, where it knows its sizes. A compiled graph serves all lengths.
 _OPEN = {False: "auto, factored", True: "auto, tiled"}
 
 _set_aside: dict[tuple[str, torch.device], str] = {}  # (backend, device): why "auto" takes it no more in this process
@@ -107,7 +107,7 @@ def is_open(backend: str) -> bool:
 
 
 def chosen(backend: str, device: torch.device, dtype: torch.dtype, operation: str, args: tuple[Any, ...]) -> str:
-    """The backend of an operation that has to choose: the fastest for its shape if that was measured, else `counted`."""
+    """The backend of an operation that has to choose: the fastest for its shape where measured, else `counted`."""
     tiled = backend == _OPEN[True]
     if (table := choices.table(device)) and (shape := choices.shape_of(operation, tiled, args)) is not None:
         name = table.get(str(shape))

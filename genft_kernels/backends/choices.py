@@ -24,10 +24,8 @@ from .compiled import cache
 
 VARIABLE = "GENFT_CHOICES"
 _WHAT = "choices"
-_KEY, _PATIENCE = (
-    "genft_kernels/choices",
-    60,
-)  # in the store of a process group; seconds for which ranks wait for rank 0
+_KEY = "genft_kernels/choices"  # in the store of a process group
+_PATIENCE = 60  # seconds for which ranks wait for rank 0
 
 _tables: dict[torch.device, Mapping[str, str]] = {}
 

@@ -55,7 +55,7 @@ def test_gate_rejects_what_is_wrong_and_names_it(replaced, reason, few_cases):
 
 def test_gate_sees_a_swallowed_update(monkeypatch):
     """Rounded to nearest, W + dW is W where dW is small; each single result is as near as PyTorch's."""
-    monkeypatch.setattr(gate, "CASES", gate.CASES[2:])
+    monkeypatch.setattr(gate, "CASES", gate.CASES[2:3])
 
     def linear(x, weight, bias, h, b, seed, *settings):
         if x.dtype == torch.bfloat16:
@@ -67,8 +67,23 @@ def test_gate_sees_a_swallowed_update(monkeypatch):
     assert "of a small update is left" in gate.examine(backend(linear=linear), CPU)
 
 
+@pytest.mark.slow
+def test_gate_passes_what_is_right_in_a_process_of_its_own():
+    assert gate.run("eager", CPU, 300) == (None, True)
+
+
+def test_gate_sees_a_rounding_that_is_off():
+    """By one bit too many: up where it should be down as often, which is no error of a single element."""
+    case = gate.CASES[2]
+
+    def linear(x, weight, *args):
+        y, small = eager.linear(x, weight, *args)
+        return (y + (y.abs() * 2**-8).to(y) * (y != weight.t()) * y.sign() if y.dtype == torch.bfloat16 else y), small
+
+    assert abs(gate._bias(backend(), case, CPU)) < 0.05 < 0.2 < gate._bias(backend(linear=linear), case, CPU)
+
+
 def test_gate_runs_in_a_process_of_its_own():
-    assert gate.run("eager", CPU, 120) == (None, True)
     reason, final = gate.run("no such backend", CPU, 120)
     assert "ModuleNotFoundError" in reason and "exit status 1" in reason and final
     reason, final = gate.run("eager", CPU, 0.01)

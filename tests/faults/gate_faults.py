@@ -1,8 +1,8 @@
 """`make gate-faults`: how many of the faults planted in the kernels the gate rejects, as "auto" would on a card.
 
-The gate (genft_kernels/backends/gate.py) runs as it does on a card, but in Triton's interpreter and on the CUDA host. All
-these faults change results: `make mutations` and `make cuda-faults` see each of them. Exits with 1 if it lets more than
-one in twenty pass. Arguments: words of the faults wanted.
+The gate (genft_kernels/backends/gate.py) runs as it does on a card, but in Triton's interpreter and on the CUDA host.
+All these faults change results: `make mutations` and `make cuda-faults` see each of them. Exits with 1 if it lets more
+than one in twenty pass. Arguments: words of the faults wanted.
 """
 
 from __future__ import annotations

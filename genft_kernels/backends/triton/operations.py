@@ -16,8 +16,8 @@ from .thin import thin_product, thin_transposed
 
 _launchers = SimpleNamespace(
     **{
-        each.__name__: named(each)
-        for each in (thin_product, thin_transposed, row_forward, row_backward, fold, contract)
+        launcher.__name__: named(launcher)
+        for launcher in (thin_product, thin_transposed, row_forward, row_backward, fold, contract)
     },
     tile_of_contract=tile_of_contract,
     SPLITS_TOKENS=SPLITS_TOKENS,
