@@ -252,7 +252,7 @@ def _codes(module: nn.Module) -> Tensor:
     stored = _stored(module)
     if not stored:
         raise TypeError(f"{kind_name(module)} has neither parameters nor buffers that its weight could be made of")
-    return stored[0]
+    return max(stored, key=lambda tensor: tensor.nbytes)  # scales are small
 
 
 def plain_tensors(tensor: Tensor) -> list[Tensor]:

@@ -106,9 +106,14 @@ def differentiable(
     op.register_autograd(of_op, setup_context=setup)
 
     def run(*args):
+        if _torch_private.dispatch_modes_active():  # within a node that keeps a handle: let them see the op
+            _tell_flop_counters()
+            return op(*map(opened, args))
         return compute(args[-1], name, *args[:-1])
 
     def run_backward(*args):
+        if _torch_private.dispatch_modes_active():
+            return backward_op(*map(opened, args))
         return compute(args[-1], f"{name}_backward", *args[:-1])
 
     class Node(torch.autograd.Function):

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+
+from ..frozen_weight import FrozenWeight, packed_tensors
 
 _SAMPLES = 64
 
 
 class Fingerprint(NamedTuple):
-    """Shape, norm and a few elements of a frozen weight."""
+    """Shape, norm and a few elements of a frozen weight; of a quantised one all its bytes, too."""
 
     shape: tuple[int, ...]  # [out, in]
     dtype: str
     norm: float
     samples: tuple[float, ...]
+    packed: str | None = None  # the SHA-256 of what a quantised one is stored in
 
     @classmethod
-    def of(cls, weight: torch.Tensor) -> Fingerprint:
-        """The fingerprint of `weight` [out, in]: Frobenius norm and 64 evenly strided elements."""
+    def of(cls, weight: torch.Tensor | FrozenWeight) -> Fingerprint:
+        """The fingerprint of `weight` [out, in]: Frobenius norm and 64 evenly strided elements, and stored bytes."""
+        if isinstance(weight, FrozenWeight):
+            return cls.of(weight.dense())._replace(packed=_digest(packed_tensors(weight.module)))
         indices = torch.linspace(0, weight.numel() - 1, min(_SAMPLES, weight.numel()), dtype=torch.float64).long()
         rows, columns = indices // weight.shape[1], indices % weight.shape[1]
         samples = weight[rows.to(weight.device), columns.to(weight.device)].double().tolist()
@@ -30,9 +37,13 @@ class Fingerprint(NamedTuple):
     @classmethod
     def parsed(cls, entry: object) -> Fingerprint:
         """One from a file; ValueError that names what is wrong with it."""
-        if not isinstance(entry, dict) or set(entry) != set(cls._fields):
-            raise ValueError(f"it must have {', '.join(cls._fields)}")
-        shape, dtype, norm, samples = (entry[field] for field in cls._fields)
+        *fields, optional = cls._fields
+        if not isinstance(entry, dict) or set(entry) - {optional} != set(fields):
+            raise ValueError(f"it must have {', '.join(fields)}")
+        shape, dtype, norm, samples = (entry[field] for field in fields)
+        packed = entry.get(optional)
+        if not (packed is None or isinstance(packed, str)):
+            raise ValueError("packed must be a string")
         if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 2**63 for n in shape)):
             raise ValueError("shape must be two sizes")
         if not isinstance(dtype, str):
@@ -42,7 +53,12 @@ class Fingerprint(NamedTuple):
         count = min(_SAMPLES, shape[0] * shape[1])
         if not (isinstance(samples, list) and len(samples) == count and all(map(_is_finite, samples))):
             raise ValueError(f"samples must be {count} finite numbers")
-        return cls(tuple(shape), dtype, float(norm), tuple(map(float, samples)))
+        return cls(tuple(shape), dtype, float(norm), tuple(map(float, samples)), packed)
+
+    def entry(self) -> dict[str, object]:
+        """What stands in a file."""
+        shown = {"shape": list(self.shape), "dtype": self.dtype, "norm": self.norm, "samples": list(self.samples)}
+        return shown if self.packed is None else {**shown, "packed": self.packed}
 
     @property
     def is_finite(self) -> bool:
@@ -53,6 +69,8 @@ class Fingerprint(NamedTuple):
         """In words what tells the two apart, or None. Between dtypes, what a cast to 16 bits may change is allowed."""
         if self.shape != other.shape:
             return f"its shape is {list(other.shape)}, not {list(self.shape)}"
+        if self.packed != other.packed and None not in (self.packed, other.packed):
+            return "its quantised bytes differ (load the very base, or quantise it as it was)"
         tolerance = 1e-6 if self.dtype == other.dtype else 2**-7
         if not abs(self.norm - other.norm) <= tolerance * min(self.norm, other.norm):  # nor if one is NaN or infinite
             return f"its norm is {other.norm:.6g}, not {self.norm:.6g}"
@@ -61,6 +79,15 @@ class Fingerprint(NamedTuple):
             if abs(mine - theirs) > small + tolerance * abs(mine):
                 return "its values differ"
         return None
+
+
+def _digest(tensors: Iterable[torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        stored = tensor.detach().as_subclass(torch.Tensor).cpu().contiguous().reshape(-1)
+        digest.update(stored.view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _is_finite(value: object) -> bool:

@@ -69,7 +69,7 @@ def write_adapter_file(
         "genft_kernels_version": __version__,
         "config": adapter.config.to_dict(),
         "tensors_sha256": hashlib.sha256(payload).hexdigest(),
-        "fingerprints": {name: fingerprint._asdict() for name, fingerprint in (adapter.fingerprints or {}).items()},
+        "fingerprints": {name: fingerprint.entry() for name, fingerprint in (adapter.fingerprints or {}).items()},
     }
     tensors_path, config_path = directory / TENSORS_FILE, directory / CONFIG_FILE
     with folder.only_saver(directory), contextlib.ExitStack() as staged:
