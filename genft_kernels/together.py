@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from . import _torch_private, backends, reference
 from .checks import check_linear, check_transforms
 from .config import GenFTConfig, is_factored
+from .evaluation import Asked, asked, evaluated
 from .frozen_weight import frozen_linear
 from .parameters import GeneratorParameters
 from .units import GenFTUpdate
@@ -42,6 +43,9 @@ def updated_linear(x: Tensor, weight: Frozen, bias: Tensor | None, updates: Sequ
     Raises:
         ValueError: the updates cut W in different ways; an argument does not fit.
     """
+    question = asked(x, bias, updates)
+    if question is not None and (y := evaluated(x, weight, bias, updates[0], question)) is not None:
+        return y
     check_linear(x, weight, bias)
     blocks = updates[0].blocks
     for update in updates[1:]:
@@ -57,7 +61,7 @@ def updated_linear(x: Tensor, weight: Frozen, bias: Tensor | None, updates: Sequ
     check_transforms(backend)
     of_blocks: list[list[_Part]] = [[] for _ in range(blocks.count)]
     for update in updates:
-        for index, part in zip(update.blocks.adapted, _generated(update, x, dtype, backend), strict=True):
+        for index, part in zip(update.blocks.adapted, _generated(update, x, dtype, backend, question), strict=True):
             of_blocks[index].append(part)
     if blocks.count == 1:
         return _applied(x, weight, bias, of_blocks[0], backend)
@@ -69,7 +73,7 @@ def updated_linear(x: Tensor, weight: Frozen, bias: Tensor | None, updates: Sequ
     return torch.cat(outputs, -1)
 
 
-def _generated(update: GenFTUpdate, x: Tensor, dtype: torch.dtype, backend: str) -> list[_Part]:
+def _generated(update: GenFTUpdate, x: Tensor, dtype: torch.dtype, backend: str, question: Asked | None) -> list[_Part]:
     """The update of each adapted block; with those of the other layers of its shape where that can be."""
     config, training = update.config, update.training
     dropout = config.dropout if training else 0.0
@@ -87,7 +91,7 @@ def _generated(update: GenFTUpdate, x: Tensor, dtype: torch.dtype, backend: str)
             for block, seed in zip(update.source().blocks, seeds, strict=True)
         ]
     else:
-        factors = update.generator.group.factors_for(update, dtype, backend, seeds)  # type: ignore[arg-type]
+        factors = update.generator.group.factors_for(update, dtype, backend, seeds, question)  # type: ignore[arg-type]
     return [_Part(each, config, dropout, seed) for each, seed in zip(factors, seeds, strict=True)]
 
 

@@ -17,7 +17,7 @@ from .generator import GenFTGenerator, draw_up, zeroed_names
 from .left_out import watch_optimizers
 from .parameters import GeneratorParameters, specific_shapes
 from .row_blocks import RowBlocks
-from .sharing.source import Source, is_tensor_subclass
+from .sharing.source import Source, Watched, is_tensor_subclass
 
 
 class GenFTUpdate(nn.Module):
@@ -141,6 +141,10 @@ class GenFTUpdate(nn.Module):
             self.training,
             self._obstacle(blocks[0]),
         )
+
+    def watched(self) -> Watched:
+        """W, the layer's own tensors and the shared ones, as `source` has them, without all that is more work."""
+        return self.stored_weight, self.specific_parameters().values(), self.generator().values()
 
     def _obstacle(self, block: Tensor | FrozenWeight) -> str | None:
         """What `Source.obstacle` says."""

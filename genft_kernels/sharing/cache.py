@@ -21,7 +21,7 @@ from .. import _torch_private
 from ..update import Factors
 from .node import Generation
 from .snapshot import Snapshot, Watch, compares_at_once, sample
-from .source import Source
+from .source import Source, Watched
 
 
 class Layer(Protocol):
@@ -29,6 +29,10 @@ class Layer(Protocol):
 
     def source(self) -> Source:
         """What its factors are generated from, as it is now."""
+        ...
+
+    def watched(self) -> Watched:
+        """W, the layer's own tensors and the shared ones, as `source` has them."""
         ...
 
 
@@ -55,6 +59,7 @@ class Share:
         self.batch, self._settings = batch, settings
         self._blocks = slice(start, start + len(source.blocks))
         self._own = Snapshot(source.own.values(), source.weight, values=batch.values)
+        self.asked: object = None  # of `LayerGroup.at_hand`, by the forward that took it last
         self._readers: set[int] = set()  # the threads that have taken it
         self._round: int | None = None  # in which it was taken last
 
@@ -65,10 +70,7 @@ class Share:
 
     def holds(self, source: Source) -> bool:
         """Whether what the factors were generated from is as it was."""
-        return self._own_same(source) and self.batch.shared.same(source.shared.values())
-
-    def _own_same(self, source: Source) -> bool:
-        return self._own.same(source.own.values(), source.weight)
+        return self._own.same(source.own.values(), source.weight) and self.batch.shared.same(source.shared.values())
 
     def _is_first_of_a_round(self) -> bool:
         """Whether it is for this layer to have the shared tensors compared in full.
@@ -82,20 +84,30 @@ class Share:
             return True
         return before != self.batch.round - 1
 
-    def take(self, layer: Layer, source: Source, settings: Settings, repeats: bool) -> list[Factors] | None:
+    def take(
+        self, layer: Layer, source: Source, settings: Settings, repeats: bool, asked: object
+    ) -> list[Factors] | None:
         """The factors for a forward of `layer`, or None if they do not hold for it.
 
         In training a layer takes them once, but for the repetition of a checkpointed region.
         """
-        factors = self.batch.generation.factors  # read once: the backward of another thread may consume them meanwhile
         reader = threading.get_ident()
         spent = source.training and reader in self._readers and not repeats
-        if factors is None or spent or self._settings != settings or not self._own_same(source):
+        if spent or self._settings != settings or (factors := self.held(layer, source.watched)) is None:
             return None
-        if not self.batch.shared.same(source.shared.values(), in_full=self._is_first_of_a_round()):
-            return None
-        self.batch.look(layer, settings)
         self._readers.add(reader)
+        self.asked = asked
+        return factors
+
+    def held(self, layer: Layer, watched: Watched) -> list[Factors] | None:
+        """The factors under the settings that they were made under, or None if they hold no more."""
+        weight, own, shared = watched
+        factors = self.batch.generation.factors  # read once: the backward of another thread may consume them meanwhile
+        if factors is None or not self._own.same(own, weight):
+            return None
+        if not self.batch.shared.same(shared, in_full=self._is_first_of_a_round()):
+            return None
+        self.batch.look(layer, self._settings)
         return factors[self._blocks]
 
 
@@ -175,17 +187,20 @@ class LayerGroup:
         if layer in self._shares:
             self._shares[layer] = None
 
-    def factors_for(self, layer: Layer, dtype: torch.dtype, backend: str, seeds: list[Tensor]) -> list[Factors]:
+    def factors_for(
+        self, layer: Layer, dtype: torch.dtype, backend: str, seeds: list[Tensor], asked: object = None
+    ) -> list[Factors]:
         """The factors of the layer's adapted blocks in `dtype`.
 
         Args:
             backend: an operation backend by name.
             seeds: of this forward, int64 [1] for each adapted block. Where the layer makes the generation, they are
                 its seeds in the column stage too. Unused where that has no dropout.
+            asked: of `at_hand`, which may answer the next forward.
         """
         source = layer.source()
         gradients, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        settings = Settings(backend, dtype, source.dropout, gradients, inference, _stream(source.weight.device))
+        settings = Settings(backend, dtype, source.dropout, gradients, inference, current_stream(source.weight.device))
         with self.lock:
             if self.accumulation is not None and not inference and source.reason_to_stay_alone() is None:
                 return self.accumulation.factors_for(self, layer, source, settings, seeds)
@@ -194,8 +209,20 @@ class LayerGroup:
                 return self.generate({layer: source}, settings, seeds, values=False)[layer].factors
             repeats = _torch_private.in_backward()
             share = self._shares.get(layer)
-            factors = None if share is None else share.take(layer, source, settings, repeats)
-            return self._renew(layer, source, settings, seeds, repeats) if factors is None else factors
+            factors = None if share is None else share.take(layer, source, settings, repeats, asked)
+            return self._renew(layer, source, settings, seeds, repeats, asked) if factors is None else factors
+
+    def at_hand(self, layer: Layer, asked: object) -> list[Factors] | None:
+        """The factors of a layer in evaluation, if who took them last asked the same and they hold; else None.
+
+        Args:
+            asked: all that the arguments of `factors_for` follow from, and the modes of PyTorch that it looks at.
+        """
+        with self.lock:
+            share = self._shares.get(layer)
+            if share is None or share.asked != asked:
+                return None
+            return share.held(layer, layer.watched())
 
     def together_with(self, layer: Layer, source: Source) -> dict[Layer, Source]:
         """The layers to generate when `layer` asks, itself first."""
@@ -247,7 +274,7 @@ class LayerGroup:
         ]
 
     def _renew(
-        self, layer: Layer, source: Source, settings: Settings, seeds: list[Tensor], repeats: bool
+        self, layer: Layer, source: Source, settings: Settings, seeds: list[Tensor], repeats: bool, asked: object
     ) -> list[Factors]:
         # In a backward (reentrant checkpointing) the gradient of a whole group would be computed for each region.
         sources = {layer: source} if repeats else self.together_with(layer, source)
@@ -258,7 +285,7 @@ class LayerGroup:
         shares = self.generate(sources, settings, seeds, values=kept and (len(sources) > 1 or not source.training))
         if kept:
             self._shares.update(shares)
-            shares[layer].take(layer, source, settings, repeats)
+            shares[layer].take(layer, source, settings, repeats, asked)
         return shares[layer].factors
 
 
@@ -293,7 +320,8 @@ def _may_be_repeated() -> bool:
     )
 
 
-def _stream(device: torch.device) -> tuple[int, bool] | None:
+def current_stream(device: torch.device) -> tuple[int, bool] | None:
+    """On CUDA the current stream and whether it is being captured."""
     if device.type != "cuda":
         return None
     return torch.cuda.current_stream(device).cuda_stream, torch.cuda.is_current_stream_capturing()

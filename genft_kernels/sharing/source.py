@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from ..config import GenFTConfig
 from ..frozen_weight import FrozenWeight
+
+Watched = tuple[Tensor, Collection[Tensor], Collection[Tensor]]  # W, the layer's own, the shared ones
 
 
 class Source(NamedTuple):
@@ -33,6 +36,11 @@ class Source(NamedTuple):
         trained = tuple(tensor.requires_grad for tensor in self.own.values())
         quantised = isinstance(self.blocks[0], FrozenWeight)
         return self.weight.device, self.weight.dtype, quantised, self.backend, self.dropout, trained
+
+    @property
+    def watched(self) -> Watched:
+        """All whose change ends the factors."""
+        return self.weight, self.own.values(), self.shared.values()
 
     @property
     def thin(self) -> list[Tensor]:

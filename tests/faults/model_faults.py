@@ -97,7 +97,7 @@ FAULTS = [
     Fault(
         "snapshot: a weight's values not compared",
         "genft_kernels/sharing/snapshot.py",
-        "(copy is None or copy.equals(sample(weight), True))",
+        "(elements is None or elements.same())",
         "True",
         STALE,
     ),

@@ -15,6 +15,8 @@ def product(slot: str, left: Tensor, right: Tensor) -> Tensor:
 
 def scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
     """scale * left @ right, rounded once."""
+    if scale == 1:  # which takes half the time where there are few tokens
+        return torch.mm(left, right)
     return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
 
 
