@@ -12,12 +12,8 @@ from .arguments import is_integer, shown
 from .config import GenFTConfig
 from .defaults import settled
 
-# Of the study that the preset "fast" comes from (docs/using.md#choosing-settings).
-SHARED, SPECIFIC = 12, 7
-
-
 def within_budget(model: nn.Module, parameters: int, config: GenFTConfig) -> GenFTConfig:
-    """`config` with the s and r that `GenFTConfig.for_budget` promises."""
+    """`config` with the s and r that `GenFTConfig.for_budget` promises, in its own proportion."""
     if not is_integer(parameters) or parameters < 1:
         raise ValueError(f"parameters must be an integer of at least 1, got {shown(parameters)}")
     config = settled(model, config)
@@ -36,5 +32,5 @@ def within_budget(model: nn.Module, parameters: int, config: GenFTConfig) -> Gen
     # The total is a constant (biases) and so much for each unit.
     shared, specific = total(2, 0) - smallest, total(1, 1) - smallest
     left = parameters - (smallest - shared)
-    r = SPECIFIC * left // (SPECIFIC * specific + SHARED * shared)
+    r = config.specific_dim * left // (config.specific_dim * specific + config.shared_dim * shared)
     return dataclasses.replace(config, shared_dim=(left - r * specific) // shared, specific_dim=r)

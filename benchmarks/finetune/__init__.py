@@ -1,1 +1,1 @@
-"""Fine-tune a real encoder on real questions with GenFT, LoRA and a linear probe, and compare them."""
+"""Fine-tune real models with GenFT, LoRA and others, at settings chosen for each, and compare them."""

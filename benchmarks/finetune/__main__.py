@@ -1,127 +1,127 @@
-"""`make demo`: fine-tune MiniLM (6 layers) on labelled questions with GenFT, LoRA and a linear probe, and compare.
+"""`make demo`: fine-tune MiniLM (6 layers) on questions with GenFT and LoRA, and compare them.
 
-Every method gets the same budget, LoRA the trainable size of GenFT. A row for each run goes to
-OUTPUT/<device>/finetune.jsonl. `make sweep`: with --sweep, choose the learning rates.
+GenFT trains as much as LoRA of rank 8, and LoRA of rank 1 is beside it; settings are those that `make compare` chose.
+With --task, --data and --model: GLUE, VTAB-1K or FGVC on files of yours, by the official recipe. A row for each run
+goes to OUTPUT/<device>/finetune.jsonl.
 """
 
 import argparse
-import itertools
+import dataclasses
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from benchmarks.measure import command
-from benchmarks.measure.environment import device_name, environment
-from benchmarks.measure.gate import refusal
+from benchmarks.measure.environment import device_name
 from benchmarks.measure.rows import ResultStore, Row
 
-from . import data, encoder, rates
-from .encoder import Encoded
-from .methods import DEFAULT_METHODS, METHODS
+from . import compare
+from .methods import METHODS
+from .recipe import Recipe
 from .table import SUITE, table
-from .training import CPU, Diverged, Job, train
+from .tasks import TASKS, DemoError, Problem, glue, pictures
+from .training import CPU, Job, Setting
 
-SEEDS = (2,)  # others than those that chose the rates
-KEY = ("data", "epochs", "batch_size", "method", "seed")
+TRAIN_SIZE = 3000
+SEEDS = (2,)
+# A method and the rank of LoRA whose size it has.
+RUNS = (("fast", 8), ("lora", 8), ("lora", 1))
+FOLDERS = ("glue", "vtab", "fgvc")
 LIBRARIES = ("transformers", "peft")
 EPILOG = """\
 examples:
   python -m benchmarks.finetune                                      the whole comparison, minutes on 2 cores
   python -m benchmarks.finetune --train 320 --test 200 --epochs 1    a quick look, under a minute
   python -m benchmarks.finetune --seeds 2 3 4                        three runs of each method
+  python -m benchmarks.finetune --task glue/cola --data CoLA --model roberta-base --methods official fast
 """
 
 
 class Inputs(NamedTuple):
-    """A pretrained encoder, encoded examples, and what they are in words."""
+    """A problem, how it is trained on, and the settings of its methods."""
 
-    encoder: nn.Module
-    labels: list[str]
-    train: Encoded
-    test: Encoded
-    title: str
+    task: str
+    problem: Problem
+    recipe: Recipe
+    rate: float | None  # None: as a sweep chose
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the comparison or the sweep and return the exit status; whatever ends it early, finished runs count."""
+    """Run the comparison and return the exit status; whatever ends it early, finished runs count."""
     options = parse(argv)
     try:
-        methods = dict.fromkeys(options.methods or DEFAULT_METHODS)
-        if options.sweep:
-            inputs = prepare(options)
-            jobs = rates.grid(methods, options.seeds or rates.SEEDS, options.epochs)
-            rates.run_sweep(options.rates, inputs.title, jobs, lambda job: next(rows_of([job], inputs)))
-            return 0
-        chosen = rates.read_rates(options.rates, list(methods))
-        runs = itertools.product(methods, dict.fromkeys(options.seeds or SEEDS))
-        jobs = [Job(method, seed=seed, epochs=options.epochs, **chosen[method]._asdict()) for method, seed in runs]
-        rows = rows_of(jobs, prepare(options))
-        store = ResultStore.of_command(device_name(CPU), SUITE, KEY, options.output)
+        inputs = prepare(options)
+        print(inputs.problem.data)
+        jobs = list(jobs_of(options, inputs))
+        rows = (compare.row_of(inputs.task, inputs.problem, job) for job in jobs)
+        store = ResultStore.of_command(device_name(CPU), SUITE, compare.CASE, options.output)
         finished: list[Row] = []
         status = command.record((finished.append(row) or row for row in rows), store, lambda row: row["method"])
-        print("\n" + table(row for row in finished if row["status"] == "measured"))
+        print("\n" + table(finished))
         return status
-    except (data.DemoError, OSError) as error:
+    except (DemoError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted; a sweep keeps its finished runs", file=sys.stderr)
-        return command.INTERRUPTED
 
 
 def prepare(options: argparse.Namespace) -> Inputs:
-    """Make runs repeatable and load what the options ask for; for a sweep nothing of the test part.
+    """Make runs repeatable and load what the options ask for.
 
     Raises:
-        DemoError: a library, a data package or the data is missing or not as it must be.
+        DemoError: a library, a package or the data is missing or not as it must be.
     """
     missing = [name for name in LIBRARIES if find_spec(name) is None]
     if missing:
-        raise data.DemoError(f"missing {', '.join(missing)}; install with: pip install {' '.join(missing)}")
+        raise DemoError(f"missing {', '.join(missing)}; install with: pip install {' '.join(missing)}")
     torch.set_num_threads(options.threads)
     torch.use_deterministic_algorithms(True)
-    split = data.split(data.read_trec(), options.train, options.test)
-    split = data.hold_out(split) if options.sweep else split
-    pretrained, tokenizer = encoder.load_pretrained()
-    train, test = (Encoded.of(part, split.labels, tokenizer) for part in (split.train, split.test))
-    title = f"{data.TREC}: {len(train)} to train on, {len(test)} to test on"
-    print(title)
-    return Inputs(pretrained, split.labels, train, test, title)
+    kind, _, name = options.task.partition("/")
+    if options.task in TASKS:
+        problem, recipe, rate = TASKS[options.task].load(False, options.train, options.test), Recipe(), None
+    elif kind not in FOLDERS or not name:
+        raise DemoError(f"--task must be one of {', '.join(TASKS)}, {'/NAME, '.join(FOLDERS)}/NAME")
+    elif options.data is None or options.model is None:
+        raise DemoError(f"--task {options.task} needs --data DIR and --model DIR")
+    elif kind == "glue":
+        problem, recipe, rate = glue.load(name, options.data, options.model), glue.RECIPE, glue.RATE
+    else:
+        problem, recipe, rate = pictures.load(kind, name, options.data, options.model), pictures.RECIPE, pictures.RATE
+    recipe = dataclasses.replace(recipe, epochs=options.epochs or recipe.epochs)
+    return Inputs(options.task, problem, recipe, options.rate or rate)
 
 
-def rows_of(jobs: Iterable[Job], inputs: Inputs) -> Iterator[Row]:
-    """A row for each run as it ends; one that diverges has a status and a reason."""
-    fields = environment(CPU) | {"data": inputs.title}
-    for job in jobs:
-        model = job.model(inputs.encoder, len(inputs.labels))
-        try:
-            row = train(model, inputs.train, inputs.test, job) | {"status": "measured"}
-        except Diverged as error:
-            row = refusal(error)
-        yield vars(job) | fields | row
+def jobs_of(options: argparse.Namespace, inputs: Inputs) -> Iterator[Job]:
+    """The runs that the options ask for."""
+    names = [(name, 8) for name in dict.fromkeys(options.methods)] if options.methods else RUNS
+    for name, rank in names:
+        size = inputs.problem.size_of_rank(rank)
+        setting = Setting(inputs.rate) if inputs.rate else compare.chosen(options.sweep, inputs.task, name, size)
+        for seed in dict.fromkeys(options.seeds):
+            yield Job(name, size, setting, seed, inputs.recipe)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = command.parser_of("benchmarks.finetune", __doc__, EPILOG, Path("demo-output"))
     number = command.positive(int)
-    for part, size in (("train", data.TRAIN_SIZE), ("test", data.TEST_SIZE)):
-        parser.add_argument(f"--{part}", type=number, default=size, metavar="N", help="examples (default %(default)s)")
-    listing = "; ".join(f"{name}: {title}" for name, (title, _) in METHODS.items())
+    tasks = f"{', '.join(TASKS)}, glue/{{{','.join(glue.TASKS)}}}, vtab/NAME or fgvc/NAME (default %(default)s)"
+    parser.add_argument("--task", default="trec-6", metavar="NAME", help=tasks)
+    parser.add_argument("--data", type=Path, metavar="DIR", help="the files of glue, vtab or fgvc")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="a saved transformers model, for those")
+    parser.add_argument("--train", type=number, default=TRAIN_SIZE, metavar="N", help="examples (default %(default)s)")
+    parser.add_argument("--test", type=number, metavar="N", help="examples (default: the task's)")
+    listing = "; ".join(f"{name}: {method.title}" for name, method in METHODS.items())
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME", help=listing)
-    seeds = f"one run each (default {SEEDS[0]}; of a sweep {' '.join(map(str, rates.SEEDS))})"
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help=seeds)
-    parser.add_argument("--epochs", type=number, default=Job.epochs, metavar="N", help="default %(default)s")
+    parser.add_argument("--rate", type=command.positive(float), metavar="RATE", help="instead of the chosen one")
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, metavar="N", help="one run each (default 2)")
+    parser.add_argument("--epochs", type=number, metavar="N", help="default: the recipe's")
     same = "CPU threads; results repeat exactly only for the same number (default %(default)s)"
     parser.add_argument("--threads", type=number, default=2, metavar="N", help=same)
-    sweep = "try every rate that the file of --rates does not have yet, and add it there"
-    parser.add_argument("--sweep", action="store_true", help=sweep)
-    parser.add_argument("--rates", type=Path, default=rates.SWEEP_FILE, metavar="FILE", help="rows of the sweep")
+    parser.add_argument("--sweep", type=Path, default=compare.SWEEP_FILE, metavar="FILE", help="rows of the choice")
     return parser.parse_args(argv)
 
 

@@ -1,43 +1,86 @@
-"""The runs of a comparison as a table."""
+"""The runs of a comparison as tables: mean and deviation over seeds, and how far every method is from LoRA."""
 
-import itertools
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from benchmarks.measure.rows import Row
 from benchmarks.report.tables import markdown
 
+from .grid import setting_of
 from .methods import METHODS
+from .metrics import PERPLEXITY
 
 SUITE = "finetune"
+BASELINE = "lora"
+HEADER = ("method", "trainable", "rate", "last epoch", "best epoch", "− LoRA [95 %]", "ms / step", "peak MiB")
+# The 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom.
+_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
-def table(rows: Iterable[Row]) -> str:
-    """A line for each method: the mean over its seeds, and their standard deviation; then how sure these are.
-
-    Peak memory is that of one forward and backward over the longest texts, beyond weights and optimizer state.
-    """
-    methods: dict[str, list[Row]] = {}
+def tables(rows: Iterable[Row]) -> str:
+    """A table for each task and data, with a line for each method and size."""
+    cells: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        methods.setdefault(row["method"], []).append(row)
-    lines = []
-    for method, runs in methods.items():
-        first, accuracies = runs[0], [run["accuracy"][-1] for run in runs]
-        rank = f", r {first['settings']['r']}" if "r" in first["settings"] else ""
-        spread = f" ± {statistics.stdev(accuracies):.3f}" if len(runs) > 1 else ""
-        step, peak = statistics.median(run["step_ms"] for run in runs), max(run["peak_bytes"] for run in runs)
-        rates = f"{first['rate']:g}" + (f", head {first['head_rate']:g}" if first.get("head_rate") else "")
-        sizes = f"{first['trainable']:,}", rates, f"{statistics.mean(accuracies):.3f}{spread}"
-        lines.append((METHODS[method][0] + rank, *sizes, f"{step:.0f}", f"{peak / 2**20:.0f}"))
-    header = ("method", "trainable", "rate", "accuracy", "ms / step", "peak MiB")
-    return markdown(header, lines) + _certainty(itertools.chain(*methods.values()))
+        cells.setdefault((row["task"], row["data"]), []).append(row)
+    return "\n".join(f"{data}, {same[0]['metric']}:\n\n{table(same)}" for (_, data), same in cells.items())
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A line for each method and size; then what else chance has in it, and what did not run.
+
+    The best epoch is picked on the part that is judged by, as the official code does. Peak memory is that of one
+    forward and backward over the longest examples, beyond weights and optimizer state.
+    """
+    measured: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        if row["status"] == "measured":
+            measured.setdefault((row["method"], row["size"]), []).append(row)
+    lines = [_line(runs, measured.get((BASELINE, size), [])) for (_, size), runs in measured.items()]
+    others = {(row["method"], row["reason"]): None for row in rows if row["status"] != "measured"}
+    notes = [f"- {METHODS[method].title}: {reason}" for method, reason in others]
+    return markdown(HEADER, lines) + _certainty(rows) + ("\n" + "\n".join(notes) + "\n" if notes else "")
+
+
+def _line(runs: Sequence[Row], baseline: Sequence[Row]) -> tuple[str, ...]:
+    first = runs[0]
+    rank = f", r {first['settings']['r']}" if "r" in first["settings"] else ""
+    best = min if first["metric"] == PERPLEXITY else max
+    step, peak = statistics.median(run["step_ms"] for run in runs), max(run["peak_bytes"] for run in runs)
+    return (
+        METHODS[first["method"]].title + rank,
+        f"{first['trainable']:,}",
+        str(setting_of(first)),
+        _spread([run["score"][-1] for run in runs]),
+        _spread([best(run["score"]) for run in runs]),
+        "" if first["method"] == BASELINE else difference(runs, baseline) or "–",
+        f"{step:.0f}",
+        f"{peak / 2**20:.0f}",
+    )
+
+
+def difference(runs: Sequence[Row], baseline: Sequence[Row]) -> str | None:
+    """The mean of the last epochs' differences by seed, with its 95 % interval; None for less than two in common."""
+    theirs = {run["seed"]: run["score"][-1] for run in baseline}
+    apart = [run["score"][-1] - theirs[run["seed"]] for run in runs if run["seed"] in theirs]
+    if len(apart) < 2:
+        return None
+    mean = statistics.mean(apart)
+    quantile = _QUANTILES[min(len(apart) - 1, len(_QUANTILES)) - 1]
+    half = quantile * statistics.stdev(apart) / math.sqrt(len(apart))
+    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def _certainty(rows: Iterable[Row]) -> str:
-    """What chance there is in an accuracy by the choice of test examples alone, where the rows have their number."""
-    shares = [(row["accuracy"][-1], row["tested"]) for row in rows if "tested" in row]
+    """What chance there is in a score by the choice of test examples alone."""
+    shares = [
+        (row["score"][-1], row["tested"]) for row in rows if row["status"] == "measured" and row["metric"] == "accuracy"
+    ]
     if not shares:
         return ""
     error = max(math.sqrt(share * (1 - share) / tested) for share, tested in shares)
-    return f"\nAn accuracy has a standard error of at most {error:.3f} by the choice of test questions alone.\n"
+    return f"\nAn accuracy has a standard error of at most {error:.3f} by the choice of test examples alone.\n"

@@ -57,6 +57,15 @@ def test_the_total_is_within_one_shared_unit_of_the_budget(model, settings, para
     assert parameters < trained(shared_dim=-(-12 * (r + 1) // 7), specific_dim=r + 1)
 
 
+@pytest.mark.parametrize(
+    "preset, parameters, units",
+    [("wegeft", 19 * 768, (19, 0)), ("fast-both", 36_864, (12, 2)), ("fast", 36_864, (12, 3))],
+)
+def test_a_preset_keeps_its_proportion_and_settings(preset, parameters, units):
+    config = GenFTConfig.for_budget(stack(12, 384), parameters, preset, **EVERY)
+    assert config == GenFTConfig.preset(preset, shared_dim=units[0], specific_dim=units[1], **EVERY)
+
+
 def test_what_is_trained_in_full_is_not_counted():
     with_head = GenFTConfig.for_budget(Encoder(), 400, modules_to_save=["classifier"])
     assert with_head.modules_to_save == ("classifier",)

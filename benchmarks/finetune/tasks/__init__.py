@@ -1,0 +1,36 @@
+"""The tasks that methods are compared on, by name."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from . import dialogue, digits, questions, snippets, texts
+from .problem import DemoError, Problem
+from .splits import TEST_SIZE, Example, Split, distinct, hold_out, split
+
+__all__ = ["TASKS", "DemoError", "Problem", "Task"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A labelled pool, always split in the same way, and what makes a problem of a split."""
+
+    title: str
+    read: Callable[[], list[Example]]
+    problem: Callable[[str, Split], Problem]
+    test_size: int = TEST_SIZE
+    head: bool = True  # whether a part of the model is trained from scratch
+
+    def load(self, validation: bool, train_size: int | None = None, test_size: int | None = None) -> Problem:
+        """The problem, by default of all there is to train on; for validation nothing of its test part."""
+        parts = split(self.read(), test_size or self.test_size, train_size)
+        parts = hold_out(parts) if validation else parts
+        return self.problem(f"{self.title}: {len(parts.train)} to train on, {len(parts.test)} to judge by", parts)
+
+
+TASKS = {
+    "trec-6": Task(questions.TITLE, lambda: distinct(questions.read()), texts.classification),
+    "trec-fine": Task(questions.TITLE_FINE, lambda: distinct(questions.read(fine=True)), texts.classification),
+    "snippets": Task(snippets.TITLE, lambda: distinct(snippets.read()), texts.classification),
+    "digits": Task(digits.TITLE, digits.read, digits.classification, test_size=300),
+    "dialogue": Task(dialogue.TITLE, lambda: distinct(dialogue.read()), dialogue.perplexity, 300, head=False),
+}
