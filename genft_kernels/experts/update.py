@@ -160,14 +160,14 @@ class ExpertUpdate(GenFTUpdate):
         if forward_seed(None, x.device, self.training, dropout, psi, dtype) is not None:
             count = layout.experts * layout.halves
             seeds = torch.randint(0, 2**63 - 1, (count,), dtype=torch.int64, device=x.device)
-        h, b, stream = layout.join_factors(self._factors(dtype, backend, seeds), self._h_is_one)
+        h, b, stream = layout.join_factors(self._factors(dtype, backend, seeds), self.h_is_one)
         seed = None if seeds is None else seeds[:: layout.halves]
         bias = None if bias is None else bias.to(dtype)
         settings = float(config.scaling), psi, dropout, stream, backend
         return expert_linear_node(x.to(dtype), offsets, matrices, bias, h, b, seed, *settings)
 
     @property
-    def _h_is_one(self) -> bool:
+    def h_is_one(self) -> bool:
         """Whether h is the same for the halves of an expert: it is the column stage's up matrix."""
         config = self.config
         return config.transform == "column" and (config.ratio_scope != "all" or config.weight_ratio != "rms")

@@ -17,14 +17,16 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ..adapt import adapted_layers, adapter_state, check_enabled
+from ..adapt import Adapted, adapted_layers, adapter_state, check_enabled
 from ..arguments import check_type, is_finite
+from ..experts.update import ExpertUpdate
 from ..matching import Names
 from ..modules import GenFTLinear
 from ..sharing.source import is_tensor_subclass
 from . import folder
 from .format import CONFIG_FILE, TENSORS_FILE, is_ours
 from .lora_check import check_by_peft
+from .lora_experts import exact_stack, lora_names, target_parameters
 from .thin_update import ThinUpdate, exact, largest
 
 # What vLLM's --max-lora-rank may be.
@@ -81,7 +83,8 @@ def export_lora(
 
     Exact where the outer activation is the identity: the update that answers in evaluation, biases included, is a LoRA
     of rank k (k + 1 with biases), for each adapted block of a fused weight. All layers get one rank, the shorter ones
-    zero rows; `lora_alpha` equals it and `scaling` is folded in, because servers ignore patterns of ranks.
+    zero rows; `lora_alpha` equals it and `scaling` is folded in, because servers ignore patterns of ranks. Stacked
+    experts are written in PEFT's form for `target_parameters`, exact ones only; PEFT reads it, of servers not all do.
 
     Args:
         rank: write this rank, by a truncated singular value decomposition where the update has a higher one.
@@ -104,9 +107,15 @@ def export_lora(
     _check_names(model, layers)
     if is_ours(directory):
         raise ValueError(f"{directory} holds an adapter of this package: choose another folder for the export")
-    factors = {path: _thin_update(path, layer, rank, energy) for path, layer in layers.items()}
-    highest = rank or max(each.rank for each in factors.values())
+    stacks = {path: layer for path, layer in layers.items() if isinstance(layer, ExpertUpdate)}
+    linear = {path: layer for path, layer in layers.items() if isinstance(layer, GenFTLinear)}
+    factors = {path: _thin_update(path, layer, rank, energy) for path, layer in linear.items()}
+    stacked = {path: exact_stack(path, stack, rank, energy) for path, stack in stacks.items()}
+    highest = rank or max(each.rank for each in (*factors.values(), *stacked.values()))
     tensors = {}
+    for path, name in lora_names(stacks).items():
+        down, up = stacked[path].tensors(highest)
+        tensors[f"{_PREFIX}{name}.lora_A.weight"], tensors[f"{_PREFIX}{name}.lora_B.weight"] = down, up
     for path, each in factors.items():
         down, up, _ = each.padded(highest)
         tensors[f"{_PREFIX}{path}.lora_A.weight"], tensors[f"{_PREFIX}{path}.lora_B.weight"] = down, up
@@ -119,9 +128,9 @@ def export_lora(
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     content = {
         TENSORS_FILE: safetensors.torch.save(tensors, {"format": "pt"}),
-        CONFIG_FILE: (json.dumps(_description(model, layers, saved, highest), indent=2) + "\n").encode(),
+        CONFIG_FILE: (json.dumps(_description(model, linear, stacks, saved, highest), indent=2) + "\n").encode(),
     }
-    kept = {path: each.energy for path, each in factors.items()}
+    kept = {path: each.energy for path, each in factors.items()} | dict.fromkeys(stacks, 1.0)
     drift = None
     if inputs is not None:
         with tempfile.TemporaryDirectory() as temporary:
@@ -146,8 +155,18 @@ def _thin_update(path: str, layer: GenFTLinear, rank: int | None, energy: float 
     return largest(torch.linalg.svd(layer.delta_weight(), full_matrices=False), rank, energy)
 
 
-def _description(model: nn.Module, layers: dict[str, GenFTLinear], saved: tuple[str, ...], rank: int) -> dict[str, Any]:
+def _description(
+    model: nn.Module,
+    linear: dict[str, GenFTLinear],
+    stacks: dict[str, ExpertUpdate],
+    saved: tuple[str, ...],
+    rank: int,
+) -> dict[str, Any]:
     """PEFT's LoraConfig."""
+    transposed = bool(linear) and all(layer._fan_in_fan_out for layer in linear.values())
+    if stacks and transposed:
+        raise ValueError("PEFT has no LoRA for transformers' Conv1D and stacked experts in one adapter")
+    of_experts = {"target_parameters": target_parameters(model, stacks)} if stacks else {}
     return {
         "peft_type": "LORA",
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
@@ -157,13 +176,14 @@ def _description(model: nn.Module, layers: dict[str, GenFTLinear], saved: tuple[
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": all(layer._fan_in_fan_out for layer in layers.values()),
-        "target_modules": _target_modules(model, set(layers)),
+        "fan_in_fan_out": transposed,
+        "target_modules": _target_modules(model, set(linear)),
         "modules_to_save": list(saved) or None,
         "use_rslora": False,
         "use_dora": False,
         "rank_pattern": {},
         "alpha_pattern": {},
+        **of_experts,
     }
 
 
@@ -177,17 +197,11 @@ def _target_modules(model: nn.Module, paths: set[str]) -> list[str]:
     raise ValueError(f"PEFT would adapt {extra[0]!r} as well: its name ends in that of an adapted layer")
 
 
-def _exportable_layers(model: nn.Module) -> dict[str, GenFTLinear]:
+def _exportable_layers(model: nn.Module) -> dict[str, Adapted]:
     adapter_state(model)
     check_enabled(model)
-    layers: dict[str, GenFTLinear] = {}
-    for path, layer in adapted_layers(model).items():
-        if not isinstance(layer, GenFTLinear):
-            raise ValueError(
-                f"{path!r}: stacked experts, for which servers read no LoRA: write merged weights, by "
-                "remove_genft(model, keep_update=True) and save_pretrained"
-            )
-        layers[path] = layer
+    layers = adapted_layers(model)
+    for path, layer in layers.items():
         if layer.merged:
             raise RuntimeError(f"{path!r} is merged: call unmerge(model) first")
         sources = [update.source() for update in layer.updates.values()]
@@ -201,7 +215,7 @@ def _exportable_layers(model: nn.Module) -> dict[str, GenFTLinear]:
     return layers
 
 
-def _check_names(model: nn.Module, layers: dict[str, GenFTLinear]) -> None:
+def _check_names(model: nn.Module, layers: dict[str, Adapted]) -> None:
     """Raise ValueError for what PEFT could not load as it is here."""
     for path, layer in adapted_layers(model, remove_duplicate=False).items():
         if path not in layers:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..adapt import adapted_layers, merge, remove_genft
+from ..experts.update import ExpertUpdate
+from .lora_experts import lora_names
 
 # Both compute in float32 or wider from the same tensors, in another order.
 _UPDATE_TOLERANCE = 1e-4
@@ -32,8 +34,10 @@ def check_by_peft(
         ImportError: PEFT is not installed.
     """
     loaded = load_into_peft(remove_genft(frozen_copy(model)), directory)
-    for path, layer in adapted_layers(model).items():
-        theirs = loaded.base_model.model.get_submodule(path).get_delta_weight("default")
+    layers = adapted_layers(model)
+    of_stacks = lora_names({path: layer for path, layer in layers.items() if isinstance(layer, ExpertUpdate)})
+    for path, layer in layers.items():
+        theirs = loaded.base_model.model.get_submodule(of_stacks.get(path, path)).get_delta_weight("default")
         error = relative(theirs.mT if layer._fan_in_fan_out else theirs, layer.delta_weight())
         if error > max(1 - energy[path], 0) ** 0.5 + _UPDATE_TOLERANCE:
             raise RuntimeError(f"{path!r}: PEFT's update differs from the model's by {error:.1e} of its norm")
