@@ -120,3 +120,14 @@ def test_a_frozen_adapter_stays_frozen_as_another_is_added(tmp_path):
     assert not any(parameter.requires_grad for parameter in model.parameters())
     model.add_adapter("other", peft_config())
     assert not any(p.requires_grad for name, p in model.named_parameters() if ".default" in name)
+
+
+def test_the_state_of_the_base_model_has_nothing_of_an_adapter():
+    model = with_second_adapter(peft_model(modules_to_save=["classifier"]))
+    state = peft.get_base_model_state_dict(model)
+    assert {name: tensor.shape for name, tensor in state.items()} == {
+        name: tensor.shape for name, tensor in base().state_dict().items()
+    }
+    before = dict(model.state_dict())
+    peft.set_base_model_state_dict(model, base().state_dict())
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())

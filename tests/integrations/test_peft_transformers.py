@@ -120,6 +120,7 @@ def test_what_transformers_saved_opens_everywhere(settings, load, folder):
     assert torch.equal(answer(load(folder).eval()), answer(model))
 
 
+@pytest.mark.filterwarnings("ignore:the head")
 @pytest.mark.parametrize("saved_by", ["peft", "ours"])
 def test_what_others_saved_opens_in_transformers(saved_by, folder):
     model = randomised(peft.get_peft_model(fresh(folder), peft_config())).eval()

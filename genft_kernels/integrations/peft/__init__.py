@@ -15,11 +15,12 @@ from peft.utils import register_peft_method
 if not hasattr(BaseTuner, "_get_adapter_state_dict"):  # by which a tuner has a say in what is saved
     raise ImportError(f"genft_kernels.integrations.peft needs peft 0.21 or newer: this is {peft.__version__}")
 
-from . import conversion
+from . import base_state, conversion
 from .config import PREFIX, PeftGenFTConfig
 from .model import PeftGenFTModel
 
 __all__ = ["PeftGenFTConfig"]
 
 register_peft_method(name="genft", config_cls=PeftGenFTConfig, model_cls=PeftGenFTModel, prefix=PREFIX)
+base_state.install()
 conversion.install()

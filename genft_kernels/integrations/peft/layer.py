@@ -10,14 +10,17 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from ...frozen_weight import FrozenWeight, kind_name, kind_of
 from ...generator import GenFTGenerator
 from ...modules import check_adaptable, is_conv1d
 from ...row_blocks import RowBlocks
 from ...sharing.source import is_tensor_subclass
+from ...targets import frozen_weight
 from ...together import updated_linear
 from ...units import GenFTUpdate, adapter_dtype
 
 BASE = "__base__"  # PEFT's name for the model without an adapter
+SHARED = "genft_shared"  # the name of the shared tensors in the model
 
 
 class SharedTensors(nn.ModuleDict):
@@ -67,6 +70,10 @@ class AdapterUpdate(GenFTUpdate):
     def stored_weight(self) -> Tensor:
         return self.layer.stored_weight
 
+    @property
+    def frozen_weight(self) -> Tensor | FrozenWeight:
+        return self.layer.frozen_weight
+
     def extra_repr(self) -> str:
         return f"shared_dim={self.config.shared_dim}, specific_dim={self.config.specific_dim}"
 
@@ -98,8 +105,7 @@ class GenFTLayer(nn.Module, BaseTunerLayer):
         self._is_full_backward_hook = base_layer._is_full_backward_hook
         self.base_layer = base_layer
         self.fan_in_fan_out = is_conv1d(base_layer)
-        sizes: tuple[int, ...] = tuple(self.base_layer.weight.shape)
-        self.out_features, self.in_features = reversed(sizes) if self.fan_in_fan_out else sizes
+        self.out_features, self.in_features = frozen_weight(base_layer).shape
         self.genft_own = nn.ModuleDict()
         self.__dict__["genft_shared"] = shared  # not registered: one key in a state dict, and it is the model's
         self._frozen: dict[str, nn.Parameter] = {}  # "weight" while it is merged; a dict, so that it is not registered
@@ -183,6 +189,8 @@ class GenFTLayer(nn.Module, BaseTunerLayer):
         if not updates:
             return self.base_layer.forward(x)
         weight = self.frozen_weight
+        if is_tensor_subclass(weight) and kind_of(self.base_layer) is not None:
+            raise TypeError(f"{kind_name(self.base_layer)} was quantised after its adapter: quantise the model first")
         if not torch.is_grad_enabled():  # FSDP's say that they train, because others do that it keeps them with
             weight = weight.detach()
         x = x if torch.is_autocast_enabled(x.device.type) else self._cast_input_dtype(x, weight.dtype)

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from ...arguments import about
 from ...config import GenFTConfig
 from ...files.fingerprint import Fingerprint
+from ...frozen_weight import kind_of
 from ...generator import GenFTGenerator
 from ...matching import ends
 from ...modules import is_conv1d
 from ...row_blocks import RowBlocks
 from ...sharing.source import is_tensor_subclass
-from ...targets import check_called, frozen_weight
+from ...targets import check_called, check_gradients_pass, frozen_weight
 from .config import PREFIX, PeftGenFTConfig
-from .layer import BASE, GenFTLayer, SharedTensors, StoredGenerator
-
-SHARED = "genft_shared"
+from .layer import BASE, SHARED, GenFTLayer, SharedTensors, StoredGenerator
+from .quantised import layer_over
 
 
 class PeftGenFTModel(BaseTuner):
@@ -58,6 +58,9 @@ class PeftGenFTModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             _check_blocks(config, model, adapter_name)
+            check_gradients_pass(
+                model, {layer: path for path, layer in _layers(model).items() if adapter_name in layer.genft_own}
+            )
         except BaseException:
             for path, layer in _layers(model).items():
                 if adapter_name in layer.genft_own:
@@ -137,7 +140,7 @@ class PeftGenFTModel(BaseTuner):
                 raise ValueError(f"{held_at[0]!r} and {held_at[1]!r} are one module: PEFT would adapt only one of them")
             try:
                 check_called(self.model, current_key)
-                layer = GenFTLayer(target, self.genft_shared)
+                layer = layer_over(target, self.genft_shared, self.model)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"Target module {current_key!r} is not supported. {error}") from None
         native = peft_config.native()
@@ -209,7 +212,7 @@ def _check_base(config: PeftGenFTConfig, model: nn.Module) -> None:
             raise ValueError(f"the adapter belongs to another base model: there is no module {path!r}")
         if isinstance(module, GenFTLayer):
             config.check_base(path, module.frozen_weight)
-        elif isinstance(module, nn.Linear) or is_conv1d(module):
+        elif isinstance(module, nn.Linear) or is_conv1d(module) or kind_of(module) is not None:
             config.check_base(path, frozen_weight(module))
 
 
@@ -225,10 +228,9 @@ def _fingerprints(model: nn.Module, adapter_name: str) -> dict[str, Any] | None:
     found = {}
     for path, layer in _layers(model).items():
         if adapter_name in layer.genft_own:
-            if layer.stored_weight.device.type == "meta" or is_tensor_subclass(layer.stored_weight):
+            if layer.stored_weight.device.type == "meta" or is_tensor_subclass(layer.frozen_weight):
                 return None
-            entry = Fingerprint.of(layer.frozen_weight)._asdict()
-            entry |= {"shape": list(entry["shape"]), "samples": list(entry["samples"])}
+            entry = Fingerprint.of(layer.frozen_weight).entry()
             found[path.removeprefix("_fsdp_wrapped_module.").removeprefix("base_model.model.")] = entry
     return found
 
