@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +14,7 @@ from .instance_forward import carry_instance_forward
 from .modules import GenFTLinear
 from .sharing.source import is_tensor_subclass
 from .together import updated_linear
+from .units import GenFTUpdate
 
 Layer = TypeVar("Layer")
 
@@ -73,15 +74,9 @@ class QuantisedGenFTLinear(GenFTLinear):
     def forward(self, x: Tensor) -> Tensor:
         if not self._enabled:
             return self.base_layer.forward(x)
-        weight, bias, dtype = self.frozen_weight, self.bias, x.dtype
-        if not autocasts(x):
-            x = x.to(weight.compute_dtype or dtype)
-            bias = None if bias is None else bias.to(x.dtype)
         if self.backend == "reference":
-            y = self._materialised(x, weight.to(x.dtype))
-        else:
-            y = updated_linear(x, weight, bias, list(self.updates.values()))
-        return y if autocasts(x) else y.to(dtype)
+            return self._materialised(x, self.frozen_weight.to(x.dtype))
+        return updated_quantised(x, self.frozen_weight, self.bias, list(self.updates.values()))
 
     def release(self) -> nn.Module:
         """The quantised layer."""
@@ -104,6 +99,14 @@ class QuantisedGenFTLinear(GenFTLinear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weight={self.frozen_weight.kind}"
+
+
+def updated_quantised(x: Tensor, weight: FrozenWeight, bias: Tensor | None, updates: Sequence[GenFTUpdate]) -> Tensor:
+    """`updated_linear` in the dtype in which the quantised layer computes, and from its input's and back to that."""
+    if autocasts(x):
+        return updated_linear(x, weight, bias, updates)
+    dtype = weight.compute_dtype or x.dtype
+    return updated_linear(x.to(dtype), weight, None if bias is None else bias.to(dtype), updates).to(x.dtype)
 
 
 def mergeable_layers(layers: Mapping[str, Layer], *, leave_out: bool = False) -> list[Layer]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -100,7 +100,7 @@ def find_targets(model: nn.Module, config: GenFTConfig, full_matches: FullMatch 
     if unused:
         listed = _listing(target.name for target in targets)
         raise ValueError(f"fused_blocks[{unused[0]!r}] names no target module; targets are {listed}")
-    _check_gradients_pass(model, targets)
+    check_gradients_pass(model, {target.module: target.name for target in targets})
     return targets
 
 
@@ -166,9 +166,8 @@ def _is_linear(module: nn.Module) -> bool:
     return without_dense(module) is not None and not any(module.children())  # it is refused later, by name
 
 
-def _check_gradients_pass(model: nn.Module, targets: list[Target]) -> None:
+def check_gradients_pass(model: nn.Module, adapted: Mapping[nn.Module, str]) -> None:
     """Raise TypeError if a layer after a target, in the model's order, is known to let no gradient through."""
-    adapted = {target.module: target.name for target in targets}
     below = None
     for name, module in model.named_modules():
         below = below or adapted.get(module)
