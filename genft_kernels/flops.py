@@ -11,6 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import ops  # noqa: F401  (defines the operations)
 from .config import is_factored
+from .experts import products  # noqa: F401
 
 _genft = torch.ops.genft
 
@@ -60,3 +61,28 @@ def _linear_backward(
         return 2 * (need_x * tokens * big + thin + tokens * k * (need_h * in_features + need_b * out_features))
     # The tile of the update, of dy^T x, and its two contractions.
     return 2 * big * (need_x * tokens + bool(factors) * tokens + k * (1 + factors))
+
+
+@register_flop_formula(_genft.expert_linear)
+def _expert_linear(x, offsets, weight, bias, h, b, seed, scale, activation, dropout, *args, **kwargs) -> int:
+    """Of all rows, as if they were one expert's; tiled updates as if every expert had rows."""
+    (rows, _), (experts, *matrix) = x, weight
+    big, k = math.prod(matrix), 0 if b is None else b[2]
+    small = rows * sum(matrix) if is_factored(activation, dropout) else experts * big
+    return 2 * rows * big + 2 * small * k
+
+
+@register_flop_formula(_genft.expert_linear_backward)
+def _expert_linear_backward(
+    grad, x, offsets, weight, h, b, xh, seed, scale, activation, dropout, stream, needs, *args, **kwargs
+) -> int:
+    need_x, need_h, need_b = needs
+    if h is None and b is None and xh is None:  # without an update
+        return 2 * grad[0] * math.prod(weight[1:])
+    one = [None if each is None else each[1:] for each in (weight, h, b)]
+    settings = scale, activation, dropout, stream, [need_x, False, need_h, need_b]
+    flops = _linear_backward(grad, x, *one, xh, seed, *settings)
+    if is_factored(activation, dropout):
+        return flops
+    _, (in_features, k), (out_features, _) = one
+    return flops + 2 * (offsets[0] - 2) * in_features * out_features * k * (1 + need_h + need_b)

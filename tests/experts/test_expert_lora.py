@@ -11,13 +11,16 @@ from tests.helpers.expert_models import EXPERTS, MODELS, answer, gpt_oss, mixtra
 peft = pytest.importorskip("peft")
 
 
+FORMS = [{}, dict(transform="column", expert_specific="layer"), dict(bias=True, scaling=0.5)]
+
+
 def exported(make, directory, **changes):
     model = apply_genft(make(), settings(**changes))
     return model, export_lora(model, directory, inputs={"input_ids": tokens(), "use_cache": False})
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
-@pytest.mark.parametrize("form", [{}, dict(transform="column", expert_specific="layer"), dict(bias=True)], ids=str)
+@pytest.mark.parametrize("form", FORMS, ids=str)
 def test_peft_answers_as_the_model_does(make, form, tmp_path):
     model, export = exported(make, tmp_path, **form)
     loaded = peft.PeftModel.from_pretrained(make(), tmp_path).eval()

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from genft_kernels import apply_genft, ops, reference
+from genft_kernels import apply_genft, flops, ops, reference
 from genft_kernels.backends.eager import operations as eager
 from genft_kernels.experts import products
 from genft_kernels.experts.products import expert_linear_node
@@ -190,3 +191,29 @@ def test_dropout_draws_a_mask_for_every_expert_and_each_forward():
         y = update(x[:2].repeat(6, 1), rows, None)
     assert frozen is update.stored_weight
     assert relative_error(y[:2], y[2:4]) > 1e-3  # equal experts with equal tokens, but for their masks
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_flops_are_those_of_one_layer_for_every_expert(form):
+    """Of equal experts, all with rows: as many as a layer's for each."""
+    assert flops  # a counter knows what is registered when it is made
+    activation, dropout = FORMS[form]
+    counts = (4, 4, 4)
+    x, weight, bias, h, b, seed = data(counts=counts, beyond=0)
+
+    def counted(call):
+        leaves = [tensor.detach().requires_grad_() for tensor in (x, h, b)]
+        with FlopCounterMode(display=False) as counter:
+            call(*leaves).sum().backward()
+        return counter.get_total_flops()
+
+    settings = 1.0, activation, dropout, ROW_STREAM, "eager"
+
+    def alone(x, h, b):
+        each = zip(x.split(4), weight, bias, h, b, seed.split(1), strict=True)
+        return torch.cat([ops.linear_node(*part, *settings) for part in each])
+
+    def together(x, h, b):
+        return expert_linear_node(x, offsets_of(counts), weight, bias, h, b, seed, *settings)
+
+    assert counted(together) == counted(alone) > 0

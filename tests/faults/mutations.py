@@ -9,6 +9,7 @@ import sys
 from tests.faults import (
     compile_faults,
     cpu_faults,
+    expert_faults,
     file_faults,
     model_faults,
     operation_faults,
@@ -19,7 +20,16 @@ from tests.faults.planting import plant
 
 FAULTS = [
     fault
-    for each in (operation_faults, cpu_faults, model_faults, settings_faults, file_faults, compile_faults, peft_faults)
+    for each in (
+        operation_faults,
+        cpu_faults,
+        model_faults,
+        settings_faults,
+        file_faults,
+        compile_faults,
+        peft_faults,
+        expert_faults,
+    )
     for fault in each.FAULTS
 ]
 

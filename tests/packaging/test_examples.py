@@ -9,6 +9,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 # What the last line of each says.
 ENDS = {
     "gradient_accumulation.py": "loss",
+    "mixture_of_experts.py": "loss",
     "peft_tuner.py": "the adapter changes logits",
     "plain_pytorch.py": "size of the update",
     "preference.py": "loss",

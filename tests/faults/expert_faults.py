@@ -1,0 +1,246 @@
+"""Faults in the updates of stacked experts."""
+
+from tests.faults.planting import Fault
+
+EXPERTS = ["tests/experts/test_experts.py"]
+PRODUCTS = ["tests/experts/test_expert_products.py"]
+ADAPTER = ["tests/experts/test_expert_adapter.py"]
+LORA = ["tests/experts/test_expert_lora.py"]
+BENCHMARK = ["tests/experts/test_expert_benchmark.py"]
+ROOM = "genft_kernels/experts"
+
+FAULTS = [
+    Fault(
+        "experts: interleaved halves taken for consecutive ones",
+        f"{ROOM}/interface.py",
+        "interleaved = halves[name] == 2 and not flags.is_concatenated",
+        "interleaved = False",
+        EXPERTS,
+    ),
+    Fault(
+        "experts: transposed storage not seen",
+        f"{ROOM}/layout.py",
+        "return stored.mT if self.transposed else stored",
+        "return stored",
+        EXPERTS,
+    ),
+    Fault(
+        "experts: halves with different h take the first one's",
+        f"{ROOM}/update.py",
+        'return config.transform == "column" and (config.ratio_scope != "all" or config.weight_ratio != "rms")',
+        'return config.transform == "column"',
+        EXPERTS,
+    ),
+    Fault(
+        "experts: the units of the first for all",
+        "genft_kernels/parameters.py",
+        "own.repeat_interleave(blocks // own.shape[0], 0)",
+        "own[:1].expand(blocks, *own.shape[1:])",
+        EXPERTS,
+    ),
+    Fault(
+        "experts: a group forgets that experts have units each",
+        "genft_kernels/sharing/node.py",
+        "counts = (self.owners.count(layer) for layer in range(len(of_layers)))",
+        "counts = (len(own) * 0 + self.owners.count(0) for own in of_layers)",
+        EXPERTS,
+    ),
+    Fault(
+        "experts: units drawn for the stack",
+        "genft_kernels/units.py",
+        "for matrix in parameter.detach() if parameter.dim() == 3 else (parameter,):",
+        "for matrix in (parameter,):",
+        EXPERTS,
+    ),
+    Fault(
+        "experts: outputs not put back in the tokens' order",
+        f"{ROOM}/layer.py",
+        "return y[back].unflatten",
+        "return y.unflatten",
+        EXPERTS,
+    ),
+    Fault(
+        "experts: biases left out",
+        f"{ROOM}/layer.py",
+        'bias = getattr(self, f"{name}_bias") if self.original.has_bias else None',
+        "bias = None",
+        EXPERTS,
+    ),
+    Fault(
+        "experts: rows of no expert are not zero",
+        f"{ROOM}/products.py",
+        "    y[_last(offsets) :] = 0\n",
+        "",
+        PRODUCTS,
+    ),
+    Fault(
+        "experts: gradients of rows of no expert are not zero",
+        f"{ROOM}/products.py",
+        "        dx[_last(offsets) :] = 0\n",
+        "        pass\n",
+        PRODUCTS,
+    ),
+    Fault(
+        "experts: an expert without rows is computed",
+        f"{ROOM}/products.py",
+        "        if end > start:\n            yield",
+        "        if end >= start:\n            yield",
+        PRODUCTS,
+    ),
+    Fault(
+        "experts: one seed for all",
+        f"{ROOM}/products.py",
+        "return tensor[index : index + 1] if",
+        "return tensor[:1] if",
+        PRODUCTS,
+    ),
+    Fault(
+        "experts: a copy of the stack is kept",
+        f"{ROOM}/products.py",
+        "        (weight, need_x),\n",
+        "        (weight.clone(), need_x),\n",
+        PRODUCTS,
+    ),
+    Fault(
+        "experts: a small update is added to a rounded y",
+        f"{ROOM}/update.py",
+        "return expert_linear_node(x.to(dtype), offsets, matrices, bias, h, b, seed, *settings)",
+        "one = ('identity', 0.0, stream, backend)\n"
+        "        y = expert_linear_node(x.to(dtype), offsets, matrices, bias, None, None, seed, 1.0, *one)\n"
+        "        return y + expert_linear_node(x.to(dtype), offsets, 0 * matrices, None, h, b, seed, *settings)",
+        PRODUCTS,
+    ),
+    Fault(
+        "experts: masks repeat over forwards",
+        f"{ROOM}/update.py",
+        "seeds = torch.randint(0, 2**63 - 1, (count,), dtype=torch.int64, device=x.device)",
+        "seeds = torch.arange(count)",
+        PRODUCTS,
+    ),
+    Fault(
+        "experts: one mask for all of them",
+        f"{ROOM}/update.py",
+        "seed = None if seeds is None else seeds[:: layout.halves]",
+        "seed = None if seeds is None else seeds[:1].expand(layout.experts)",
+        PRODUCTS,
+    ),
+    Fault(
+        "experts: a class of its own is guessed",
+        f"{ROOM}/interface.py",
+        "    if not is_experts(experts):\n",
+        "    if False:\n",
+        ADAPTER,
+    ),
+    Fault(
+        "experts: a router is no router",
+        f"{ROOM}/interface.py",
+        'any(word in kind.lower() for word in ("router", "gate"))',
+        "False",
+        ADAPTER,
+    ),
+    Fault(
+        "experts: a misspelt parameter is passed over",
+        f"{ROOM}/targets.py",
+        "    if missing or not chosen:\n",
+        "    if not chosen:\n",
+        ADAPTER,
+    ),
+    Fault(
+        "experts: exclude_modules does not count",
+        f"{ROOM}/targets.py",
+        "if owners[name][0] not in excluded}",
+        "}",
+        ADAPTER,
+    ),
+    Fault(
+        "experts: the parameter trains as well",
+        f"{ROOM}/layer.py",
+        "        getattr(self, name).requires_grad_(False)\n",
+        "",
+        ADAPTER,
+    ),
+    Fault(
+        "experts: merging loses W",
+        f"{ROOM}/update.py",
+        'self.__dict__["_unmerged"] = frozen',
+        'self.__dict__["_unmerged"] = nn.Parameter(frozen.clone(), requires_grad=False)',
+        ADAPTER,
+    ),
+    Fault(
+        "experts: W stays behind when the model moves",
+        f"{ROOM}/update.py",
+        "            self._unmerged.data = fn(self._unmerged.data)\n",
+        "            pass\n",
+        ADAPTER,
+    ),
+    Fault(
+        "experts: merged ones train",
+        f"{ROOM}/layer.py",
+        "if self.training and any(update._enabled and update.merged for update in updates.values()):",
+        "if False:",
+        ADAPTER,
+    ),
+    Fault(
+        "experts: disabled is not looked at",
+        f"{ROOM}/update.py",
+        "return self._enabled and not self.merged",
+        "return not self.merged",
+        ADAPTER,
+    ),
+    Fault(
+        "experts: parameters of a copy are another's",
+        f"{ROOM}/layer.py",
+        '_SHARED = ("_parameters", ',
+        "_SHARED = (",
+        ADAPTER,
+    ),
+    Fault(
+        "experts: another base is taken",
+        "genft_kernels/files/adapter.py",
+        "        weights |= {stack.name: stack.weight for stack in planned.experts}\n",
+        "        weights |= {stack.name: stack.weight[:1] for stack in planned.experts}\n",
+        ADAPTER,
+    ),
+    Fault(
+        "experts: in a compiled graph all share the first one's units",
+        f"{ROOM}/update.py",
+        "own = {name: for_blocks(units, blocks) for name, units in self.specific_parameters().items()}",
+        "own = {name: for_blocks(units[:1], blocks) for name, units in self.specific_parameters().items()}",
+        ADAPTER,
+    ),
+    Fault(
+        "experts: the scale is not exported",
+        "genft_kernels/files/lora_experts.py",
+        "config.scaling * b",
+        "b",
+        LORA,
+    ),
+    Fault(
+        "experts: unit by unit and expert by expert exchanged in the export",
+        "genft_kernels/files/lora_experts.py",
+        "up.permute(1, 2, 0).flatten(1)",
+        "up.permute(1, 0, 2).flatten(1)",
+        LORA,
+    ),
+    Fault(
+        "experts: wrappers of PEFT in the wrong order",
+        "genft_kernels/files/lora_experts.py",
+        "outside = len(targeted) - 1 - targeted.index(update.parameter_name)",
+        "outside = targeted.index(update.parameter_name)",
+        LORA,
+    ),
+    Fault(
+        "experts: layers that are not adapted are named in the export",
+        "genft_kernels/files/lora_experts.py",
+        "return short if names.matching(short) == paths else sorted(paths)",
+        "return short",
+        LORA,
+    ),
+    Fault(
+        "experts: the benchmark compares with LoRA of another size",
+        "benchmarks/experts/methods.py",
+        "config = LoraConfig(r=k, lora_alpha=k,",
+        "config = LoraConfig(r=2 * k, lora_alpha=k,",
+        BENCHMARK,
+    ),
+]
