@@ -7,17 +7,15 @@
 #include <vector>
 
 #include "cpu_math.h"
+#include "cpu_philox.h"
 #include "genft.h"
-#include "philox.h"
 
-// A version for each kind of x86 CPU in one library, which thus may be kept where several machines read it.
-// Defined as nothing, by tests, it leaves one version, for the CPU that the compiler is told.
-#if !defined(GENFT_FOR_EACH_CPU)
-#if defined(__x86_64__) && !defined(__clang__) && __GNUC__ >= 12
+// A version for each kind of x86 CPU in one library, which thus may be kept where several machines read it; with
+// GENFT_ONE_CPU, of tests, one for the CPU that the compiler is told.
+#if defined(__x86_64__) && !defined(__clang__) && __GNUC__ >= 12 && !defined(GENFT_ONE_CPU)
 #define GENFT_FOR_EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define GENFT_FOR_EACH_CPU
-#endif
 #endif
 
 // Rows of U = drop(activation(pre)) [rows, columns], and what is done with them. Matrices are contiguous, those of the
@@ -40,8 +38,8 @@ namespace genft::cpu {
 namespace {
 
 constexpr int kFloat64 = 3;        // beside those of genft.h
-constexpr int64_t kLanes = 64;     // elements that the compiler's vectors work on side by side
 constexpr int64_t kBlockRows = 4;  // of one Philox block
+const Draw kDraw = fastest_draw();
 
 template <class Format>
 struct Lanes {
@@ -73,9 +71,14 @@ template <class Format>
 GENFT_INTO_EACH void draw(const Tile& tile, int64_t row, int64_t column, Lanes<Format> (&keep)[kBlockRows]) {
     using Wide = typename Format::Wide;
     const Wide kept = Wide(tile.keep_scale);
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-        const Words words = philox4x32(block_counter(column + lane, row, tile.rows), tile.stream, tile.seed);
-        for (int j = 0; j < kBlockRows; ++j) keep[j].value[lane] = words.word[j] >= tile.threshold ? kept : Wide(0);
+    const uint32_t threshold = tile.threshold;
+    const uint64_t first = block_counter(column, row, tile.rows);
+    alignas(64) ManyWords words;
+    kDraw(first, block_counter(column + 1, row, tile.rows) - first, tile.stream, tile.seed, words);
+    for (int j = 0; j < kBlockRows; ++j) {
+        for (int64_t lane = 0; lane < kLanes; ++lane) {
+            keep[j].value[lane] = words[j][lane] >= threshold ? kept : Wide(0);
+        }
     }
 }
 

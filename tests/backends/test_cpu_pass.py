@@ -214,7 +214,9 @@ def test_every_cpu_gets_the_same_masks_and_near_numbers(march, fresh, monkeypatc
     needed = {"x86-64": "", "x86-64-v3": "AVX2", "x86-64-v4": "AVX512"}[march]
     if (found := torch.backends.cpu.get_cpu_capability()) not in ("AVX512", needed) and needed:
         pytest.skip(f"this CPU has {found}")
-    monkeypatch.setenv("CXX", f"c++ -march={march} -DGENFT_FOR_EACH_CPU=")
+    monkeypatch.setenv("CXX", f"c++ -march={march} -DGENFT_ONE_CPU")
+    for shape in SHAPES:
+        test_masks_are_those_of_plain_pytorch(*shape, torch.float32)
     for dtype, activation in itertools.product(DTYPES, ACTIVATIONS):
         test_numbers_are_those_of_plain_pytorch(activation, 0.3, dtype)
 

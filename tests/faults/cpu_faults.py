@@ -1,17 +1,19 @@
-"""Faults in the compiled pass over a CPU's tile (csrc/cpu_update.cpp, csrc/cpu_math.h) and in the call of it."""
+"""Faults in the compiled pass over a CPU's tile (csrc/cpu_*) and in the call of it."""
 
 from tests.faults.planting import Fault
 
-CALL, PASS, MATH = "genft_kernels/backends/eager/cpu_pass.py", "csrc/cpu_update.cpp", "csrc/cpu_math.h"
+CALL, PASS = "genft_kernels/backends/eager/cpu_pass.py", "csrc/cpu_update.cpp"
+MATH, DRAW = "csrc/cpu_math.h", "csrc/cpu_philox.h"
 TESTS = ["tests/backends/test_cpu_pass.py", "-m", "not slow"]
+EVERY_CPU = ["tests/backends/test_cpu_pass.py", "-k", "every_cpu"]
 
 
-def planted(what: str, file: str, old: str, new: str) -> Fault:
-    return Fault(f"CPU pass: {what}", file, old, new, TESTS)
+def planted(what: str, file: str, old: str, new: str, tests: list[str] = TESTS) -> Fault:
+    return Fault(f"CPU pass: {what}", file, old, new, tests)
 
 
 FAULTS = [
-    planted("words of a block in another order", PASS, "words.word[j] >=", "words.word[3 - j] >="),
+    planted("words of a block in another order", PASS, "words[j][lane] >=", "words[3 - j][lane] >="),
     planted("a later thread one block too late", PASS, "cref(*tile), first,", "cref(*tile), first + 1,"),
     planted("the rest of a row left out", PASS, "column < tile.columns;", "column + kLanes <= tile.columns;"),
     planted("rows past the tile's last", PASS, "std::min(top + kBlockRows, tile.tile_rows)", "top + kBlockRows"),
@@ -24,6 +26,12 @@ FAULTS = [
     planted(
         "lanes past a row's end stored", PASS, "Stored* whole = count < kLanes ? padded : to", "Stored* whole = to"
     ),
+    planted(
+        "AVX-512: counters half as far apart", DRAW, "(lane + 8 * v + i) * step", "(lane + 4 * v + i) * step", EVERY_CPU
+    ),
+    planted("AVX2: lanes in another order", DRAW, "mixed, 0xD8", "mixed, 0xE4", EVERY_CPU),
+    planted("AVX2: keys exchanged", DRAW, "c1[v]), keys0)", "c1[v]), keys1)", EVERY_CPU),
+    planted("portable: the next counter", DRAW, "counter + lane * step", "counter + (lane + 1) * step", EVERY_CPU),
     planted("slope of relu at 0", MATH, "grad = z <= T(0)", "grad = z < T(0)"),
     planted("slope of gelu without the density", MATH, "below + z * (T(0.39", "below + T(0) * (T(0.39"),
     planted("slope of silu", MATH, "(T(1) + z * other)", "(T(1) + z * sigmoid)"),

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .fold import Folding
     from .update_tile import UpdateTile
 
-_SOURCES = ("cpu_update.cpp", "cpu_math.h", "genft.h", "philox.h")
+_SOURCES = ("cpu_update.cpp", "cpu_math.h", "cpu_philox.h", "genft.h", "philox.h")
 # Without traps and errno, which nobody here looks at, compilers make vectors of more loops; no result changes.
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
 _LIMIT = 60  # seconds for the compiler
