@@ -13,6 +13,7 @@ from .parameter_groups import parameter_groups
 from .parameters import GeneratorParameters
 from .sharing.accumulate import accumulate
 from .summary import trainable_summary
+from .tuning import tune
 from .units import refresh
 
 __all__ = [
@@ -36,5 +37,6 @@ __all__ = [
     "save_adapter",
     "set_backend",
     "trainable_summary",
+    "tune",
     "unmerge",
 ]

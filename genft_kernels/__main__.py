@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, backends, export_lora, load_adapter
+from . import GenFTConfig, GenFTLinear, __version__, backends, export_lora, load_adapter, tune
 from .backends.cuda import extension
 from .backends.eager import cpu_pass
 
@@ -30,6 +30,13 @@ def main() -> None:
     export.add_argument("--out", metavar="DIR", required=True, help="folder for the LoRA adapter")
     export.add_argument("--rank", type=int, help="truncate updates of a higher rank to this one")
     export.add_argument("--energy", type=float, help="truncate to the least ranks that keep this share of each update")
+    measure = commands.add_parser("tune", help="try the kernels on this machine's cards, and measure what auto takes")
+    measure.set_defaults(run=measure_backends)
+    measure.add_argument("--gate-only", action="store_true", help="try the kernels, and measure nothing")
+    measure.add_argument("--shape", default="768x768", metavar="INxOUT", help="of the layer (default %(default)s)")
+    measure.add_argument("--preset", default="glue", help="the settings, by a preset's name (default %(default)s)")
+    measure.add_argument("--tokens", type=int, nargs="+", default=[8192, 128], help="of a step (default 8192 128)")
+    measure.add_argument("--dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"))
     arguments = parser.parse_args()
     try:
         arguments.run(arguments)
@@ -50,6 +57,25 @@ def export_as_lora(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{error} {hint}") from None
     sizes = dict(rank=arguments.rank, energy=arguments.energy)
     print(export_lora(model, arguments.out, inputs=_some_inputs(model), **sizes))
+
+
+def measure_backends(arguments: argparse.Namespace) -> None:
+    """Run the gate for each backend of kernels on each card; unless that is all, measure one layer on every backend."""
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    dtype = getattr(torch, arguments.dtype)
+    for device in devices:
+        print(backends.explain(device, dtype))
+    if arguments.gate_only:
+        if not devices:
+            print("no card for the kernels to be tried on")
+        return
+    n_in, _, n_out = arguments.shape.partition("x")
+    if not (n_in.isdecimal() and n_out.isdecimal()):
+        raise ValueError(f"--shape must be two numbers such as 768x768, got {arguments.shape}")
+    config = GenFTConfig.preset(arguments.preset, delta_layout="in_out")
+    for device in devices or [torch.device("cpu")]:
+        layer = GenFTLinear(int(n_in), int(n_out), config=config, device=device, dtype=dtype)
+        tune(layer, arguments.tokens)
 
 
 def _some_inputs(model: Any) -> Any:

@@ -52,7 +52,8 @@ def apply_genft(model: nn.Module, config: GenFTConfig, *, backend: str = "auto")
 
     Every targeted `nn.Linear` (or transformers `Conv1D`) becomes a `GenFTLinear` that shares its weight; layers of
     one weight shape share one generator, registered on the model as `genft_generators.{in}x{out}`. All else is
-    frozen, but for copies of `modules_to_save`.
+    frozen, but for copies of `modules_to_save`. In a process group every rank calls it, and what `tune` measured for
+    rank 0 is every rank's (docs/backends.md#choice).
 
     Args:
         config: the method's settings and the choice of modules.
@@ -66,6 +67,7 @@ def apply_genft(model: nn.Module, config: GenFTConfig, *, backend: str = "auto")
     config = settled(model, config)
     adapt_as_planned(model, config, plan(model, config), backend)
     warn_of_fresh_heads(model)
+    backends.choices.agree()
     return model
 
 
@@ -268,7 +270,7 @@ def explain(model: nn.Module) -> str:
     """
     updates = updates_of(model)
     groups = {id(update.generator.group): update.generator.group for update in updates}
-    weight = updates[0].stored_weight
+    weight = updates[0].frozen_weight
     return backends.explain(weight.device, weight.dtype, groups.values())
 
 

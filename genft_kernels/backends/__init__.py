@@ -109,11 +109,17 @@ def is_open(backend: str) -> bool:
 def chosen(backend: str, device: torch.device, dtype: torch.dtype, operation: str, args: tuple[Any, ...]) -> str:
     """The backend of an operation that has to choose: the fastest for its shape where measured, else `counted`."""
     tiled = backend == _OPEN[True]
+    choices.note(operation, tiled, args)
     if (table := choices.table(device)) and (shape := choices.shape_of(operation, tiled, args)) is not None:
         name = table.get(str(shape))
-        if name == "eager" or (name is not None and _refusal(name, device, dtype) is None):
+        if name is not None and may_choose(name, device, dtype):
             return name
     return counted(device, dtype, tiled)
+
+
+def may_choose(name: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether "auto" may take an operation backend: it can run, and has passed the gate if it has kernels."""
+    return name == "eager" or _refusal(name, device, dtype) is None
 
 
 @functools.cache
@@ -121,7 +127,7 @@ def counted(device: torch.device, dtype: torch.dtype, tiled: bool) -> str:
     """What wins by counting launches and bytes: "eager", whose products are a vendor's, but for the tiled form on a
     CUDA device. There it is the first backend of kernels that can run and has passed the gate on that card."""
     kernels = KERNEL_BACKENDS if tiled and device.type == "cuda" else ()
-    return next((name for name in kernels if _refusal(name, device, dtype) is None), "eager")
+    return next((name for name in kernels if may_choose(name, device, dtype)), "eager")
 
 
 def set_aside(name: str, device: torch.device, operation: str, error: Exception) -> None:

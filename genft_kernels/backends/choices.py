@@ -6,11 +6,12 @@ A table is loaded once and holds for the process, so that backward and recomputa
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ _KEY = "genft_kernels/choices"  # in the store of a process group
 _PATIENCE = 60  # seconds for which ranks wait for rank 0
 
 _tables: dict[torch.device, Mapping[str, str]] = {}
+_noted: list[Call] | None = None
 
 
 class Shape(NamedTuple):
@@ -71,6 +73,31 @@ def shape_of(operation: str, tiled: bool, args: tuple[Any, ...]) -> Shape | None
     return Shape(tiled, first.dtype, n_in, n_out, k, tokens, backward)
 
 
+class Call(NamedTuple):
+    """An operation that had to choose."""
+
+    shape: Shape
+    operation: str
+    args: tuple[Any, ...]
+
+
+@contextlib.contextmanager
+def noting() -> Iterator[list[Call]]:
+    """Within the context the operations of this process that have to choose are noted, and take nothing measured."""
+    global _noted
+    _noted, before = [], _noted
+    try:
+        yield _noted
+    finally:
+        _noted = before
+
+
+def note(operation: str, tiled: bool, args: tuple[Any, ...]) -> None:
+    """Note an operation, if somebody wants to know (`noting`)."""
+    if _noted is not None and (shape := shape_of(operation, tiled, args)) is not None:
+        _noted.append(Call(shape, operation, args))
+
+
 def power_of_two(tokens: int) -> int:
     """The next power of two from a number of tokens on; 0 for none."""
     return 1 << (tokens - 1).bit_length() if tokens > 0 else 0
@@ -78,6 +105,8 @@ def power_of_two(tokens: int) -> int:
 
 def table(device: torch.device) -> Mapping[str, str]:
     """The backend that was the fastest by the words of a `Shape`; empty where nothing was measured."""
+    if _noted is not None:
+        return {}
     if (known := _tables.get(device)) is None:
         known = _tables.setdefault(device, _load(device))
     return known
