@@ -56,6 +56,12 @@ class QuantisedGenFTLinear(GenFTLinear):
         """The bias of `base_layer`."""
         return self.base_layer.bias
 
+    def train(self, mode: bool = True) -> QuantisedGenFTLinear:
+        """As ever; but `base_layer` stays in training mode: in evaluation bitsandbytes' rounds scales (CPU)."""
+        super().train(mode)
+        self.base_layer.train()
+        return self
+
     def reset_parameters(self) -> None:
         """Draw the layer's own units anew."""
         for update in self.updates.values():

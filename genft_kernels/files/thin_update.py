@@ -49,7 +49,7 @@ def exact(updates: Iterable[GenFTUpdate]) -> ThinUpdate:
 
 def _factors(update: GenFTUpdate) -> tuple[Tensor, Tensor]:
     """(down, up) of the blocks that one generator serves."""
-    config, dtype = update.config, torch.promote_types(update.stored_weight.dtype, torch.float32)
+    config, dtype = update.config, torch.promote_types(update.frozen_weight.dtype, torch.float32)
     # The matrices of one layer; the biases have no dimension for layers.
     params = GeneratorParameters(
         *(t if t is None or t.dim() == 1 else t[None] for t in update.parameters_of_generator())

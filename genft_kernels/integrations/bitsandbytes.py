@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +19,7 @@ def _unpacked(module: Any) -> tuple[Tensor, Any]:
     if getattr(state, "packing_format_for_cpu", False):  # an evaluation has packed it for its product
         from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
-        data, state = _convert_weight_packed_for_cpu_inverse(data, state)
+        data, state = _convert_weight_packed_for_cpu_inverse(data, copy.copy(state))  # it changes the state
     return data, state
 
 

@@ -40,6 +40,12 @@ class QuantisedGenFTLayer(GenFTLayer):
     def stored_weight(self) -> Tensor:
         return self.frozen_weight.codes
 
+    def train(self, mode: bool = True) -> QuantisedGenFTLayer:
+        """As ever; but the base layer stays in training mode: in evaluation bitsandbytes' rounds scales (CPU)."""
+        super().train(mode)
+        self.base_layer.train()
+        return self
+
     def cast_adapter(self, adapter_name: str, autocast: bool) -> None:
         """Make an adapter's tensors float32, or without `autocast` of the dense W's dtype."""
         dtype = torch.promote_types(self._dense_dtype, torch.float32) if autocast else self._dense_dtype

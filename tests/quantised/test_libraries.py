@@ -1,0 +1,307 @@
+"""Bases quantised by bitsandbytes, torchao and HQQ (`make test-quantised`; skipped where a library is not there)."""
+
+import gc
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from genft_kernels import (
+    GenFTConfig,
+    GenFTLinear,
+    accumulate,
+    apply_genft,
+    disabled,
+    load_adapter,
+    merge,
+    remove_genft,
+    save_adapter,
+)
+from genft_kernels.frozen_weight import FrozenWeight
+from tests.helpers.quantised_layers import gradients, share_units
+from tests.helpers.quantised_models import KINDS, TARGETS, tiny_llama, torchao, with_dense_targets
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),  # the libraries' own, of what is not installed
+]
+for library in ("bitsandbytes", "torchao", "hqq", "peft", "transformers"):
+    pytest.importorskip(library, exc_type=ImportError)
+
+IDS = torch.arange(18).reshape(2, 9)
+FORMS = {"factored": {}, "tiled": {"outer_activation": "leaky_relu"}}
+
+
+def config(**settings):
+    return GenFTConfig.preset("fast-both", shared_dim=4, specific_dim=2, target_modules=list(TARGETS), **settings)
+
+
+def step(model):
+    torch.manual_seed(1)
+    model.zero_grad()
+    output = model.train()(IDS, labels=IDS)
+    output.loss.backward()
+    return output.logits.detach(), gradients(model)
+
+
+def assert_same(model, twin):
+    (logits, mine), (expected, theirs) = step(model), step(twin)
+    assert (logits - expected).abs().max() == 0
+    assert set(mine) == set(theirs) and mine
+    assert {name for name in mine if not torch.equal(mine[name], theirs[name])} == set()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
+)
+def test_layer_is_the_one_over_the_dequantised_weight(kind, form, dtype):
+    model, twin = KINDS[kind](dtype), with_dense_targets(KINDS[kind](dtype), dtype)
+    for each in (model, twin):
+        apply_genft(each, config(**FORMS[form]))
+    share_units(model, twin)
+    assert_same(model, twin)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dequantisations_and_what_is_kept(kind, monkeypatch):
+    model = apply_genft(KINDS[kind](torch.float32), config(weight_ratio="rms"))
+    layers = sum(isinstance(module, GenFTLinear) for module in model.modules())
+    made, make = [], FrozenWeight.dense
+
+    def counted(self):
+        import weakref
+
+        weight = make(self)
+        made.append(weakref.ref(weight.untyped_storage()))
+        return weight
+
+    monkeypatch.setattr(FrozenWeight, "dense", counted)
+    step(model)
+    assert len(made) <= 4 * layers
+    with accumulate(model):
+        step(model)
+        made.clear()
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            output = model(IDS, labels=IDS)
+        gc.collect()
+        assert not any(reference() is not None for reference in made)
+        output.loss.backward()
+        assert len(made) <= 2 * layers
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapter_goes_through_files_and_knows_its_bytes(kind, tmp_path):
+    model = apply_genft(KINDS[kind](torch.float32), config())
+    share_units(model, model)
+    save_adapter(model, tmp_path)
+    fresh = load_adapter(KINDS[kind](torch.float32), tmp_path)
+    assert torch.equal(fresh.eval()(IDS).logits, model.eval()(IDS).logits)
+    other = KINDS[kind](torch.float32)
+    codes = FrozenWeight.of(other.model.layers[1].self_attn.v_proj).codes
+    with torch.no_grad():
+        codes.view(torch.uint8).reshape(-1)[7] ^= 4
+    with pytest.raises(ValueError, match=r"'model.layers.1.self_attn.v_proj': its quantised bytes differ"):
+        load_adapter(other, tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_model_comes_back_or_goes_on_dense(kind):
+    # In training mode, because in evaluation bitsandbytes' layers round their scales once and for all (on some CPUs).
+    model, dense = (KINDS[kind](torch.float32) for _ in range(2))
+    expected = model(IDS).logits
+    apply_genft(model, config())
+    apply_genft(dense, config())
+    share_units(model, dense)
+    with disabled(model):
+        assert torch.equal(model(IDS).logits, expected)
+    tuned = model(IDS).logits
+    with pytest.raises(RuntimeError, match="q_proj' is quantised .* dequantize=True"):
+        merge(model)
+    remove_genft(dense, keep_update=True, dequantize=True)
+    assert type(dense.model.layers[0].self_attn.q_proj) is nn.Linear
+    assert torch.allclose(dense(IDS).logits, tuned, atol=0.02 if "8bit" in kind else 1e-4)  # its forward rounds inputs
+    assert torch.equal(remove_genft(model)(IDS).logits, expected)
+
+
+@torch.no_grad()
+def test_evaluation_leaves_a_4_bit_weight_as_it_is():
+    model = apply_genft(KINDS["bitsandbytes-4bit"](torch.float32), config())
+    frozen = model.model.layers[0].self_attn.q_proj.frozen_weight
+    before = frozen.dense()
+    with disabled(model.eval()):
+        model(IDS)
+    assert torch.equal(frozen.dense(), before)
+
+
+@torch.no_grad()
+def test_4_bit_weight_that_an_evaluation_has_packed_is_read():
+    model = KINDS["bitsandbytes-4bit"](torch.float32)
+    layer = model.model.layers[0].self_attn.q_proj
+    before = FrozenWeight.of(layer).dense()
+    model.eval()(IDS)  # packed where the CPU has instructions for it
+    for _ in range(2):
+        assert torch.allclose(FrozenWeight.of(layer).dense(), before, atol=0.01)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("bitsandbytes")])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_prepare_model_for_kbit_training_may_come_before(kind, reentrant):
+    from peft import prepare_model_for_kbit_training
+
+    model = KINDS[kind](torch.bfloat16)
+    model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    apply_genft(model, config())
+    share_units(model, model)
+    _, checkpointed = step(model)
+    model.gradient_checkpointing_disable()
+    _, plain = step(model)
+    assert set(checkpointed) == set(plain) and plain
+    assert all(grad.isfinite().all() and grad.abs().sum() > 0 for grad in plain.values())
+    for name, grad in plain.items():
+        assert torch.allclose(checkpointed[name], grad, rtol=0.05, atol=0.05 * grad.abs().max().item())
+
+
+# --- what torchao may do ---------------------------------------------------------------------------------------------
+
+
+def test_dynamic_activations_are_refused_at_apply():
+    for name in ("Int8DynamicActivationInt8WeightConfig", "Int8DynamicActivationIntxWeightConfig"):
+        model = torchao(torch.float32, name)
+        with pytest.raises(TypeError, match=r"'model.layers.0.self_attn.q_proj': Linear of .*dynamic activations"):
+            apply_genft(model, config())
+
+
+def test_dynamic_activations_above_a_target_are_refused_at_apply():
+    from torchao import quantization
+
+    model = tiny_llama()
+    quantization.quantize_(
+        model,
+        quantization.Int8DynamicActivationInt8WeightConfig(),
+        filter_fn=lambda module, path: path.endswith("layers.1.mlp.down_proj"),
+    )
+    with pytest.raises(TypeError, match=r"'model.layers.1.mlp.down_proj' .* comes after the target 'model.layers.0"):
+        apply_genft(model, config())
+    assert not any(isinstance(module, GenFTLinear) for module in model.modules())
+
+
+def test_quantising_an_adapted_model_is_refused():
+    from torchao import quantization
+
+    model = apply_genft(tiny_llama(), config())
+    with pytest.raises(TypeError, match="quantise the model first, then call apply_genft"):
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    step(model)
+
+
+# --- PEFT ------------------------------------------------------------------------------------------------------------
+
+
+def peft_config(**settings):
+    from genft_kernels.integrations.peft import PeftGenFTConfig
+
+    return PeftGenFTConfig(preset="fast-both", shared_dim=4, specific_dim=2, target_modules=list(TARGETS), **settings)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", FORMS)
+def test_peft_tuner_is_the_one_over_the_dequantised_weight(kind, form):
+    from peft import get_peft_model
+
+    model, twin = KINDS[kind](torch.float32), with_dense_targets(KINDS[kind](torch.float32), torch.float32)
+    model, twin = (get_peft_model(each, peft_config(**FORMS[form])) for each in (model, twin))
+    share_units(model, twin)
+    assert_same(model, twin)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_peft_merges_as_lora_does(kind):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(KINDS[kind](torch.float32), peft_config()).eval()
+    lora = get_peft_model(KINDS[kind](torch.float32), LoraConfig(target_modules=list(TARGETS)))
+    share_units(model, model)
+    before = model(IDS).logits
+    if "torchao" in kind:  # neither knows how the model was quantised
+        if "nf4" not in kind:
+            with pytest.raises(ValueError, match="get_apply_tensor_subclass"):
+                lora.merge_adapter()
+        with pytest.raises(ValueError, match="TorchAoConfig"):
+            model.merge_adapter()
+        assert torch.equal(model(IDS).logits, before)
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lora.merge_adapter()
+        model.merge_adapter()
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    theirs = lora.base_model.model.model.layers[0].self_attn.q_proj
+    assert type(layer.base_layer) is type(theirs.base_layer)
+    merged = FrozenWeight.of(layer.base_layer).dense()
+    frozen, delta = layer.frozen_weight.dense(), layer.get_delta_weight("default")
+    assert (merged - frozen - delta).norm() < 0.2 * (frozen + delta).norm()
+    assert (merged - frozen).norm() > 0
+    assert not torch.equal(model(IDS).logits, before)
+    model.unmerge_adapter()
+    assert torch.allclose(model(IDS).logits, before, atol=1e-6)
+
+
+def test_peft_merges_torchao_where_transformers_knows_how():
+    from peft import get_peft_model
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    class Quantizer:
+        class quantization_config:
+            get_apply_tensor_subclass = staticmethod(lambda: Int8WeightOnlyConfig())
+
+    base = KINDS["torchao-int8"](torch.float32)
+    base.hf_quantizer = Quantizer
+    model = get_peft_model(base, peft_config()).eval()
+    share_units(model, model)
+    before = model(IDS).logits
+    model.merge_adapter()
+    assert not torch.equal(model(IDS).logits, before)
+    assert torch.allclose(model(IDS).logits, before, atol=0.2)
+    model.unmerge_adapter()
+    assert torch.equal(model(IDS).logits, before)
+
+
+@pytest.mark.parametrize("kind", ["bitsandbytes-4bit", "torchao-int8", "hqq"])
+@torch.no_grad()
+def test_peft_adapter_goes_through_files(kind, tmp_path):
+    from peft import PeftModel, get_peft_model
+
+    model = get_peft_model(KINDS[kind](torch.float32), peft_config())
+    share_units(model, model)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(KINDS[kind](torch.float32), tmp_path)
+    assert torch.equal(again.eval()(IDS).logits, model.eval()(IDS).logits)
+    other = KINDS[kind](torch.float32)
+    codes = FrozenWeight.of(other.model.layers[1].self_attn.v_proj).codes
+    with torch.no_grad():
+        codes.view(torch.uint8).reshape(-1)[7] ^= 4
+    with pytest.raises(ValueError, match="its quantised bytes differ"):
+        PeftModel.from_pretrained(other, tmp_path)
+
+
+def test_peft_refuses_dynamic_activations():
+    from peft import get_peft_model
+
+    with pytest.raises(TypeError, match=r"q_proj' is not supported. Linear of .*dynamic activations"):
+        get_peft_model(torchao(torch.float32, "Int8DynamicActivationInt8WeightConfig"), peft_config())
+
+
+def test_peft_base_that_is_quantised_afterwards_is_refused():
+    from peft import get_peft_model
+    from torchao import quantization
+
+    model = get_peft_model(tiny_llama(), peft_config())
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    with pytest.raises(TypeError, match="was quantised after its adapter"):
+        model(IDS)
