@@ -1,11 +1,11 @@
-# make test | test-all | types | lint | demo | compare | bench | bench-model | bench-report | kernels-report | cuda-report |
+# make test | test-all | test-quantised | types | lint | demo | compare | bench | bench-model | bench-report | kernels-report | cuda-report |
 # wheel | wheel-prebuilt | mutations | cuda-faults | gate-faults; each makes the environment it needs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
 
-.PHONY: env fuzz test test-peft test-slow test-all types test-triton-next mutations cuda-faults gate-faults lint demo compare bench bench-model bench-report kernels-report cuda-report wheel wheel-prebuilt clean
+.PHONY: env fuzz test test-peft test-quantised test-slow test-all types test-triton-next mutations cuda-faults gate-faults lint demo compare bench bench-model bench-report kernels-report cuda-report wheel wheel-prebuilt clean
 
 env: $(VENV)/.ready
 
@@ -39,6 +39,11 @@ test-all: test test-slow
 test-peft: env
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test-peft]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.helpers.peft_suite -n 2 $(ARGS)
+
+# Over bases that bitsandbytes, torchao and HQQ have quantised; two minutes on two cores.
+test-quantised: env
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test-quantised]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/quantised $(ARGS)
 
 # The same kernels under the newest Triton, in an environment of its own.
 test-triton-next: env

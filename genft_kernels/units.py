@@ -64,7 +64,7 @@ class GenFTUpdate(nn.Module):
         weight = self.stored_weight
         shapes = {name: self._shape_of_units(s) for name, s in specific_shapes(generator.config, *wanted).items()}
         for name, matrix_shape in shapes.items():
-            data = torch.empty(matrix_shape, device=weight.device, dtype=adapter_dtype(weight.dtype))
+            data = torch.empty(matrix_shape, device=weight.device, dtype=adapter_dtype(self.frozen_weight.dtype))
             self.register_parameter(name, nn.Parameter(data))
         self.__dict__["specific_names"] = tuple(shapes)
         self.reset_specific_parameters()
