@@ -36,9 +36,16 @@ test-slow: env
 test-all: test test-slow
 
 # PEFT's own tests, as far as they are for every method, with this package's configuration; three minutes on two cores.
-test-peft: env
+# Then ours beside the oldest PEFT that works, and the newest transformers whose own functions take that.
+test-peft: env $(VENV)/peft-oldest/.ready
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test-peft]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.helpers.peft_suite -n 2 $(ARGS)
+	PYTHONPATH=$(VENV)/peft-oldest OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/integrations/test_peft*.py
+
+$(VENV)/peft-oldest/.ready: $(VENV)/.ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) \
+	    peft==0.21.0 transformers==5.23.0
+	touch $@
 
 # Over bases that bitsandbytes, torchao and HQQ have quantised; two minutes on two cores.
 test-quantised: env

@@ -4,22 +4,24 @@ from tests.faults.planting import Fault
 
 LORA = ["tests/files/test_lora.py"]
 FIDELITY = ["tests/files/test_fidelity.py"]
-TUNER = ["tests/integrations/test_peft.py", "tests/integrations/test_peft_refusals.py"]
+TUNER = [
+    f"tests/integrations/test_peft{name}.py" for name in ("", "_several", "_merging", "_refusals", "_transformers")
+]
 FILES = ["tests/integrations/test_peft_files.py"]
 PEFT = "genft_kernels/integrations/peft"
 
 FAULTS = [
     Fault(
         "export: the scale is not folded in",
-        "genft_kernels/files/lora.py",
-        "up[index] = config.scaling * factors.b",
-        "up[index] = factors.b",
+        "genft_kernels/files/thin_update.py",
+        "copy_(config.scaling * factors.b)",
+        "copy_(factors.b)",
         LORA,
     ),
     Fault(
         "export: rank= is ignored where it is too small",
-        "genft_kernels/files/lora.py",
-        "if energy is None and (rank is None or thin.rank <= rank):",
+        "genft_kernels/files/thin_update.py",
+        "if energy is None and (rank is None or self.rank <= rank):",
         "if energy is None:",
         LORA,
     ),
@@ -33,13 +35,13 @@ FAULTS = [
     Fault(
         "export: Conv1D as nn.Linear",
         "genft_kernels/files/lora.py",
-        '"fan_in_fan_out": all(layer._fan_in_fan_out for layer in layers.values()),',
-        '"fan_in_fan_out": False,',
+        "transposed = bool(linear) and all(layer._fan_in_fan_out for layer in linear.values())",
+        "transposed = False",
         LORA,
     ),
     Fault(
         "export: one rank more than asked for",
-        "genft_kernels/files/lora.py",
+        "genft_kernels/files/thin_update.py",
         "count = min(count, len(values))",
         "count = min(count + 1, len(values))",
         LORA,
@@ -131,6 +133,57 @@ FAULTS = [
         TUNER,
     ),
     Fault(
+        "together: W with all updates is kept",
+        "genft_kernels/together.py",
+        "return checkpoint(_folded, x, weight, bias, parts, use_reentrant=False, preserve_rng_state=False)",
+        "return _folded(x, weight, bias, parts)",
+        TUNER,
+    ),
+    Fault("peft: converted by an SVD", f"{PEFT}/__init__.py", "conversion.install()", "pass", TUNER),
+    Fault(
+        "peft: another adapter's layer in a conversion",
+        f"{PEFT}/conversion.py",
+        "    if adapter_name not in module.genft_own:",
+        "    if False:",
+        TUNER,
+    ),
+    Fault("peft: shared tensors as the base's", f"{PEFT}/__init__.py", "base_state.install()", "pass", TUNER),
+    Fault(
+        "peft: shared tensors are not saved",
+        f"{PEFT}/model.py",
+        'if f"{SHARED}.{adapter_name}." in key}',
+        "if False}",
+        TUNER,
+    ),
+    Fault(
+        "peft: shared tensors stay as drawn",
+        f"{PEFT}/model.py",
+        'key.replace(f"{SHARED}.", f"{SHARED}.{adapter_name}.")',
+        "key",
+        FILES,
+    ),
+    Fault(
+        "peft: shared tensors stay in an unloaded model",
+        f"{PEFT}/model.py",
+        "        del model._modules[SHARED]\n        return model",
+        "        return model",
+        TUNER,
+    ),
+    Fault(
+        "peft: a parameter dictionary's items",
+        f"{PEFT}/layer.py",
+        "getattr(container, key)",
+        "container[key]",
+        TUNER,
+    ),
+    Fault(
+        "peft: no word on an adapter beside a model",
+        f"{PEFT}/config.py",
+        'if (Path(save_directory) / "config.json").exists():',
+        "if False:",
+        TUNER,
+    ),
+    Fault(
         "peft: another base is not noticed",
         f"{PEFT}/model.py",
         "        _check_base(config, model)",
@@ -161,7 +214,7 @@ FAULTS = [
     Fault(
         "peft: a generator for each layer",
         f"{PEFT}/model.py",
-        "        if shape not in generators:",
+        "        if shape not in self._generators:",
         "        if True:",
         TUNER,
     ),

@@ -22,7 +22,6 @@ from tests.helpers.tiny_models import (
 )
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
-from tests.helpers.expert_models import mixtral  # noqa: E402
 from tests.helpers.peft_models import TransposedEncoder  # noqa: E402
 
 
@@ -190,13 +189,6 @@ def test_models_that_cannot_be_exported_are_refused(tmp_path):
     with pytest.raises(RuntimeError, match="'layers.0.attention.query' is on the meta device"):
         export_lora(copy.deepcopy(model).to("meta"), tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-def test_stacked_experts_are_refused(tmp_path):
-    model = apply_genft(mixtral(), config(target_modules=["q_proj"], target_parameters=["experts.down_proj"]))
-    with pytest.raises(ValueError, match="experts.*stacked experts, for which servers read no LoRA"):
-        export_lora(model, tmp_path / "lora")
-    assert not (tmp_path / "lora").exists()
 
 
 def test_a_sharded_model_is_refused(tmp_path):
