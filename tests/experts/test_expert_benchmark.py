@@ -6,6 +6,7 @@ import torch
 from benchmarks.experts import __main__ as command
 from benchmarks.experts.methods import METHODS, Shape
 from benchmarks.measure.rows import read_rows
+from benchmarks.report import expert_tables
 from genft_kernels.experts.layer import GenFTExperts
 
 pytest.importorskip("peft")
@@ -65,3 +66,5 @@ def test_command_writes_rows(tmp_path, capsys, monkeypatch):
     (path,) = tmp_path.glob("*/experts.jsonl")
     assert [row["method"] for row in read_rows(path)] == [method.name for method in METHODS]
     assert "genft-fast " in capsys.readouterr().out
+    section = expert_tables.section(read_rows(path))
+    assert section.count("\n| genft-fast |") == 1 and "d 32, m 48, 3 experts, top 2, 9 tokens, k 8, float32" in section
