@@ -52,6 +52,11 @@ def check_frozen_weight(weight: torch.Tensor, name: str = "weight") -> None:
         )
     if weight.layout != torch.strided:
         raise TypeError(f"{name} has layout {weight.layout}; only dense (strided) weights are supported")
+    if weight.requires_grad and not weight.is_leaf:
+        raise ValueError(
+            f"{name} requires grad and is a view of something else, as FullyShardedDataParallel (FSDP1) makes them, "
+            "which GenFT does not run under: use fully_shard (FSDP2) or DistributedDataParallel"
+        )
     if weight.requires_grad:
         raise ValueError(f"{name} requires grad, but GenFT keeps it frozen: call {name}.requires_grad_(False)")
 
@@ -157,6 +162,20 @@ def check_transforms(backend: str) -> None:
             f"backend {backend!r} has no forward-mode derivatives and no torch.func transforms: "
             'use backend="reference", which has them all'
         )
+
+
+def check_not_onnx() -> None:
+    """Raise RuntimeError within an export to ONNX, which has none of the operations of a generated update."""
+    if _exports_to_onnx():
+        raise RuntimeError(
+            "ONNX has no operation for a generated update: call merge(model) before torch.onnx.export, or export "
+            "remove_genft(model, keep_update=True)"
+        )
+
+
+@_torch_private.constant_in_graphs
+def _exports_to_onnx() -> bool:
+    return torch.onnx.is_in_onnx_export()
 
 
 def seed_tensor(seed: int | torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -324,6 +324,8 @@ def check_adaptable(linear: nn.Module) -> None:
             f"{kind_name(linear)} cannot be adapted: how its weight becomes a dense matrix is not known "
             "(register_frozen_weight)"
         )
+    if type(linear.weight).__name__ == "DTensor":
+        raise TypeError("its weight is sharded (FSDP2): call apply_genft or load_adapter before fully_shard")
     check_instance_forward(linear)
     check_frozen_weight(linear.weight.detach())
     check_bias(linear.bias, linear.weight.shape[0 if isinstance(linear, nn.Linear) else 1])

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from . import _torch_private, backends, reference
-from .checks import check_linear, check_transforms
+from .checks import check_linear, check_not_onnx, check_transforms
 from .config import GenFTConfig, is_factored
 from .evaluation import Asked, asked, evaluated
 from .frozen_weight import frozen_linear
@@ -43,6 +43,8 @@ def updated_linear(x: Tensor, weight: Frozen, bias: Tensor | None, updates: Sequ
     Raises:
         ValueError: the updates cut W in different ways; an argument does not fit.
     """
+    if torch.jit.is_tracing():
+        return _traced(x, weight, bias, updates)
     question = asked(x, bias, updates)
     if question is not None and (y := evaluated(x, weight, bias, updates[0], question)) is not None:
         return y
@@ -73,6 +75,17 @@ def updated_linear(x: Tensor, weight: Frozen, bias: Tensor | None, updates: Sequ
     return torch.cat(outputs, -1)
 
 
+def _traced(x: Tensor, weight: Frozen, bias: Tensor | None, updates: Sequence[GenFTUpdate]) -> Tensor:
+    """The same in operations that every traced graph has, from what the parameters are when it runs."""
+    check_not_onnx()
+    if any(update.training and update.config.dropout for update in updates):
+        raise RuntimeError("a traced graph cannot draw dropout's masks anew: call model.eval() before torch.jit.trace")
+    dtype = compute_dtype(x)
+    wide = torch.promote_types(dtype, torch.float32)
+    updated = sum((update.delta_weight() for update in updates), weight.to(wide))
+    return F.linear(x.to(wide), updated.to(wide), None if bias is None else bias.to(wide)).to(dtype)
+
+
 def _generated(update: GenFTUpdate, x: Tensor, dtype: torch.dtype, backend: str, question: Asked | None) -> list[_Part]:
     """The update of each adapted block; with those of the other layers of its shape where that can be."""
     config, training = update.config, update.training
@@ -81,7 +94,9 @@ def _generated(update: GenFTUpdate, x: Tensor, dtype: torch.dtype, backend: str,
         forward_seed(None, x.device, training, dropout, config.outer_activation, dtype) for _ in update.blocks.adapted
     ]
     # A compiled graph cannot hold what outlives it, and sharded parameters cannot be watched.
-    if torch.compiler.is_compiling() or update.sharded or _torch_private.tensors_are_fake():
+    if compiling := torch.compiler.is_compiling():
+        check_not_onnx()
+    if compiling or update.sharded or _torch_private.tensors_are_fake():
         of_layer = (t if t is None or t.dim() == 1 else t[None] for t in update.parameters_of_generator())
         params = GeneratorParameters(*of_layer)
         factors = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,9 +33,11 @@ from ..matching import full_matches_in_time
 from ..saved_modules import tied_again, unsavable
 from ..targets import frozen_weight
 from .fingerprint import Fingerprint
+from .foreign_folder import explain_foreign_folder
 from .format import AdapterFile, is_ours, read_adapter_file, write_adapter_file
 from .names import MODULES_TO_SAVE
 from .peft_file import is_of_peft, read_peft_file
+from .sharded import any_sharded, by_one, is_sharded, like, whole
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
@@ -44,7 +47,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     `get_extra_state` included, named as PEFT does; `adapter_config.json` the configuration and a fingerprint of every
     adapted weight. PEFT opens both once `genft_kernels.integrations.peft` is imported. Whenever it is interrupted, the
     folder holds one whole adapter, the earlier one or this. A tensor that holds NaN is saved with a warning, because
-    `load_adapter` will refuse it.
+    `load_adapter` will refuse it. Of a model that FSDP2 has sharded all processes call, and the first one writes.
 
     Raises:
         TypeError: an argument is of the wrong type, or a module to save has an extra state that is no tensor.
@@ -54,24 +57,22 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     """
     check_type("model", model, nn.Module)
     check_type("directory", directory, (str, os.PathLike))
-    if (Path(directory) / "config.json").exists():
-        raise ValueError(
-            f"{os.fspath(directory)} holds a saved model, which transformers loads no longer with an adapter of "
-            "GenFT's beside it: save the adapter into a folder of its own"
-        )
     config, tensors = adapter_state(model).config, _adapter_tensors(model) | _saved_tensors(model)
+    sharded = any_sharded(tensors.values())
+    by_one(partial(_check_holds_no_model, Path(directory)), sharded)
     for name, other in tied_again(model, adapter_state(model).saved_modules).items():
         raise RuntimeError(f"modules_to_save: {name!r} is tied to {other!r} again, so what was trained is gone")
-    for name, tensor in tensors.items():
+    copies = {name: whole(tensor.detach()).cpu().clone(memory_format=_DENSE) for name, tensor in tensors.items()}
+    for name, tensor in copies.items():
         problem = _not_finite(name, tensor)
         if problem:
             warn(f"{problem}: load_adapter will refuse it")
-    fingerprints = {path: Fingerprint.of(layer.frozen_weight) for path, layer in adapted_layers(model).items()}
+    fingerprints = {path: Fingerprint.of(whole(layer.frozen_weight)) for path, layer in adapted_layers(model).items()}
     for path, fingerprint in fingerprints.items():
         if not fingerprint.is_finite:
             raise ValueError(f"the frozen weight of {path!r} holds NaN or infinity, and so will its update")
-    copies = {name: tensor.detach().cpu().clone(memory_format=_DENSE) for name, tensor in tensors.items()}
-    write_adapter_file(directory, AdapterFile(config, copies, fingerprints), _base(model))
+    adapter = AdapterFile(config, copies, fingerprints)
+    by_one(partial(write_adapter_file, directory, adapter, _base(model)), sharded)
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike, *, backend: str | None = None) -> nn.Module:
@@ -80,7 +81,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, *, backend: str
     A model without an adapter is adapted first, as the file says; one that is adapted already must have the same
     configuration. Besides this package's files it reads those of its PEFT tuner, and official checkpoints: the PEFT
     variant's folder, and the ViT variant's with `best_model.pt` and `args.yaml`. Everything is looked at before
-    anything is changed or made; a regular expression from a file has ten seconds.
+    anything is changed or made; a regular expression from a file has ten seconds. Of a model that FSDP2 has sharded
+    all processes call, and the first one reads.
 
     Args:
         backend: for every adapted layer, as in `apply_genft`; None leaves those of an adapted model as they are, and
@@ -98,7 +100,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, *, backend: str
     check_type("directory", directory, (str, os.PathLike))
     if backend is not None:
         backends.check_name(backend)
-    adapter = _read(Path(directory))
+    adapter = by_one(partial(_read, Path(directory)), any_sharded(model.parameters()))
     was_adapted = is_adapted(model)
     if was_adapted:
         _check_same_config(adapter_state(model).config, adapter.config)
@@ -127,6 +129,14 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, *, backend: str
 _DENSE = torch.contiguous_format
 
 
+def _check_holds_no_model(directory: Path) -> None:
+    if (directory / "config.json").exists():
+        raise ValueError(
+            f"{directory} holds a saved model, which transformers loads no longer with an adapter of GenFT's beside "
+            "it: save the adapter into a folder of its own"
+        )
+
+
 def _base(model: nn.Module) -> dict[str, object]:
     """By what PEFT finds the model, if it has a name or path, as models of transformers have."""
     name = getattr(getattr(model, "config", None), "name_or_path", None)
@@ -153,6 +163,7 @@ def _read(directory: Path) -> AdapterFile:
         return read_adapter_file(directory)
     if is_of_peft(directory):
         return read_peft_file(directory)
+    explain_foreign_folder(directory)
     from .official import read_official  # needed by few
 
     return read_official(directory)
@@ -240,7 +251,7 @@ def _check_base(weights: Mapping[str, Tensor], fingerprints: Mapping[str, Finger
         differing = sorted(set(fingerprints) ^ set(weights))
         raise ValueError(f"the adapter belongs to another base model: its layers differ, first at {differing[0]!r}")
     for path, weight in weights.items():
-        difference = fingerprints[path].difference(Fingerprint.of(weight))
+        difference = fingerprints[path].difference(Fingerprint.of(whole(weight)))
         if difference:
             raise ValueError(f"the adapter belongs to another base model: the weight of {path!r}: {difference}")
 
@@ -280,19 +291,22 @@ def _take_in(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Give the model the values of `tensors`, which fit it; all of them or, on failure, none."""
     saved = {path: model.get_submodule(path) for path in adapter_state(model).saved_modules}
     trained = _adapter_tensors(model)
-    values = {name: tensors[name].to(mine.device, mine.dtype) for name, mine in trained.items()}
+    values = {name: like(tensors[name], mine) for name, mine in trained.items()}
     before = _copied(trained)
     state_before = {path: _copied(module.state_dict()) for path, module in saved.items()}
     try:
         for path, module in saved.items():
             prefix = f"{MODULES_TO_SAVE}{path}."
             theirs = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-            module.load_state_dict({**state_before[path], **theirs})
+            mine = state_before[path]
+            theirs |= {name: like(theirs[name], tensor) for name, tensor in mine.items() if is_sharded(tensor)}
+            module.load_state_dict({**mine, **theirs})
         _overwrite(trained, values)
     except BaseException:
         for path, module in saved.items():
             module.load_state_dict(state_before[path])
-        _overwrite({name: mine for name, mine in trained.items() if not torch.equal(mine, before[name])}, before)
+        changed = {name: mine for name, mine in trained.items() if not torch.equal(whole(mine), whole(before[name]))}
+        _overwrite(changed, before)
         raise
 
 

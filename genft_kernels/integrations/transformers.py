@@ -1,13 +1,20 @@
-"""For the transformers `Trainer`: `AccumulateCallback`."""
+"""For the transformers `Trainer`: `AccumulateCallback` and `AdapterCheckpoints`."""
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 import torch
 from accelerate.state import GradientState
+from torch import nn
 from torch.utils import _pytree
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from .. import _torch_private
+from ..adapt import is_adapted
+from ..files.adapter import load_adapter, save_adapter
+from ..files.sharded import any_sharded
 from ..sharing.accumulate import Accumulation
 
 
@@ -74,3 +81,58 @@ def _check_distributed(args) -> None:
     wrapped = args.world_size > 1 and not (args.fsdp or args.deepspeed)
     if wrapped and find_unused:
         raise ValueError("AccumulateCallback needs ddp_find_unused_parameters=False in the TrainingArguments")
+
+
+class AdapterCheckpoints:
+    """A mixin for `Trainer` and its kin: checkpoints and `save_model` hold the adapter, and no frozen weights.
+
+        class AdapterTrainer(AdapterCheckpoints, Trainer): ...
+
+    Training resumes from such checkpoints, `load_best_model_at_end` reads them, and so does `load_adapter`. The model
+    has to be adapted beforehand, as for every `Trainer`; DeepSpeed and FSDP1 are not supported.
+
+    Raises, before anything is written or read:
+        RuntimeError: the model has no adapter.
+        NotImplementedError: under DeepSpeed.
+    """
+
+    args: Any  # of the Trainer, as all that follows
+    model: nn.Module
+    state: Any
+    accelerator: Any
+    processing_class: Any
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter, the tokenizer or processor and the training arguments."""
+        folder, model = output_dir or self.args.output_dir, self._adapted_model()
+        if self.args.should_save or any_sharded(model.parameters()):
+            save_adapter(model, folder)
+        if self.args.should_save:
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+            torch.save(self.args, os.path.join(folder, "training_args.bin"))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)  # type: ignore[attr-defined]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_adapter(self._adapted_model(), resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        load_adapter(self._adapted_model(), self.state.best_model_checkpoint)
+
+    def _adapted_model(self) -> nn.Module:
+        if getattr(self, "is_deepspeed_enabled", False):
+            raise NotImplementedError("AdapterCheckpoints does not gather what DeepSpeed has partitioned")
+        model: nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if not is_adapted(model):
+            raise RuntimeError("AdapterCheckpoints: the Trainer's model has no adapter: call apply_genft first")
+        return model
+
+
+# What the mixin takes the place of; without it a Trainer would go on writing whole models.
+_REPLACED = ("save_model", "_load_from_checkpoint", "_load_best_model")
+if missing := [name for name in _REPLACED if not hasattr(Trainer, name)]:
+    raise ImportError(
+        f"this version of transformers has no Trainer.{missing[0]}, which AdapterCheckpoints replaces: install "
+        "another one (transformers>=5)"
+    )

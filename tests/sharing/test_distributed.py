@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -13,9 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from genft_kernels import accumulate, explain
 from tests.helpers.adapted_models import adapted, assert_close, generations
+from tests.helpers.processes import WORLD, in_two_processes
 from tests.helpers.tiny_models import Encoder
 
-WORLD, MICRO_BATCHES, STEPS = 2, 3, 2
+MICRO_BATCHES, STEPS = 3, 2
 BATCHES = torch.randint(20, (STEPS, MICRO_BATCHES, WORLD, 4, 5), generator=torch.Generator().manual_seed(1))
 
 
@@ -74,21 +74,6 @@ def evaluate(model, change: float = 1.0):
     for parameter in model.parameters():
         parameter.mul_(change)
     return model(BATCHES[0, 0, 0])
-
-
-def _work(rank: int, folder: str, jobs) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
-    try:
-        torch.save([job(rank) for job in jobs], f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
-
-
-def in_two_processes(folder, *jobs) -> list:
-    """The results of each job, of each process."""
-    torch.multiprocessing.spawn(_work, (str(folder), jobs), nprocs=WORLD)
-    return list(zip(*(torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)), strict=True))
 
 
 def assert_steps(result, expected):

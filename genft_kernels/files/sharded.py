@@ -1,0 +1,56 @@
+"""Parameters that FSDP2 has sharded: gathered to be written, scattered when they are read.
+
+All processes call, and one reads and writes. What happens to it happens to all, so that nobody waits for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import torch.distributed
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def any_sharded(tensors: Iterable[object]) -> bool:
+    """Whether one of them is a `DTensor`, of which each process has a part."""
+    return any(is_sharded(tensor) for tensor in tensors)
+
+
+def is_sharded(tensor: object) -> bool:
+    """Whether it is a `DTensor`; nothing of torch's distributed tensors is imported to ask."""
+    return type(tensor).__name__ == "DTensor" and type(tensor).__module__.startswith("torch.distributed")
+
+
+def whole(tensor: T) -> T:
+    """All of a tensor, on each process; itself where it is not sharded."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def like(values: Tensor, mine: Tensor) -> Tensor:
+    """`values` in the dtype of `mine`, on its device or on the processes that share it."""
+    if not is_sharded(mine):
+        return values.to(mine.device, mine.dtype)
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = mine.device_mesh, mine.placements  # type: ignore[attr-defined]
+    return distribute_tensor(values.to(mesh.device_type, mine.dtype), mesh, placements)
+
+
+def by_one(action: Callable[[], T], sharded: bool) -> T:
+    """What `action` returns or raises, done by one process for all of them where the model is sharded."""
+    if not sharded:
+        return action()
+    told: list[tuple[T | None, BaseException | None]] = [(None, None)]
+    if torch.distributed.get_rank() == 0:
+        try:
+            told = [(action(), None)]
+        except Exception as error:
+            told = [(None, error)]
+    torch.distributed.broadcast_object_list(told, src=0)
+    result, error = told[0]
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
