@@ -1,5 +1,7 @@
 """What a call keeps for its backward, the most it holds at once, and how many kernels it launches."""
 
+import ctypes
+import gc
 import json
 import os
 import tempfile
@@ -77,6 +79,30 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
         alive += change
         peak = max(peak, alive)
     return peak
+
+
+def process_growth(work: Callable[[], object]) -> int | None:
+    """The most resident memory of this process during `work`, beyond what it had before; None where Linux is not.
+
+    What earlier calls left behind is given back to the system first.
+    """
+    scratch._slots.buffers.clear()
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    try:
+        if trim is not None:
+            trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        before = _resident("VmRSS")
+    except OSError:
+        return None
+    work()
+    return max(_resident("VmHWM") - before, 0)
+
+
+def _resident(field: str) -> int:
+    (line,) = (each for each in Path("/proc/self/status").read_text().splitlines() if each.startswith(f"{field}:"))
+    return 1024 * int(line.split()[1])
 
 
 @contextmanager

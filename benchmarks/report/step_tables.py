@@ -15,13 +15,14 @@ SHOWN = {
 }  # fmt: skip
 CASE = ("model", "batch", "sequence", "accumulation", "dtype")
 INTRODUCTION = """\
-`make bench-model`: forward, backward and AdamW's update, q and v of every layer adapted, random weights, the
-backbone's own dropout off. Methods take turns, and a ratio is the median over the turns of two times of one turn;
+`make bench-model`: forward, backward and AdamW's update, q and v of every layer adapted or every linear layer, random
+weights, the backbone's own dropout off. Methods take turns, and a ratio is the median over the turns of two times of one turn;
 where methods of a case differ in turns, they were measured in different runs.
 "× LoRA" and "kept × LoRA" are to PEFT's LoRA of the same k, "× official" to the official way of the same form.
 
 - **generator**: what generation takes of a step, forward and backward, divided by the micro-batches; share of the step.
 - **kept**: what autograd saves of one micro-batch, each storage once, beside parameters.
+- **peak**: the most memory during a step beyond what was there: of tensors on a GPU, on a CPU of the whole process.
 - **launches**: kernels of one micro-batch and AdamW's update, over the number of adapted layers.
 
 Nothing is timed before the gradients of a tiny model agree with those of the plain model whose weights are W + dW: in

@@ -1,7 +1,7 @@
 """`make bench-model`: training steps of whole models, every method side by side.
 
-A step is the forward and backward of its micro-batches and AdamW's update; q and v of every layer are adapted. Rows go
-to benchmarks/results/<device>/model_step.jsonl.
+A step is the forward and backward of its micro-batches and AdamW's update; q and v of every layer are adapted, or every
+linear layer where the model's name says so. Rows go to benchmarks/results/<device>/model_step.jsonl.
 """
 
 import argparse
@@ -70,9 +70,13 @@ def _counted(step: Step, device: torch.device) -> Row:
     return {
         "layers": config.num_hidden_layers, "width": config.hidden_size, "trained": trained,
         "kept_bytes": memory.kept_bytes(lambda: step.run(1), (*step.model.parameters(), *step.model.buffers())),
-        "peak_bytes": memory.peak_bytes(step.run, device) if device.type == "cuda" else None,
+        "peak_bytes": _peak(step, device),
         "launches_per_layer": round(launches / step.layers, 1) if launches and step.layers else None,
     }  # fmt: skip
+
+
+def _peak(step: Step, device: torch.device) -> int | None:
+    return memory.peak_bytes(step.run, device) if device.type == "cuda" else memory.process_growth(step.run)
 
 
 def _measured(step: Step, samples: dict[str, list[timing.Sample]]) -> Row:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.layer.genft import official_linear
 from benchmarks.measure.environment import version
-from benchmarks.step.models import SEED, TARGETS
+from benchmarks.step.models import SEED
 from genft_kernels import GenFTConfig, GenFTLinear, accumulate, apply_genft, reference
 from genft_kernels.adapt import adapted_layers
 
@@ -73,7 +73,7 @@ def _lora(model: nn.Module, dropout: bool, rank: int) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     dtype = next(model.parameters()).dtype
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS), model)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(model.targets)), model)
     _in_dtype_of_weights(model, dtype)
 
 
@@ -92,7 +92,13 @@ def _lora_weights(model: nn.Module) -> dict[str, Tensor]:
 def _genft(model: nn.Module, dropout: bool, preset: str) -> None:
     # Specific units that start at zero, as vtab's do, would not train; they cost the same.
     settings = {"init_specific_down": "kaiming_uniform", **({} if dropout else {"dropout": 0.0})}
-    apply_genft(model, GenFTConfig.preset(preset, **settings))  # by default q and v, as in TARGETS
+    apply_genft(model, GenFTConfig.preset(preset, target_modules=_targeted(model), **settings))
+
+
+def _targeted(model: nn.Module) -> list[str]:
+    """Those of its targets that it has: a name that matches nothing is warned of."""
+    present = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    return [name for name in model.targets if name in present]
 
 
 def _official(model: nn.Module, dropout: bool, preset: str) -> None:
@@ -125,7 +131,7 @@ def _registry() -> Iterator[Method]:
         lambda model: dict(model.named_parameters()),
     )  # fmt: skip
     for k in ranks.values():
-        yield Method(lora_of(k), f"PEFT LoRA, rank {k}", partial(_lora, rank=k), _lora_weights, k, package="peft")
+        yield lora(k)
     for preset in ("fast-both", "vtab"):  # the official way has both stages always
         adapt = partial(_official, preset=preset)
         yield Method(f"official-{preset}", f"official way, {forms[preset]}", adapt, _genft_weights, ranks[preset])
@@ -133,6 +139,12 @@ def _registry() -> Iterator[Method]:
         name, rest = f"genft-{preset}", (partial(_genft, preset=preset), _genft_weights, ranks[preset])
         yield Method(name, f"GenFT, {form}", *rest)
         yield Method(f"{name}-accumulate", f"GenFT, {form}, accumulate", *rest, accumulate, 2)
+
+
+def lora(rank: int) -> Method:
+    """PEFT's LoRA."""
+    adapt = functools.partial(_lora, rank=rank)
+    return Method(lora_of(rank), f"PEFT LoRA, rank {rank}", adapt, _lora_weights, rank, package="peft")
 
 
 def lora_of(k: int | None) -> str:

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 # q and v of an attention, as the models of transformers call them.
-TARGETS = ["query", "value", "q_proj", "v_proj"]
+Q_AND_V = ("query", "value", "q_proj", "v_proj")
+# Every linear layer of a LLaMA.
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SEED = 11
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96}
 SMALL |= {"initializer_range": 0.1}  # weights of the size that a wide model's products have
@@ -22,6 +24,7 @@ class Model:
         sizes: fields of the configuration; dropout of the backbone is off everywhere, so that a gate can compare.
         tiny: the fields that, with `SMALL`, make it small enough for the gate.
         sequence: tokens of one sequence in its cases.
+        targets: the last names of the layers that are adapted.
     """
 
     name: str
@@ -29,9 +32,10 @@ class Model:
     sizes: dict[str, Any]
     tiny: dict[str, Any]
     sequence: int = 128
+    targets: tuple[str, ...] = Q_AND_V
 
     def build(self, device: torch.device, dtype: torch.dtype, tiny: bool = False) -> nn.Module:
-        """The model with random weights, in training mode; the same ones every time."""
+        """The model with random weights, in training mode, the same ones every time; `targets` is an attribute."""
         import transformers
 
         sizes = self.sizes | (SMALL | self.tiny if tiny else {})
@@ -39,6 +43,7 @@ class Model:
         torch.manual_seed(SEED)
         with device:
             model = transformers.AutoModel.from_config(getattr(transformers, self.config_class)(**sizes), **options)
+        model.targets = self.targets
         return model.to(dtype).train()
 
     def inputs(self, model: nn.Module, batch: int, sequence: int, seed: int) -> dict[str, Tensor]:
@@ -51,10 +56,10 @@ class Model:
         return {"input_ids": torch.randint(config.vocab_size, (batch, sequence), **options)}
 
 
-def _llama(name: str, **sizes: int) -> Model:
+def _llama(name: str, targets: tuple[str, ...] = Q_AND_V, **sizes: int) -> Model:
     """Four layers, which is what fits; the step of a whole one is proportionally longer."""
     settings = {"num_hidden_layers": 4, "vocab_size": 32000, "use_cache": False} | sizes
-    return Model(name, "LlamaConfig", settings, {"num_key_value_heads": 2, "vocab_size": 50})
+    return Model(name, "LlamaConfig", settings, {"num_key_value_heads": 2, "vocab_size": 50}, targets=targets)
 
 
 _ROBERTA = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
@@ -64,6 +69,14 @@ _ALL = (
     Model("vit-b16", "ViTConfig", {}, {"image_size": 32}, 197),
     _llama("llama-7b-4-layers", hidden_size=4096, intermediate_size=11008, num_attention_heads=32),
     _llama("llama-narrow-4-layers", hidden_size=1024, intermediate_size=2752, num_attention_heads=16),
+    _llama(
+        "smollm2-4-layers-all-linear",
+        ALL_LINEAR,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+    ),
 )
 MODELS = {model.name: model for model in _ALL}
 
@@ -103,7 +116,11 @@ def default_cases(device: torch.device) -> list[StepCase]:
         sizes = [("roberta-base", 32, 1, "float32"), ("roberta-base", 32, 1, "bfloat16")]
         sizes += [("roberta-base", 1, count, "float32") for count in (1, 8)]
         sizes += [("vit-b16", 2, 1, "float32"), ("llama-narrow-4-layers", 4, 1, "float32")]
-    return [StepCase(MODELS[name], batch, MODELS[name].sequence, *rest) for name, batch, *rest in sizes]
+    cases = [StepCase(MODELS[name], batch, MODELS[name].sequence, *rest) for name, batch, *rest in sizes]
+    if device.type == "cpu":
+        everywhere = MODELS["smollm2-4-layers-all-linear"]
+        cases += [StepCase(everywhere, *size, 1, "float32") for size in ((1, 96), (4, 128), (32, 128))]
+    return cases
 
 
 def output_grad(output: Tensor, seed: int) -> Tensor:

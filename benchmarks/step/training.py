@@ -16,7 +16,7 @@ from benchmarks.layer.cases import DTYPES
 from benchmarks.measure import timing
 from benchmarks.measure.gate import WrongResult
 from benchmarks.step.methods import Method, trained
-from benchmarks.step.models import TARGETS, StepCase, output_grad
+from benchmarks.step.models import StepCase, output_grad
 from genft_kernels.adapt import adapted_layers
 from genft_kernels.sharing import node as generation
 
@@ -32,7 +32,7 @@ class Step:
     def __init__(self, method: Method, model: nn.Module, case: StepCase) -> None:
         self.method, self.model, self.case = method, model, case
         self.trained = trained(model)
-        targets = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in TARGETS]
+        targets = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in model.targets]
         self.layers = 0 if method.k is None else len(targets)  # those that are adapted
         self._groups = {id(group): group for group in (each.generator.group for each in adapted_layers(model).values())}
         self._optimizer = torch.optim.AdamW(self.trained.values(), lr=1e-5, fused=True)
