@@ -88,12 +88,34 @@ def differentiates_forward() -> bool:
     return level >= 0 or _private("torch._C", "_are_functorch_transforms_active")()
 
 
+# --- modules --------------------------------------------------------------------------------------------------------
+
+
+def modules_have_global_hooks() -> bool:
+    """Whether hooks are registered that run in the forward of every module."""
+    pre = _private("torch.nn.modules.module", "_global_forward_pre_hooks")
+    return bool(pre or _private("torch.nn.modules.module", "_global_forward_hooks"))
+
+
 # --- dispatch modes -------------------------------------------------------------------------------------------------
 
 
 def dispatch_modes_active() -> bool:
     """Whether something listens to the dispatcher: counters, fake tensors, selective checkpointing."""
     return _private("torch._C", "_len_torch_dispatch_stack")() > 0
+
+
+def listens() -> bool:
+    """Whether anything sees operations or takes derivatives forward: a dispatch mode, a level, a transform, tracing."""
+    modes, transforms, tracing, forward_ad = _listeners()
+    return modes() > 0 or transforms() or tracing() or forward_ad._current_level >= 0
+
+
+@functools.cache
+def _listeners() -> tuple[Any, ...]:
+    _private("torch.autograd.forward_ad", "_current_level")
+    names = "_len_torch_dispatch_stack", "_are_functorch_transforms_active", "_is_tracing"
+    return *(_private("torch._C", name) for name in names), torch.autograd.forward_ad
 
 
 def tensors_are_fake() -> bool:

@@ -24,12 +24,12 @@ def asked(x: Tensor, bias: Tensor | None, updates: Sequence[GenFTUpdate]) -> Ask
 
     That is taken in training, with gradients, for several updates or blocks of a weight, and where something listens.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled() or len(updates) > 1:
+    if torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling() or len(updates) > 1:
         return None
     update = updates[0]
-    if update.training or update.blocks.count > 1 or type(x) is not Tensor:
+    if update.training or update.blocks.cut != 1 or type(x) is not Tensor:
         return None
-    if _torch_private.dispatch_modes_active() or _torch_private.differentiates_forward():
+    if _torch_private.listens():
         return None
     device = x.device
     of_bias = None if bias is None else (bias.dtype, bias.device, bias.shape)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from . import _torch_private
 from .arguments import warn
 from .checks import check_device, check_floating_dtype, check_sizes
 from .config import GenFTConfig, check_config
@@ -81,7 +83,14 @@ class GenFTGenerator(nn.Module):
 
     def forward(self) -> dict[str, torch.Tensor]:
         """The shared tensors by name. A call rather than attributes, so that hooks run: pruning's, offloading's."""
-        return {name: getattr(self, name) for name in self.tensor_names}
+        return dict(zip(self.tensor_names, registered(self, self.tensor_names), strict=True))
+
+    def tensors(self) -> Collection[torch.Tensor]:
+        """The values of a call; without one where nobody would notice."""
+        own = type(self) is not GenFTGenerator or "forward" in vars(self)
+        if own or self._forward_pre_hooks or self._forward_hooks or _torch_private.modules_have_global_hooks():
+            return self().values()
+        return registered(self, self.tensor_names)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -97,6 +106,14 @@ class GenFTGenerator(nn.Module):
 
     def _stage_width(self, name: str) -> int:
         return self.in_features if name.startswith("column") else self.out_features
+
+
+def registered(module: nn.Module, names: Sequence[str]) -> list[torch.Tensor]:
+    """The tensors of `module` by these names: parameters without the detour of an attribute, computed ones with it."""
+    try:
+        return list(map(module._parameters.__getitem__, names))
+    except KeyError:
+        return [getattr(module, name) for name in names]
 
 
 def check_layer_shape(in_features: int, out_features: int, config: GenFTConfig) -> None:

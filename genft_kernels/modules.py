@@ -231,13 +231,14 @@ class GenFTLinear(MarksMerged, GenFTUpdate, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if not self._enabled:
             return F.linear(x, self.frozen_weight, self.bias)
-        if self.merged:
+        if self._unmerged is not None:
             if self.training:
                 raise RuntimeError("a merged layer does not train: call unmerge() or eval() first")
             return F.linear(x, self.weight.t() if self._fan_in_fan_out else self.weight, self.bias)
         if self.backend == "reference":
             return self._materialised(x, self.frozen_weight)
-        return updated_linear(x, self.frozen_weight, self.bias, list(self.updates.values()))
+        updates = list(self.updates.values()) if MORE_BLOCKS in self._modules else [self]
+        return updated_linear(x, self.frozen_weight, self.bias, updates)
 
     def _materialised(self, x: Tensor, frozen: Tensor) -> Tensor:
         """y by the specification."""

@@ -13,7 +13,7 @@ from . import backends, reference
 from .arguments import check_type
 from .config import GenFTConfig
 from .frozen_weight import FrozenWeight
-from .generator import GenFTGenerator, draw_up, zeroed_names
+from .generator import GenFTGenerator, draw_up, registered, zeroed_names
 from .left_out import watch_optimizers
 from .parameters import GeneratorParameters, specific_shapes
 from .row_blocks import RowBlocks
@@ -123,7 +123,7 @@ class GenFTUpdate(nn.Module):
 
     def specific_parameters(self) -> dict[str, Tensor]:
         """The layer's own trained tensors by name."""
-        return {name: getattr(self, name) for name in self.specific_names}
+        return dict(zip(self.specific_names, registered(self, self.specific_names), strict=True))
 
     def source(self) -> Source:
         """All that the layer's factors are generated from, as it is now."""
@@ -144,7 +144,7 @@ class GenFTUpdate(nn.Module):
 
     def watched(self) -> Watched:
         """W, the layer's own tensors and the shared ones, as `source` has them, without all that is more work."""
-        return self.stored_weight, self.specific_parameters().values(), self.generator().values()
+        return self.stored_weight, registered(self, self.specific_names), self.generator.tensors()
 
     def _obstacle(self, block: Tensor | FrozenWeight) -> str | None:
         """What `Source.obstacle` says."""

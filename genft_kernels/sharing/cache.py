@@ -107,7 +107,8 @@ class Share:
             return None
         if not self.batch.shared.same(shared, in_full=self._is_first_of_a_round()):
             return None
-        self.batch.look(layer, self._settings)
+        if self.batch.watch is not None:
+            self.batch.look(layer, self._settings)
         return factors[self._blocks]
 
 
@@ -121,11 +122,11 @@ class Batch:
         self._layers = [weakref.ref(layer) for layer in sources]
         self._seen: weakref.WeakSet[Layer] = weakref.WeakSet()  # in this round
         watched = values and not (first.training or compares_at_once(first.weight.device))
-        self._watch = Watch(_watched(sources.values())) if watched else None
+        self.watch = Watch(_watched(sources.values())) if watched else None
 
     def look(self, layer: Layer, settings: Settings) -> None:
         """Have a device compare all values once a round, which ends when a layer asks again; raises as `settle`."""
-        if self._watch is None or settings.captured:
+        if self.watch is None or settings.captured:
             return
         if layer not in self._seen:
             self._seen.add(layer)
@@ -136,7 +137,7 @@ class Batch:
         if None in layers:
             self.generation.factors = None
         else:
-            self._watch.look(_watched([each.source() for each in layers]))
+            self.watch.look(_watched([each.source() for each in layers]))
 
     def settle(self, settings: Settings) -> None:
         """Read what a device has found.
@@ -144,7 +145,7 @@ class Batch:
         Raises:
             RuntimeError: a change, in the round before.
         """
-        if self._watch is not None and not settings.captured and self._watch.changed():
+        if self.watch is not None and not settings.captured and self.watch.changed():
             self.generation.factors = None
             raise RuntimeError(
                 "the last forward used updates that were out of date: a parameter or W was changed where no version "

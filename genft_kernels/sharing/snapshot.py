@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -25,26 +26,35 @@ _WORDS = {1: "B", 2: "H", 4: "I", 8: "Q"}  # unsigned integers by their size in 
 _memcmp = ctypes.PyDLL("msvcrt" if os.name == "nt" else None).memcmp
 _memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
+_properties = attrgetter("_version", "dtype", "requires_grad", "shape")
+
 
 class Snapshot:
     """Tensors as they were. None is kept alive, and none referred to: `torch.utils.swap_tensors` forbids it."""
 
     def __init__(self, thin: Iterable[Tensor], weight: Tensor | None = None, *, values: bool) -> None:
         """Of `thin` tensors, and of a frozen `weight`; with `values`, where they can be compared at once."""
-        self._thin = [(_state(tensor), _bytes(tensor) if values else None) for tensor in thin]
-        if weight is not None:
-            at_once = values and compares_at_once(weight.device)
-            self._weight = _state(weight), weight.stride(), _Elements(sample(weight)) if at_once else None
+        thin = list(thin)
+        self._states = _states(thin if weight is None else [weight, *thin])
+        compared = [tensor for tensor in thin if values and compares_at_once(tensor.device)]
+        dense = [tensor for tensor in compared if tensor.is_contiguous()]
+        self._memory = [(t.data_ptr(), ctypes.string_at(t.data_ptr(), t.nbytes), t.nbytes) for t in dense]
+        # Others are compared by copies, which takes longer.
+        self._strided = [(i, t.detach().contiguous()) for i, t in enumerate(compared) if not t.is_contiguous()]
+        sampled = weight is not None and values and compares_at_once(weight.device)
+        self._sample = _Elements(sample(weight)) if sampled else None
 
-    def same(self, thin: Iterable[Tensor], weight: Tensor | None = None, *, in_full: bool = True) -> bool:
+    def same(self, thin: Collection[Tensor], weight: Tensor | None = None, *, in_full: bool = True) -> bool:
         """Whether they are the same ones, as they were; of the values only the first few without `in_full`."""
-        for tensor, (state, copy) in zip(thin, self._thin, strict=True):
-            if _state(tensor) != state or not (copy is None or copy.equals(tensor, in_full)):
+        if self._states is None or _states(thin if weight is None else [weight, *thin]) != self._states:
+            return False
+        for address, then, size in self._memory:  # which is theirs, as their states say
+            if _memcmp(address, then, size if in_full or size < _FIRST_BYTES else _FIRST_BYTES) != 0:
                 return False
-        if weight is None:
-            return True
-        state, stride, elements = self._weight
-        return _state(weight) == state and weight.stride() == stride and (elements is None or elements.same())
+        for index, then in self._strided:
+            if _memcmp(list(thin)[index].detach().contiguous().data_ptr(), then.data_ptr(), then.nbytes) != 0:
+                return False
+        return self._sample is None or self._sample.same()
 
 
 class Watch:
@@ -94,28 +104,14 @@ def _sample_unseen(weight: Tensor) -> Tensor:
     return weight.detach().as_strided((count,), (step * sum(stride for _, stride in extents),))
 
 
-def _state(tensor: Tensor) -> tuple:
+def _states(tensors: Collection[Tensor]) -> tuple[list, ...] | None:
+    """What tells most changes of them; None of tensors that were made in inference mode, where nothing does."""
     # An object that takes the place of another at its address has other values.
-    version = None if tensor.is_inference() else tensor._version
-    return (id(tensor), version, tensor.data_ptr(), tensor.requires_grad, tensor.dtype, tensor.numel())
-
-
-def _bytes(tensor: Tensor) -> _Bytes | None:
-    return _Bytes(tensor) if compares_at_once(tensor.device) else None
-
-
-class _Bytes:
-    """A copy of a tensor in memory."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._copy = tensor.detach().clone(memory_format=torch.contiguous_format)
-        self._address, self._size = self._copy.data_ptr(), self._copy.nbytes
-        self._first = min(self._size, _FIRST_BYTES)
-
-    def equals(self, tensor: Tensor, in_full: bool) -> bool:
-        """Whether `tensor`, of the same number of elements and dtype, holds the same bytes, or begins with the same."""
-        dense = tensor if tensor.is_contiguous() else tensor.detach().contiguous()
-        return _memcmp(dense.data_ptr(), self._address, self._size if in_full else self._first) == 0
+    objects, addresses = list(map(id, tensors)), list(map(Tensor.data_ptr, tensors))
+    try:
+        return objects, addresses, list(map(_properties, tensors)), list(map(Tensor.stride, tensors))
+    except RuntimeError:  # has no version
+        return None
 
 
 class _Elements:

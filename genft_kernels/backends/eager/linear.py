@@ -15,7 +15,8 @@ from .update_tile import Update
 
 def linear(x, weight, bias, h, b, seed, scale: float, activation: str, dropout: float, stream: int):
     """(y = x (W + scale * drop(psi(b h^T)))^T + bias  [..., out], x h  [tokens, k] in the factored form)."""
-    tokens, weight = x.reshape(-1, x.shape[-1]), weight.to(x.dtype)  # [T, in], [out, in]
+    tokens = x.reshape(-1, x.shape[-1])  # [T, in]
+    weight = weight if weight.dtype == x.dtype and isinstance(weight, Tensor) else weight.to(x.dtype)  # [out, in]
     if is_factored(activation, dropout):
         y, xh = _factored(tokens, weight, bias, h, b, scale)
     else:
@@ -39,9 +40,9 @@ def linear_backward(grad, x, weight, h, b, xh, seed, scale, activation, dropout,
     return dx, sum_of_rows(dy) if need_bias else None, dh, db
 
 
-# Added to a y that is rounded to 16 bits, half of a small update is lost (docs/method.md#precision). On a CPU the small
-# product goes first, and the big one is added onto it in float32. cuBLAS rounds the big one before it adds: on a GPU
-# both are one product with a longer inner dimension.
+# Added to a y that is rounded to 16 bits, half of a small update is lost (docs/method.md#precision). There the small
+# product goes first on a CPU, and the big one is added onto it in float32. cuBLAS rounds the big one before it adds: on
+# a GPU both are one product with a longer inner dimension.
 
 
 def _extends(tensor: Tensor) -> bool:
@@ -51,15 +52,13 @@ def _extends(tensor: Tensor) -> bool:
 
 def _factored(tokens, weight, bias, h, b, scale):
     xh = tokens @ h  # [T, k]
+    if not is_16_bit(tokens):
+        return F.linear(tokens, weight, bias).addmm_(xh, b.t(), alpha=scale), xh
     if _extends(tokens):
         return F.linear(torch.cat([tokens, xh], 1), torch.cat([weight, b * scale], 1), bias), xh
-    if bias is None or is_16_bit(weight):
-        y = scaled_product(xh, b.t(), scale)
-    else:
-        y = torch.addmm(bias, xh, b.t(), alpha=scale)
-    y.addmm_(tokens, weight.t())
-    # In 16 bits a bias would swallow the small product; what is rounded a second time has the update in it.
-    return (y.add_(bias) if bias is not None and is_16_bit(weight) else y), xh
+    y = scaled_product(xh, b.t(), scale).addmm_(tokens, weight.t())
+    # A bias would swallow the small product; what is rounded a second time has the update in it.
+    return (y if bias is None else y.add_(bias)), xh
 
 
 def _factored_backward(dy, tokens, weight, h, b, xh, scale, need_x, need_h, need_b):
