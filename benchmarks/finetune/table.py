@@ -13,7 +13,7 @@ from .metrics import PERPLEXITY
 
 SUITE = "finetune"
 BASELINE = "lora"
-HEADER = ("method", "trainable", "rate", "last epoch", "best epoch", "− LoRA [95 %]", "ms / step", "peak MiB")
+HEADER = ("method", "trainable", "rate", "last epoch", "best epoch", "− LoRA [95 %]", "CPU ms / step", "peak MiB")
 # The 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom.
 _QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -46,7 +46,7 @@ def _line(runs: Sequence[Row], baseline: Sequence[Row]) -> tuple[str, ...]:
     first = runs[0]
     rank = f", r {first['settings']['r']}" if "r" in first["settings"] else ""
     best = min if first["metric"] == PERPLEXITY else max
-    step, peak = statistics.median(run["step_ms"] for run in runs), max(run["peak_bytes"] for run in runs)
+    steps = [run["step_cpu_ms"] for run in runs if "step_cpu_ms" in run]
     return (
         METHODS[first["method"]].title + rank,
         f"{first['trainable']:,}",
@@ -54,8 +54,8 @@ def _line(runs: Sequence[Row], baseline: Sequence[Row]) -> tuple[str, ...]:
         _spread([run["score"][-1] for run in runs]),
         _spread([best(run["score"]) for run in runs]),
         "" if first["method"] == BASELINE else difference(runs, baseline) or "–",
-        f"{step:.0f}",
-        f"{peak / 2**20:.0f}",
+        f"{statistics.median(steps):.0f}" if steps else "–",
+        f"{max(run['peak_bytes'] for run in runs) / 2**20:.0f}",
     )
 
 

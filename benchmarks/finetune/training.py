@@ -60,8 +60,9 @@ def train(model: nn.Module, problem: Problem, job: Job) -> Row:
     """Train `model` in place and evaluate after every epoch; no epoch is picked afterwards.
 
     Returns:
-        The adapter's settings, the number of test examples, score and loss on them after each epoch, the median of a
-        step's time, and the peak memory of one forward and backward more, over the longest examples.
+        The adapter's settings, the number of test examples, score and loss on them after each epoch, the median of what
+        a step takes of the processor, of all threads together, so that other work on the machine counts little, and the
+        peak memory of one forward and backward more, over the longest examples.
     """
     recipe = job.recipe
     batches = recipe.batches(problem.train.lengths, job.seed)
@@ -80,14 +81,14 @@ def train(model: nn.Module, problem: Problem, job: Job) -> Row:
         loss_of(model(*inputs), labels).backward()
 
     for step, rows in enumerate(batches, start=1):
-        started = time.perf_counter()
+        started = time.process_time()
         gradients(rows)
         if not nn.utils.clip_grad_norm_(parameters, recipe.clip_norm).isfinite():
             raise Diverged(f"{job} diverged at step {step} of {len(batches)}")
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.process_time() - started)
         if step % (len(batches) // recipe.epochs) == 0:
             score, loss = evaluate(model, problem)
             row["score"].append(score)
@@ -95,7 +96,7 @@ def train(model: nn.Module, problem: Problem, job: Job) -> Row:
             print(
                 f"{job}: step {step} of {len(batches)}, {sum(seconds):.0f} s, {problem.metric} {score:.3f}", flush=True
             )
-    row["step_ms"] = round(1e3 * statistics.median(seconds), 3)
+    row["step_cpu_ms"] = round(1e3 * statistics.median(seconds), 3)
     longest = by_length(problem.train)[-recipe.batch_size :]
     return row | {"peak_bytes": memory.peak_bytes(lambda: gradients(longest), CPU)}
 

@@ -22,8 +22,7 @@ _FINETUNE = """\
 validation part; the lowest mean loss decided (`benchmarks/finetune/sweep.jsonl`). The test part was looked at with
 other seeds: mean and standard deviation over them. The best epoch is picked on that test part, as the official code
 does. The difference to LoRA of the same size is of the last epochs, paired by seed. Peak memory is that of one forward
-and backward over the longest examples, beyond weights and optimizer state. Other work ran on the machine, so a step's
-time is a rough figure.
+and backward over the longest examples, beyond weights and optimizer state; a step's time is the processor's.
 """
 # By suite, in this order: the heading and the tables; of any other, its fields.
 _SECTIONS = {

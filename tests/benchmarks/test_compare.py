@@ -97,7 +97,7 @@ def test_the_demonstrations_settings_are_chosen():
 def test_table_has_means_deviations_and_paired_differences():
     def runs(method, *scores, **more):
         made = [result(method, seed=2 + number, score=score) for number, score in enumerate(scores)]
-        facts = {"trainable": 1234, "settings": {}, "tested": 400, "peak_bytes": 5 << 20, "step_ms": 8.0}
+        facts = {"trainable": 1234, "settings": {}, "tested": 400, "peak_bytes": 5 << 20, "step_cpu_ms": 8.0}
         return [row | facts | more for row in made]
 
     lora = runs("lora", 0.8, 0.9, settings={"r": 3}, head_rate=0.01, scale=0.25)

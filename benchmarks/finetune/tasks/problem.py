@@ -77,6 +77,14 @@ def by_length(examples: Examples) -> list[int]:
     return sorted(range(len(examples)), key=examples.lengths.__getitem__)
 
 
+def quiet_transformers() -> None:
+    """Leave out what transformers reports of parts that are new here, or left out on purpose."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
 def packaged_file(package: str, *parts: str) -> Path:
     """A file or folder inside an installed data package, found without importing the package."""
     spec = find_spec(package)

