@@ -41,7 +41,7 @@ HINTS = {
 def names_our_settings(cls: T) -> T:
     """A dataclass whose constructor says, of a setting that it does not have, which one is meant."""
     known = [field.name for field in dataclasses.fields(cls)]
-    initialise = cls.__init__
+    initialise = cls.__init__  # type: ignore[misc]
 
     @functools.wraps(initialise)
     def explaining(self: Any, *args: Any, **settings: Any) -> None:
@@ -52,5 +52,5 @@ def names_our_settings(cls: T) -> T:
                 raise TypeError(f"{cls.__name__} has no {name[:80]!r}: {hint}")
         initialise(self, *args, **settings)
 
-    cls.__init__ = explaining
+    cls.__init__ = explaining  # type: ignore[misc]
     return cls

@@ -22,6 +22,7 @@ import functools
 import math
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ from .config import is_factored
 from .frozen_weight import FrozenWeight, opened
 
 
-def compute(backend: str, operation: str, *args) -> tuple[Tensor | None, ...]:
+def compute(backend: str, operation: str, *args: Any) -> tuple[Any, ...]:
     """An operation's results from a backend, or from the one that is chosen here (`backends.choose`)."""
     if not backends.is_open(backend):
         return _compute_by(backend, operation, *args)
@@ -45,7 +46,7 @@ def compute(backend: str, operation: str, *args) -> tuple[Tensor | None, ...]:
     return _compute_by(name, operation, *args)
 
 
-def _compute_by(backend: str, operation: str, *args) -> tuple[Tensor | None, ...]:
+def _compute_by(backend: str, operation: str, *args: Any) -> tuple[Any, ...]:
     device, function = _first(args).device, getattr(backends.load(backend), operation)
     if torch.is_autocast_enabled(device.type):
         # The dtypes are settled by now; autocast must not settle them anew inside a product.

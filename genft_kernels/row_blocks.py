@@ -35,7 +35,7 @@ class RowBlocks(NamedTuple):
         return cls(equal, tuple(sorted(int(n) for n in adapted)))
 
     @property
-    def count(self) -> int:
+    def count(self) -> int:  # type: ignore[override]
         """The number of blocks, adapted or not."""
         return self.cut if isinstance(self.cut, int) else len(self.cut)
 

@@ -63,7 +63,7 @@ class GenFTExperts(MarksMerged, nn.Module):
         return {m.parameter_name: m for m in self._modules.values() if isinstance(m, ExpertUpdate)}
 
     @property
-    def merged(self) -> bool:  # type: ignore[override]
+    def merged(self) -> bool:
         """Whether a parameter holds W + dW."""
         return any(update.merged for update in self.updates.values())
 
@@ -94,7 +94,7 @@ class GenFTExperts(MarksMerged, nn.Module):
         """As transformers' own implementations: tokens in the order of their experts, two projections, and back."""
         original, (tokens, choices) = self.original, top_k_index.shape
         experts, order = top_k_index.reshape(-1).sort(stable=True)  # [S], S = tokens * choices
-        count = self._layouts()[0].experts
+        count = next(iter(self.updates.values())).layout.experts
         # Experts beyond the last, as expert parallelism marks what is elsewhere, come after all others.
         bounds = torch.arange(count + 1, device=experts.device, dtype=experts.dtype)
         offsets = torch.searchsorted(experts, bounds).cpu()  # [E + 1]
@@ -114,13 +114,10 @@ class GenFTExperts(MarksMerged, nn.Module):
         bias = getattr(self, f"{name}_bias") if self.original.has_bias else None
         update = self.updates.get(name)
         if update is not None and update.active:
-            return self._modules[update_name(name)](x, offsets, bias)
+            return update(x, offsets, bias)
         weight = getattr(self, name)
         weight, x = weight.mT if self.original.is_transposed else weight, x.to(compute_dtype(x))
         return expert_linear_node(x, offsets, weight, bias, None, None, None, 1.0, "identity", 0.0, 0, "eager")
-
-    def _layouts(self) -> list[Layout]:
-        return [update.layout for update in self.updates.values()]
 
 
 def _materialised(update: ExpertUpdate) -> Tensor:

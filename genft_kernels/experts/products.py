@@ -10,7 +10,8 @@ makes for one expert, and nothing of that size is kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,10 @@ def expert_linear(
 
 
 @expert_linear.register_fake
-def _(x, offsets, weight, bias, h, b, seed, scale, activation, dropout, stream, backend):
+def _(
+    x: Tensor, offsets: Tensor, weight: Tensor, bias: Any, h: Any, b: Any, seed: Any, scale: float, activation: str,
+    dropout: float, stream: int, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     rows, kept = x.shape[0], h is not None and is_factored(activation, dropout)
     return x.new_empty((rows, weight.shape[1])), x.new_empty((rows, h.shape[2]) if kept else 0)
 
@@ -51,7 +55,10 @@ def expert_linear_backward(
 
 
 @expert_linear_backward.register_fake
-def _(grad, x, offsets, weight, h, b, xh, seed, scale, activation, dropout, stream, needs, backend):
+def _(
+    grad: Tensor, x: Any, offsets: Tensor, weight: Any, h: Any, b: Any, xh: Any, seed: Any, scale: float,
+    activation: str, dropout: float, stream: int, needs: list[bool], backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     need_x, need_h, need_b = needs
     experts, left = offsets.shape[0] - 1, xh if is_factored(activation, dropout) else h
     return (
@@ -61,7 +68,7 @@ def _(grad, x, offsets, weight, h, b, xh, seed, scale, activation, dropout, stre
     )
 
 
-def _setup(ctx, inputs, output):
+def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, offsets, weight, _, h, b, seed, ctx.scale, ctx.activation, ctx.dropout, ctx.stream, ctx.backend = inputs
     need_x, need_h, need_b = (ctx.needs_input_grad[i] for i in (0, 4, 5))
     ctx.needs = [need_x, need_h, need_b]
@@ -80,53 +87,59 @@ def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, grad, backward):
+def _gradients(ctx: Any, grad: Tensor, backward: Callable) -> tuple[Tensor | None, ...]:
     settings = ctx.scale, ctx.activation, ctx.dropout, ctx.stream, ctx.needs, ctx.backend
     grads = backward(grad, *ctx.saved_tensors, *settings)
     dx, dh, db = (g if need else None for g, need in zip(grads, ctx.needs, strict=True))
     return dx, None, None, None, dh, db, None, None, None, None, None, None
 
 
-def _forward(x, offsets, weight, bias, h, b, seed, scale, activation, dropout, stream, backend):
-    factored = h is not None and is_factored(activation, dropout)
+def _forward(
+    x: Tensor, offsets: Tensor, weight: Tensor, bias: Any, h: Any, b: Any,
+    seed: Any, scale: float, activation: str, dropout: float, stream: int, backend: str,
+) -> tuple[Tensor, Any]:  # fmt: skip
     y = x.new_empty((x.shape[0], weight.shape[1]))
-    xh = x.new_empty((x.shape[0], h.shape[2])) if factored else None
+    kept = h is not None and is_factored(activation, dropout)
+    results = [y, x.new_empty((x.shape[0], h.shape[2]))] if kept else [y]
     for expert, rows in _with_rows(offsets):
         own_bias = None if bias is None else bias[expert].to(x.dtype)
         if h is None:
             y[rows] = torch.nn.functional.linear(x[rows], weight[expert].to(x.dtype), own_bias)
             continue
-        settings = _of(seed, expert), scale, activation, dropout, stream
-        found, small = compute(backend, "linear", x[rows], weight[expert], own_bias, h[expert], b[expert], *settings)
-        y[rows] = found
-        if factored:
-            xh[rows] = small
-    y[_last(offsets) :] = 0
-    if factored:
-        xh[_last(offsets) :] = 0
-    return y, xh
+        own = x[rows], weight[expert], own_bias, h[expert], b[expert], _of(seed, expert)
+        found = compute(backend, "linear", *own, scale, activation, dropout, stream)
+        for result, part in zip(results, found, strict=False):
+            result[rows] = part
+    for result in results:
+        result[_last(offsets) :] = 0
+    return y, results[1] if kept else None
 
 
-def _backward(grad, x, offsets, weight, h, b, xh, seed, scale, activation, dropout, stream, needs, backend):
+def _backward(
+    grad: Tensor, x: Any, offsets: Tensor, weight: Any, h: Any, b: Any,
+    xh: Any, seed: Any, scale: float, activation: str, dropout: float, stream: int,
+    needs: list[bool], backend: str,
+) -> tuple[Any, Any, Any]:  # fmt: skip
     need_x, need_h, need_b = needs
     experts = offsets.shape[0] - 1
-    dx = grad.new_empty((grad.shape[0], weight.shape[2])) if need_x else None
+    dx: Any = grad.new_empty((grad.shape[0], weight.shape[2])) if need_x else None
     dh = grad.new_zeros((experts, x.shape[1], b.shape[2])) if need_h else None
     db = grad.new_zeros((experts, grad.shape[1], (h if xh is None else xh).shape[-1])) if need_b else None
     for expert, rows in _with_rows(offsets):
         dy = grad[rows]
-        if h is None and b is None and xh is None:
-            dx[rows] = dy @ weight[expert].to(dy.dtype)
-            continue
         tensors = _of(x, rows), _of(weight, expert), _of(h, expert), _of(b, expert), _of(xh, rows), _of(seed, expert)
-        wanted = [need_x, False, need_h, need_b]
-        own_dx, _, own_dh, own_db = compute(
-            backend, "linear_backward", dy, *tensors, scale, activation, dropout, stream, wanted
-        )
-        for total, index, own in ((dx, rows, own_dx), (dh, expert, own_dh), (db, expert, own_db)):
-            if total is not None:
-                total[index] = own
-    if need_x:
+        if h is None and b is None and xh is None:  # weights without an update
+            parts = dy @ weight[expert].to(dy.dtype), None, None
+        else:
+            wanted = [need_x, False, need_h, need_b]
+            own_dx, _, *of_factors = compute(
+                backend, "linear_backward", dy, *tensors, scale, activation, dropout, stream, wanted
+            )
+            parts = own_dx, *of_factors
+        for total, index, part in zip((dx, dh, db), (rows, expert, expert), parts, strict=True):
+            if total is not None and part is not None:
+                total[index] = part
+    if dx is not None:
         dx[_last(offsets) :] = 0
     return dx, dh, db
 
@@ -150,14 +163,14 @@ def _of(tensor: Tensor | None, index: int | slice) -> Tensor | None:
     return tensor[index : index + 1] if tensor.dim() == 1 and isinstance(index, int) else tensor[index]
 
 
-_OPERATIONS = {"expert_linear": _forward, "expert_linear_backward": _backward}
+_OPERATIONS: dict[str, Callable] = {"expert_linear": _forward, "expert_linear_backward": _backward}
 
 
-def _compute(backend: str, operation: str, *args) -> tuple[Tensor | None, ...]:
+def _compute(backend: str, operation: str, *args: Any) -> tuple[Tensor | None, ...]:
     return _OPERATIONS[operation](*args, backend)
 
 
-def _run(operation: str, *args) -> tuple[Tensor, ...]:
+def _run(operation: str, *args: Any) -> Any:
     """The results with an empty tensor for each None."""
     return tuple(args[0].new_empty(0) if result is None else result for result in _OPERATIONS[operation](*args))
 

@@ -90,7 +90,8 @@ def make_experts(
 ) -> tuple[dict[str, GenFTExperts], dict[str, ExpertUpdate]]:
     """What takes the place of the experts modules, by every path, and the updates in it, each by its first path."""
     adapted: dict[nn.Module, GenFTExperts] = {}
-    places, updates = {}, {}
+    places: dict[str, GenFTExperts] = {}
+    updates: dict[str, ExpertUpdate] = {}
     for target in targets:
         with about(f"target parameter {target.name!r}"):
             if target.module not in adapted:

@@ -32,6 +32,7 @@ class ExpertUpdate(GenFTUpdate):
     Called with the experts' tokens, it is the projection: x [S, in] -> y [S, out].
     """
 
+    experts: GenFTExperts  # whose parameter it is
     _unmerged: nn.Parameter | None = None
     _enabled = True
 
@@ -189,8 +190,8 @@ class ExpertUpdate(GenFTUpdate):
         blocks = self.layout.experts * self.layout.halves
         each = [None] * blocks if seeds is None else list(seeds.split(1))
         found = self.generator.group.factors_for(self, dtype, backend, each)  # type: ignore[arg-type]
-        stacks = (torch.stack([getattr(factors, name) for factors in found]) for name in ("h", "b"))
-        return Factors(*stacks, found[0].stream)
+        h, b = (torch.stack([getattr(factors, name) for factors in found]) for name in ("h", "b"))
+        return Factors(h, b, found[0].stream)
 
     def extra_repr(self) -> str:
         config = self.config
@@ -202,8 +203,8 @@ class ExpertUpdate(GenFTUpdate):
         ]
         return ", ".join(part for part in parts if part)
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True):
-        super()._apply(fn, recurse)
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ExpertUpdate:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self._unmerged is not None:  # not registered, so it is moved by hand
             self._unmerged.data = fn(self._unmerged.data)
         return self

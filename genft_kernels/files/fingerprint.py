@@ -86,7 +86,7 @@ def _digest(tensors: Iterable[torch.Tensor]) -> str:
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         stored = tensor.detach().as_subclass(torch.Tensor).cpu().contiguous().reshape(-1)
-        digest.update(stored.view(torch.uint8).numpy())
+        digest.update(stored.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -50,7 +50,7 @@ def by_one(action: Callable[[], T], sharded: bool) -> T:
         except Exception as error:
             told = [(None, error)]
     torch.distributed.broadcast_object_list(told, src=0)
-    result, error = told[0]
-    if error is not None:
-        raise error
+    result, failure = told[0]
+    if failure is not None:
+        raise failure
     return result  # type: ignore[return-value]
