@@ -19,6 +19,7 @@ from .experts.layer import GenFTExperts
 from .experts.targets import ExpertTarget, find_expert_targets, make_experts
 from .experts.update import ExpertUpdate
 from .first_forward import FirstForward
+from .frozen_weight import FrozenWeight
 from .generator import GenFTGenerator
 from .heads import warn_of_fresh_heads
 from .instance_forward import carry_instance_forward
@@ -130,7 +131,8 @@ def adapt_as_planned(model: nn.Module, config: GenFTConfig, plan: Plan, backend:
     setattr(model, GENERATORS, _Generators({_key(shape): generator for shape, generator in generators.items()}))
     keep_untied(model, to_save)
     by_name = {target.name: layer for target, layer in zip(targets, layers, strict=True)} | updates
-    called = by_name | {name: update.experts for name, update in updates.items()}  # of experts disabled, these alone
+    # Of experts that are disabled the module alone is called.
+    called: dict[str, nn.Module] = {**by_name, **{name: update.experts for name, update in updates.items()}}
     watch = FirstForward(model, called, warn_if_tied_again)
     setattr(model, _STATE, AdapterState(config, required_grad, saved, tuple(by_name), watch))
 
@@ -314,7 +316,7 @@ def _make_generators(
     """One generator for each shape, on the device and in the adapter dtype of its first layer."""
     generators: dict[tuple[int, int], GenFTGenerator] = {}
 
-    def make(subject: str, shape: tuple[int, int], weight: Tensor) -> None:
+    def make(subject: str, shape: tuple[int, int], weight: Tensor | FrozenWeight) -> None:
         if shape not in generators:
             with about(subject):
                 generators[shape] = GenFTGenerator(*shape, config, weight.device, adapter_dtype(weight.dtype))

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
@@ -64,7 +65,10 @@ def _linear_backward(
 
 
 @register_flop_formula(_genft.expert_linear)
-def _expert_linear(x, offsets, weight, bias, h, b, seed, scale, activation, dropout, *args, **kwargs) -> int:
+def _expert_linear(
+    x: Any, offsets: Any, weight: Any, bias: Any, h: Any, b: Any, seed: Any, scale: float, activation: str,
+    dropout: float, *args: Any, **kwargs: Any,
+) -> int:  # fmt: skip
     """Of all rows, as if they were one expert's; tiled updates as if every expert had rows."""
     (rows, _), (experts, *matrix) = x, weight
     big, k = math.prod(matrix), 0 if b is None else b[2]
@@ -74,14 +78,15 @@ def _expert_linear(x, offsets, weight, bias, h, b, seed, scale, activation, drop
 
 @register_flop_formula(_genft.expert_linear_backward)
 def _expert_linear_backward(
-    grad, x, offsets, weight, h, b, xh, seed, scale, activation, dropout, stream, needs, *args, **kwargs
-) -> int:
+    grad: Any, x: Any, offsets: Any, weight: Any, h: Any, b: Any, xh: Any, seed: Any, scale: float, activation: str,
+    dropout: float, stream: int, needs: list[bool], *args: Any, **kwargs: Any,
+) -> int:  # fmt: skip
     need_x, need_h, need_b = needs
     if h is None and b is None and xh is None:  # without an update
         return 2 * grad[0] * math.prod(weight[1:])
-    one = [None if each is None else each[1:] for each in (weight, h, b)]
+    one: list[Any] = [None if each is None else each[1:] for each in (weight, h, b)]
     settings = scale, activation, dropout, stream, [need_x, False, need_h, need_b]
-    flops = _linear_backward(grad, x, *one, xh, seed, *settings)
+    flops: int = _linear_backward(grad, x, *one, xh, seed, *settings)
     if is_factored(activation, dropout):
         return flops
     _, (in_features, k), (out_features, _) = one

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -16,6 +16,9 @@ from .heads import heads
 from .matching import FullMatch, Names, full_matches, upwards
 from .modules import GenFTLinear, check_adaptable, is_conv1d
 from .row_blocks import RowBlocks
+
+if TYPE_CHECKING:
+    from .experts.targets import ExpertTarget
 
 # Classes of transformers that read weights of their layers without calling the layers, some only where fused kernels
 # are installed. By name, so that transformers need not be imported.
@@ -104,7 +107,7 @@ def find_targets(model: nn.Module, config: GenFTConfig, full_matches: FullMatch 
     return targets
 
 
-def find_modules_to_save(model: nn.Module, config: GenFTConfig, targets: Iterable[Target]) -> list[str]:
+def find_modules_to_save(model: nn.Module, config: GenFTConfig, targets: Iterable[Target | ExpertTarget]) -> list[str]:
     """Paths of the modules that `config` trains in full.
 
     Raises:

@@ -111,7 +111,8 @@ def export_lora(
     linear = {path: layer for path, layer in layers.items() if isinstance(layer, GenFTLinear)}
     factors = {path: _thin_update(path, layer, rank, energy) for path, layer in linear.items()}
     stacked = {path: exact_stack(path, stack, rank, energy) for path, stack in stacks.items()}
-    highest = rank or max(each.rank for each in (*factors.values(), *stacked.values()))
+    ranks = [each.rank for each in factors.values()] + [each.rank for each in stacked.values()]
+    highest = rank or max(ranks)
     tensors = {}
     for path, name in lora_names(stacks).items():
         down, up = stacked[path].tensors(highest)

@@ -69,8 +69,8 @@ FAULTS = [
     Fault(
         "experts: rows of no expert are not zero",
         f"{ROOM}/products.py",
-        "    y[_last(offsets) :] = 0\n",
-        "",
+        "        result[_last(offsets) :] = 0\n",
+        "        pass\n",
         PRODUCTS,
     ),
     Fault(
