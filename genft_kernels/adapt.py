@@ -79,6 +79,11 @@ class Plan(NamedTuple):
     experts: list[ExpertTarget]
     to_save: list[str]
 
+    @property
+    def names(self) -> list[str]:
+        """The paths of the layers that it adapts, each once."""
+        return [*(target.name for target in self.targets), *(stack.name for stack in self.experts)]
+
     def tensor_shapes(self, config: GenFTConfig) -> dict[str, tuple[int, ...]]:
         """The shapes of all that will train in generators and layers, by its name in the model."""
         blocks: dict[str, tuple[int, int]] = {}  # the shape of what it adapts, by the path of a layer's own units

@@ -12,6 +12,7 @@ from .arguments import is_integer, shown
 from .config import GenFTConfig
 from .defaults import settled
 
+
 def within_budget(model: nn.Module, parameters: int, config: GenFTConfig) -> GenFTConfig:
     """`config` with the s and r that `GenFTConfig.for_budget` promises, in its own proportion."""
     if not is_integer(parameters) or parameters < 1:
@@ -26,7 +27,7 @@ def within_budget(model: nn.Module, parameters: int, config: GenFTConfig) -> Gen
     smallest = total(1, 0)
     if parameters < smallest:
         raise ValueError(
-            f"parameters={parameters:,} are too few: the smallest adapter of these {len(planned.targets)} layers has "
+            f"parameters={parameters:,} are too few: the smallest adapter of these {len(planned.names)} layers has "
             f"{smallest:,}, one shared unit a shape"
         )
     # The total is a constant (biases) and so much for each unit.

@@ -322,6 +322,8 @@ def test_what_acts_on_all_layers_knows_experts():
 
 
 def test_budget_counts_the_units_of_experts():
+    with pytest.raises(ValueError, match="the smallest adapter of these 4 layers has 80"):
+        GenFTConfig.for_budget(mixtral(), 10, target_parameters=TARGETS)
     config = GenFTConfig.for_budget(mixtral(), 3_500, target_parameters=TARGETS)
     model = apply_genft(mixtral(), config)
     assert 2_500 < sum(p.numel() for p in trained(model).values()) <= 3_500

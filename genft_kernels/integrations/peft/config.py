@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
-from torch import Tensor
 
 from ...config import PRESETS, GenFTConfig
 from ...files.fingerprint import Fingerprint
 from ...files.format import FORMAT_VERSION, parsed_fingerprints
 from ...files.peft_file import RENAMED, SETTINGS
+from ...update import Frozen
 from .types import GENFT
 
 # What the names of all of an adapter's parts begin with.
@@ -100,7 +100,10 @@ class PeftGenFTConfig(PeftConfig):
                 f"bias must be one of {', '.join(BIASES)}; got {self.bias!r} (generator_bias is GenFT's own)"
             )
         if self.target_parameters or (config or {}).get("target_parameters"):
-            raise ValueError("target_parameters is not supported: name modules in target_modules")
+            raise ValueError(
+                "target_parameters is not supported: stacked experts are adapted by genft_kernels.apply_genft, and their "
+                "adapters loaded by its load_adapter"
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern has a meaning only with layers_to_transform")
         if self.preset is not None and self.preset not in PRESETS:
@@ -136,7 +139,7 @@ class PeftGenFTConfig(PeftConfig):
             settings["zero_delta"] = False
         return GenFTConfig(**settings)
 
-    def check_base(self, path: str, weight: Tensor) -> None:
+    def check_base(self, path: str, weight: Frozen) -> None:
         """ValueError if the adapter comes from a file, and was trained on another weight [out, in] of this layer."""
         difference = self.trained_on[path].difference(Fingerprint.of(weight))
         if difference:
