@@ -101,8 +101,8 @@ class PeftGenFTConfig(PeftConfig):
             )
         if self.target_parameters or (config or {}).get("target_parameters"):
             raise ValueError(
-                "target_parameters is not supported: stacked experts are adapted by genft_kernels.apply_genft, and their "
-                "adapters loaded by its load_adapter"
+                "target_parameters is not supported: stacked experts are adapted by genft_kernels.apply_genft, and "
+                "their adapters are loaded by its load_adapter"
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern has a meaning only with layers_to_transform")
