@@ -50,7 +50,8 @@ $(VENV)/peft-oldest/.ready: $(VENV)/.ready
 # Over bases that bitsandbytes, torchao and HQQ have quantised; two minutes on two cores.
 test-quantised: env
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test-quantised]'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/quantised $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/quantised \
+	    'tests/packaging/test_examples.py::test_example_runs_and_learns[quantised_base.py]' $(ARGS)
 
 # Examples with models of other libraries or in several processes, sharded models, ONNX; three minutes on two cores.
 # timm asks for a torchvision that does not import beside every build of torch, and its models need none of it.

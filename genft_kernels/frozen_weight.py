@@ -8,7 +8,6 @@ the library that a layer or its weight comes from.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -64,7 +63,7 @@ def register_frozen_weight(kind: type | str, *, dense: Callable[[Any], Tensor]) 
         raise ValueError(f"kind={kind!r}: layers of all kinds are of it")
     _registered.pop(kind, None)  # the latest registration is the last
     _registered[kind] = Kind(dense)
-    kind_of_classes.cache_clear()
+    _found.clear()
 
 
 class FrozenWeight:
@@ -252,7 +251,8 @@ def _codes(module: nn.Module) -> Tensor:
     stored = _stored(module)
     if not stored:
         raise TypeError(f"{kind_name(module)} has neither parameters nor buffers that its weight could be made of")
-    return max(stored, key=lambda tensor: tensor.nbytes)  # scales are small
+    sizes = [tensor.numel() * tensor.element_size() for tensor in stored]
+    return stored[sizes.index(max(sizes))]  # scales are small
 
 
 def plain_tensors(tensor: Tensor) -> list[Tensor]:
@@ -269,10 +269,20 @@ def _classes(module: nn.Module) -> tuple[type, type | None]:
     return type(module), None if plain else type(weight)
 
 
-@functools.lru_cache
 def kind_of_classes(of_module: type, of_weight: type | None) -> Kind | None:
     """How layers of a class store weights, or weights of a class of their own, if either is known."""
-    ancestors = (*of_module.__mro__, *(() if of_weight is None else of_weight.__mro__))
+    classes = of_module, of_weight
+    if classes not in _found:
+        _found[classes] = _find(classes)
+    return _found[classes]
+
+
+# What `_find` has found. Not by functools, of which torch.compile warns.
+_found: dict[tuple[type, type | None], Kind | None] = {}
+
+
+def _find(classes: tuple[type, type | None]) -> Kind | None:
+    ancestors = [each for cls in classes if cls is not None for each in cls.__mro__]
     for kind in reversed(_registered):
         if any(_names(kind, each) for each in ancestors):
             return _registered[kind]

@@ -14,6 +14,7 @@ ENDS = {
     "peft_tuner.py": "the adapter changes logits",
     "plain_pytorch.py": "size of the update",
     "preference.py": "loss",
+    "quantised_base.py": "saving and loading changes logits",
     "text_classification.py": "accuracy 1.00",
     "trainer.py": "the best checkpoint, loaded into a fresh model",
     "vision_fused_qkv.py": "size of the update",
@@ -29,6 +30,8 @@ def test_every_example_is_run():
 
 @pytest.mark.parametrize("name", ENDS)
 def test_example_runs_and_learns(name, capsys):
+    if name == "quantised_base.py":
+        pytest.importorskip("bitsandbytes", reason="make test-quantised installs it")
     names = runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     assert capsys.readouterr().out.splitlines()[-1].startswith(ENDS[name])
     assert names["losses"][-1] < 0.9 * names["losses"][0]
@@ -38,5 +41,7 @@ def test_example_runs_and_learns(name, capsys):
         assert names["change"] > 0.1 and names["difference"] < 1e-5
     elif name == "preference.py":
         assert abs(names["losses"][0] - names["math"].log(2)) < 1e-5  # the reference is the model as it starts
+    elif name == "quantised_base.py":
+        assert names["loaded"] < 1e-5 and names["dense"] < 1e-4
     elif name == "vision_fused_qkv.py":
         assert names["q"] > 0 and names["k"] == 0 and names["v"] > 0

@@ -389,7 +389,7 @@ def test_kinds_without_a_way_to_dequantise_are_refused(library, method, targets,
     from genft_kernels import frozen_weight
 
     monkeypatch.setattr(frozen_weight, "_registered", {})
-    frozen_weight.kind_of_classes.cache_clear()
+    monkeypatch.setattr(frozen_weight, "_found", {})
     model = Encoder()
     model.layers[1].attention.query = named(library)
     before = dict(model.named_modules())
@@ -489,3 +489,13 @@ def test_the_layers_compute_dtype_is_kept():
     assert y.dtype == torch.float32
     del linear.compute_dtype
     assert torch.equal(y, layer(x.bfloat16()).float())
+
+
+@pytest.mark.parametrize("form", ["factored", "tiled"])
+def test_quantised_model_compiles_to_one_graph(form):
+    model, _ = pair(config(**FORMS[form]))
+    y, expected = step(model)
+    expected = {name: grad.clone() for name, grad in expected.items()}
+    compiled, grads = step(torch.compile(model, backend="aot_eager", fullgraph=True))
+    assert torch.allclose(compiled, y, atol=1e-6)
+    assert all(torch.allclose(grads[f"_orig_mod.{name}"], grad, atol=1e-6) for name, grad in expected.items())

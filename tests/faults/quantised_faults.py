@@ -1,0 +1,139 @@
+"""Faults in what holds of layers whose weight is stored quantised, that tests without a library notice."""
+
+from tests.faults.planting import Fault
+
+FROZEN = ["tests/quantised/test_frozen_weight.py", "-m", "not slow"]
+HANDLE, OPS, LINEAR = "genft_kernels/frozen_weight.py", "genft_kernels/ops.py", "genft_kernels/quantised_linear.py"
+
+FAULTS = [
+    Fault(
+        "quantised: W is kept for backward",
+        OPS,
+        "    ctx.handles = {place: value for place, value in enumerate(values) if isinstance(value, FrozenWeight)}\n",
+        "    values = tuple(map(opened, values))\n    ctx.handles = {}\n",
+        FROZEN,
+    ),
+    Fault(
+        "quantised: all W of a generation are dense at once",
+        OPS,
+        'each if backend == "eager" and isinstance(each, list) else opened(each)',
+        "opened(each)",
+        FROZEN,
+    ),
+    Fault(
+        "quantised: FLOP counters see no operations",
+        OPS,
+        "            return backward_op(*map(opened, args))",
+        '            return compute(args[-1], f"{name}_backward", *args[:-1])',
+        FROZEN,
+    ),
+    Fault(
+        "quantised: generated alone",
+        "genft_kernels/sharing/source.py",
+        "if not isinstance(tensor, nn.Parameter) and not (tensor is self.weight and quantised):",
+        "if not isinstance(tensor, nn.Parameter):",
+        FROZEN,
+    ),
+    Fault("quantised: the scales are watched", HANDLE, "max(sizes)", "min(sizes)", FROZEN),
+    Fault(
+        "quantised: the norm outlives the codes",
+        HANDLE,
+        "        if tried.state != state:\n            tried = _tried",
+        "        if False:\n            tried = _tried",
+        FROZEN,
+    ),
+    Fault(
+        "quantised: the norm is taken anew",
+        HANDLE,
+        "        if part not in tried.norms:\n",
+        "        if True:\n",
+        FROZEN,
+    ),
+    Fault("quantised: blocks are all the first rows", HANDLE, "slice(start, start + size)", "slice(size)", FROZEN),
+    Fault("quantised: the transpose is not", HANDLE, "weight.t() if self._transposed else weight", "weight", FROZEN),
+    Fault(
+        "quantised: x gets no gradient from blocks that are not adapted",
+        HANDLE,
+        "return grad @ ctx.weight.to(grad.dtype), None, None",
+        "return None, None, None",
+        FROZEN,
+    ),
+    Fault(
+        "quantised: what does not become dense is taken",
+        HANDLE,
+        "if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.dtype not in SUPPORTED_DTYPES:",
+        "if False:",
+        FROZEN,
+    ),
+    Fault("quantised: meta", HANDLE, 'if codes.device.type == "meta":', "if False:", FROZEN),
+    Fault(
+        "quantised: an earlier registration counts",
+        HANDLE,
+        "for kind in reversed(_registered):",
+        "for kind in _registered:",
+        FROZEN,
+    ),
+    Fault("quantised: GPTQ and its like are not known", HANDLE, '"gptqmodel": "GPTQ", ', "", FROZEN),
+    Fault(
+        "quantised: GPTQ is left out of all-linear without a word",
+        "genft_kernels/targets.py",
+        "return without_dense(module) is not None and not any(module.children())",
+        "return False",
+        FROZEN,
+    ),
+    Fault(
+        "quantised: unknown kinds of tensors are taken for dense",
+        "genft_kernels/modules.py",
+        'if is_tensor_subclass(linear.weight) and not type(linear.weight).__module__.startswith("torch."):',
+        "if False:",
+        FROZEN,
+    ),
+    Fault(
+        "quantised: an adapted layer's weight may be replaced by a quantised one",
+        "genft_kernels/modules.py",
+        'if name == "weight" and is_tensor_subclass(value)',
+        "if False",
+        FROZEN,
+    ),
+    Fault(
+        "quantised: disabled is the dequantised layer with its update",
+        LINEAR,
+        "        if not self._enabled:\n            return self.base_layer.forward(x)\n",
+        "",
+        FROZEN,
+    ),
+    Fault(
+        "quantised: the layer's compute dtype is ignored", LINEAR, "weight.compute_dtype or x.dtype", "x.dtype", FROZEN
+    ),
+    Fault(
+        "quantised: dense layers in float32",
+        "genft_kernels/adapt.py",
+        "dtype = frozen_dtype(model) if dequantize else None",
+        "dtype = torch.float32 if dequantize else None",
+        FROZEN,
+    ),
+    Fault(
+        "quantised: dense layers without the update", LINEAR, ".to(delta.dtype) + delta)", ".to(delta.dtype))", FROZEN
+    ),
+    Fault(
+        "quantised: keep_update leaves quantised layers behind",
+        LINEAR,
+        "if isinstance(layer, QuantisedGenFTLinear) and not leave_out:",
+        "if False:",
+        FROZEN,
+    ),
+    Fault(
+        "quantised: fingerprints do not cover the bytes",
+        "genft_kernels/files/fingerprint.py",
+        "_replace(packed=_digest(packed_tensors(weight.module)))",
+        "_replace(packed=None)",
+        FROZEN,
+    ),
+    Fault(
+        "quantised: fingerprints cover the first tensor only",
+        "genft_kernels/files/fingerprint.py",
+        "    for tensor in tensors:\n",
+        "    for tensor in list(tensors)[-1:]:\n",
+        FROZEN,
+    ),
+]
