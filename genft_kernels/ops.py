@@ -211,7 +211,7 @@ def _column_gradients(ctx, grad, backward):
     return None, *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
 
 
-column_node = differentiable(column, column_backward, _column_setup, _column_gradients)
+column_node = differentiable(column, lambda *args: column_backward(*args), _column_setup, _column_gradients)
 
 
 # --- row ------------------------------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ def _row_gradients(ctx, grad, backward):
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None, None
 
 
-row_node = differentiable(row, row_backward, _row_setup, _row_gradients)
+row_node = differentiable(row, lambda *args: row_backward(*args), _row_setup, _row_gradients)
 
 
 # --- linear ---------------------------------------------------------------------------------------------------------
@@ -340,4 +340,4 @@ def _linear_gradients(ctx, grad, backward):
     return dx, None, dbias, dh, db, None, None, None, None, None, None
 
 
-linear_node = differentiable(linear, linear_backward, _linear_setup, _linear_gradients)
+linear_node = differentiable(linear, lambda *args: linear_backward(*args), _linear_setup, _linear_gradients)

@@ -19,14 +19,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from benchmarks.compiled import machine_code
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 # Shared memory that one block may have, in bytes.
-SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+SHARED_LIMIT = {"sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 _TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64",
@@ -93,6 +96,15 @@ def _launch(kernel: JITFunction, values: list, options: dict) -> Launch:
     return Launch(kernel, tuple(signature), tuple(constants), tuple(divisible), tuple(sorted(options.items())))
 
 
+def _assembler(target: str) -> pathlib.Path:
+    return _TOOLS / ("ptxas-blackwell" if target == "sm_100" else "ptxas")
+
+
+def _architecture(target: str) -> str:
+    """A target as ptxas calls it; from sm_90 on with what is that generation's alone, as wgmma."""
+    return f"{target}a" if target in ("sm_90", "sm_100") else target
+
+
 def report(launch: Launch, target: str) -> dict:
     """What the compiled kernel takes: registers, spilled bytes, shared bytes, and its matrix instructions."""
     compiled = launch.compile(target)
@@ -111,6 +123,9 @@ def report(launch: Launch, target: str) -> dict:
         usage = subprocess.check_output([_TOOLS / "cuobjdump", "--dump-resource-usage", file.name], text=True)
         code = subprocess.check_output([_TOOLS / "nvdisasm", "-c", file.name], text=True)
     return row | {
+        "hot_loops": machine_code.hot_loops(code),
+        "notes": machine_code.notes(_assembler(target), compiled.asm["ptx"], _architecture(target)),
+        "overwritten": machine_code.overwritten_operands(code),
         "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
         "matrix": {

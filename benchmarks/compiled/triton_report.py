@@ -1,7 +1,8 @@
 """`make kernels-report`: registers, spills, shared memory and matrix instructions of every shipped Triton kernel.
 
-Exits with 1 where a kernel spills, takes more shared memory than a block may have, or a matrix kernel has no wgmma
-on sm_90. No GPU is needed.
+Exits with 1 where a kernel spills or takes more shared memory than a block may have; where ptxas has a note C75xx, as
+for wgmma that wait for each other; where a loop that should copy asynchronously loads otherwise; where a register is
+written that a wgmma may still read; and where a matrix kernel has no wgmma on sm_90. No GPU is needed.
 """
 
 import argparse
@@ -17,10 +18,13 @@ from benchmarks.compiled import REPORTS, gate
 from benchmarks.compiled.triton_compile import SHARED_LIMIT, TARGETS, Launch, recording, report
 from benchmarks.layer.cases import DTYPES
 from genft_kernels.backends import plan as kernel_operations
+from genft_kernels.backends.triton import launch as launching
 from genft_kernels.backends.triton import operations as backend
 
 # The kernels whose time is a big product: they must use the card's best matrix instruction in 16 bits.
 MATRIX_KERNELS = ("contract",)
+# Those whose loop goes over big matrices: in 16 bits it must copy what the next steps take, and wait for nothing.
+PIPELINED_KERNELS = ("contract", "thin_product", "thin_transposed")
 
 
 def shipped_launches(dtype: torch.dtype, k: int, features: tuple[int, int] = (768, 768)) -> list[Launch]:
@@ -70,28 +74,43 @@ def faults(row: dict) -> Iterator[str]:
         yield f"{row['spills']} spill instructions"
     if row["shared"] > SHARED_LIMIT[row["target"]]:
         yield f"{row['shared']} bytes of shared memory, more than {SHARED_LIMIT[row['target']]}"
+    if row.get("notes"):
+        yield f"ptxas notes {', '.join(row['notes'])}"
+    if row.get("overwritten"):
+        yield f"a wgmma's operand is overwritten by {row['overwritten'][0]}"
+    aligned = row["k"] % 16 == 0 and row["dtype"] != "float32"  # as the package makes k on a GPU in 16 bits
+    if aligned and row["kernel"] in PIPELINED_KERNELS and any(loop["loads"] for loop in row.get("hot_loops", ())):
+        yield "synchronous loads in a hot loop"
     wants_wgmma = row["kernel"] in MATRIX_KERNELS and row["target"] == "sm_90" and row["dtype"] != "float32"
     if wants_wgmma and not row["matrix"].get("HGMMA"):
         yield "no wgmma"
 
 
-def rows_of(dtype: torch.dtype, k: int, targets: list[str], once: bool = False) -> Iterator[dict]:
+def rows_of(
+    dtype: torch.dtype, k: int, targets: list[str], once: bool = False, features: tuple[int, int] = (768, 768)
+) -> Iterator[dict]:
     """Compile and describe every launch for every target, or with `once` the last launch of each kernel."""
-    launches = shipped_launches(dtype, k)
-    for launch in {launch.name: launch for launch in launches}.values() if once else launches:
-        settings = {name: value for name, value in launch.constants if name.isupper()}
-        for target in targets:
+    for target in targets:
+        with mock.patch.object(launching, "shared_memory", lambda device, target=target: SHARED_LIMIT[target]):
+            launches = shipped_launches(dtype, k, features)
+        for launch in {launch.name: launch for launch in launches}.values() if once else launches:
+            settings = {name: value for name, value in launch.constants if name.isupper()}
             row = report(launch, target)
-            yield (
-                row | {"dtype": str(dtype).removeprefix("torch."), "k": k, "settings": settings} | dict(launch.options)
-            )
+            sizes = {"dtype": str(dtype).removeprefix("torch."), "k": k, "features": features}
+            yield row | sizes | {"settings": settings} | dict(launch.options)
 
 
 def _rows(dtype: torch.dtype, k: int, targets: list[str]) -> Iterator[dict]:
-    """All launches for sm_80 and sm_90; the last of each kernel, and once, to see that other architectures compile."""
-    yield from rows_of(dtype, k, [target for target in targets if target in ("sm_80", "sm_90")])
+    """All launches for sm_80, sm_89 and sm_90; the last of each kernel, and once, to see that others compile.
+
+    In 16 bits with k as the package makes it on a GPU, for a small layer and a large one.
+    """
+    common = [target for target in targets if target in ("sm_80", "sm_89", "sm_90")]
+    half = dtype.itemsize == 2
+    for features in ((768, 768), (4096, 4096)) if half else ((768, 768),):
+        yield from rows_of(dtype, -(-k // 16) * 16 if half else k, common, features=features)
     if dtype == torch.bfloat16 and k == 37:
-        yield from rows_of(dtype, k, [target for target in targets if target not in ("sm_80", "sm_90")], once=True)
+        yield from rows_of(dtype, 48, [target for target in targets if target not in common], once=True)
 
 
 def line(row: dict) -> str:
@@ -101,14 +120,18 @@ def line(row: dict) -> str:
     return (
         f"{row['target']:7} {row['dtype']:8} k={row['k']:<3} {row['kernel']:17} {psi:10} "
         f"{'drop' if row['settings'].get('DROPOUT') else '':4} {row['registers']:3} registers, "
-        f"{row['shared']:6} B shared, {row['spills']} spills, {matrix}"
+        f"{row['shared']:6} B shared, {row['spills']} spills, {matrix}, hot loops of {_hot(row)} instructions"
     )
+
+
+def _hot(row: dict) -> str:
+    return "/".join(str(loop["instructions"]) for loop in row.get("hot_loops", ())) or "no"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Compile, show and write every kernel; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled.triton_report", description=__doc__)
-    parser.add_argument("--k", type=int, nargs="+", default=[8, 37, 64, 256])
+    parser.add_argument("--k", type=int, nargs="+", default=[8, 27, 37, 64, 256])
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"], choices=DTYPES)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
     parser.add_argument("--output", type=Path, default=REPORTS / "triton_kernels.jsonl")

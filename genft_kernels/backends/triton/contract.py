@@ -39,9 +39,9 @@ def _contract(
     g = tl.zeros((BLOCK_OUT, BLOCK_IN), dtype=tl.float32)
     for start in range(0, tokens_per_split, BLOCK_T):
         tokens = split * tokens_per_split + start + tl.arange(0, BLOCK_T)
-        grads = matrix_tile(dy, tokens, rows, t, n_out, stride_dt, stride_do)
+        grads = matrix_tile(dy, rows, tokens, n_out, t, stride_do, stride_dt)  # [out, T], as the product takes it
         inputs = matrix_tile(x, tokens, columns, t, n_in, stride_xt, stride_xi)
-        g = add_product(g, tl.trans(grads), inputs, PRECISION)
+        g = add_product(g, grads, inputs, PRECISION)
     s = rank_k_tile(b, h, rows, columns, n_out, n_in, k, SLICES, PRECISION, BLOCK_OUT, BLOCK_IN)
     g *= scale * activation_slope(s, ACTIVATION)
     if DROPOUT:

@@ -25,6 +25,7 @@ def _row_forward(
     key = key_of_layer(seed, layer)
     left, right, down_t = left + layer * n_out * k1, right + layer * n_in * k1, down_t + layer * n_out * k
     z = tl.zeros((BLOCK_IN, BLOCK_K), dtype=tl.float32)
+    tl.assume(n_out > 0)  # a loop that may have no step makes ptxas wait for each matrix instruction (C7515)
     for start in range(0, n_out, BLOCK_OUT):
         rows = start + tl.arange(0, BLOCK_OUT)
         s = rank_k_tile(left, right, rows, columns, n_out, n_in, k1, SLICES_1, PRECISION, BLOCK_OUT, BLOCK_IN)
@@ -76,6 +77,7 @@ def _row_backward_out(
     dz += layer * n_in * k
     to_left = tl.zeros((BLOCK_OUT, BLOCK_K), dtype=tl.float32)
     to_down = tl.zeros((BLOCK_OUT, BLOCK_K), dtype=tl.float32)
+    tl.assume(n_in > 0)  # as in `_row_forward`
     for start in range(0, n_in, BLOCK_IN):
         columns = start + tl.arange(0, BLOCK_IN)
         y, q = _row_tile(
@@ -109,6 +111,7 @@ def _row_backward_in(
     left, right, down_t = left + layer * n_out * k1, right + layer * n_in * k1, down_t + layer * n_out * k
     dz += layer * n_in * k
     total = tl.zeros((BLOCK_IN, BLOCK_K), dtype=tl.float32)
+    tl.assume(n_out > 0)  # a loop that may have no step makes ptxas wait for each matrix instruction (C7515)
     for start in range(0, n_out, BLOCK_OUT):
         rows = start + tl.arange(0, BLOCK_OUT)
         _, q = _row_tile(

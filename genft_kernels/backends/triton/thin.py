@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import precision, stages, unit_block
-from .math import activate, add_product, thin_rows
+from .math import activate, add_product, matrix_tile
 
 
 @triton.jit
@@ -75,11 +75,11 @@ def _thin_transposed(
     tl.assume(rows_per_split > 0)  # a loop that may have no step makes ptxas wait for each matrix instruction (C7515)
     for start in range(0, rows_per_split, BLOCK_M):
         rows = split * rows_per_split + start + tl.arange(0, BLOCK_M)
-        small = thin_rows(dz, rows, units, m, k)
+        small = matrix_tile(dz, units, rows, k, m, 1, k)  # [k, rows], as the product takes it
         mask = (rows[:, None] < m) & (columns[None, :] < n)
         at = rows[:, None].to(tl.int64) * stride_m + columns[None, :].to(tl.int64) * stride_n
         tile = tl.load(matrix + at, mask=mask, other=0.0).to(small.dtype)
-        total = add_product(total, tl.trans(small), tile, PRECISION)
+        total = add_product(total, small, tile, PRECISION)
     mask = (units[:, None] < k) & (columns[None, :] < n)
     at = (tl.program_id(2).to(tl.int64) * k + units[:, None]) * n + columns[None, :]
     tl.store(outs + at, total.to(outs.dtype.element_ty), mask=mask)

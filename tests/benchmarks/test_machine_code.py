@@ -1,0 +1,80 @@
+"""What is read off machine code: loops, their loads, operands that are overwritten."""
+
+import pytest
+
+from benchmarks.compiled import machine_code
+from benchmarks.compiled.triton_report import faults
+
+
+def code(*lines):
+    """As nvdisasm prints it."""
+    return "\n".join(
+        f".{line}:" if line.startswith("L_x") else f"        /*0a00*/                   {line} ;" for line in lines
+    )
+
+
+LOOP = code(
+    "LDG.E.128 R4, desc[UR4][R2.64]",
+    "L_x_1",
+    "L_x_2",
+    "LDGSTS.E.BYPASS.128 [R9], desc[UR4][R2.64]",
+    "@P1 LDG.E R7, desc[UR4][R2.64]",
+    "HMMA.16816.F32.BF16 R8, R4, R12, R8",
+    "@P0 BRA `(.L_x_2)",
+    "FADD R1, R1, R1",
+    "BRA `(.L_x_1)",
+    "BRA `(.L_x_3)",
+    "L_x_3",
+    "EXIT",
+)
+
+
+def test_hot_loop_is_the_innermost_with_matrix_instructions():
+    assert machine_code.hot_loops(LOOP) == [{"instructions": 3, "matrix": 1, "loads": 1}]
+    assert machine_code.hot_loops(LOOP.replace("@P1 LDG.E R7", "@P1 LDS R7"))[0]["loads"] == 0
+    assert machine_code.hot_loops(LOOP.replace("HMMA", "FFMA")) == []
+
+
+@pytest.mark.parametrize(
+    "write, found",
+    [
+        ("IADD3 R43, R1, R2, RZ", True),
+        ("@P0 MOV R40, R1", True),
+        ("LDS.128 R40, [R3]", True),
+        ("LDS.64 R39, [R3]", True),
+        ("LDS R39, [R3]", False),
+        ("IADD3 R44, R40, R41, RZ", False),
+        ("STS [R40], R41", False),
+    ],
+)
+def test_operand_of_a_wgmma_that_is_overwritten_before_its_wait_is_found(write, found):
+    wgmma, wait = "HGMMA.64x32x16.F32.BF16 R24, R40, gdesc[UR8].tnspB, R24, gsb0", "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+    assert machine_code.overwritten_operands(code(wgmma, write, wait)) == (
+        [write.removeprefix("@P0 ")] if found else []
+    )
+    assert machine_code.overwritten_operands(code(wgmma, wait, write)) == []
+    from_memory = wgmma.replace("R40, gdesc[UR8]", "gdesc[UR8]")
+    assert machine_code.overwritten_operands(code(from_memory, write, wait)) == []
+
+
+GOOD = dict(
+    kernel="contract", target="sm_90", dtype="bfloat16", k=32, spills=0, shared=1000, matrix={"HGMMA": 4}, notes=[],
+    overwritten=[], hot_loops=[{"instructions": 90, "matrix": 4, "loads": 0}],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(spills=2), "2 spill instructions"),
+        (dict(target="sm_89", shared=101_377), "more than 101376"),
+        (dict(notes=["C7515"]), "ptxas notes C7515"),
+        (dict(overwritten=["MOV R40, R1"]), "operand is overwritten by MOV R40, R1"),
+        (dict(hot_loops=[{"instructions": 90, "matrix": 4, "loads": 1}]), "synchronous loads in a hot loop"),
+        (dict(matrix={"HMMA": 4}), "no wgmma"),
+    ],
+)
+def test_report_names_the_fault(change, words):
+    assert list(faults(GOOD)) == []
+    (fault,) = faults(GOOD | change)
+    assert words in fault
