@@ -3,7 +3,7 @@
 from tests.faults.planting import Fault
 
 FOLDER = ["tests/files/test_folder.py", "-m", "not slow"]
-ADAPTER = ["tests/files/test_adapter_io.py"]
+ADAPTER = ["tests/files/test_adapter_io.py", "tests/files/test_adapter_refusals.py"]
 HOSTILE = ["tests/files/test_hostile_files.py"]
 BAD_INPUT = ["tests/method/test_bad_input.py"]
 

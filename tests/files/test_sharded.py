@@ -3,6 +3,7 @@
 import contextlib
 from functools import partial
 
+import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
