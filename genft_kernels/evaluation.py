@@ -41,7 +41,7 @@ def asked(x: Tensor, bias: Tensor | None, updates: Sequence[GenFTUpdate]) -> Ask
 def evaluated(x: Tensor, weight: Frozen, bias: Tensor | None, update: GenFTUpdate, asked: Asked) -> Tensor | None:
     """y with the factors that are at hand, or None if the layer has none that hold."""
     generator = update.generator
-    factors = generator.group.at_hand(update, asked)  # type: ignore[arg-type]
+    factors = generator.group.at_hand(update, asked)
     if factors is None:
         return None
     config = generator.config

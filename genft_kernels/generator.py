@@ -111,7 +111,7 @@ class GenFTGenerator(nn.Module):
 def registered(module: nn.Module, names: Sequence[str]) -> list[torch.Tensor]:
     """The tensors of `module` by these names: parameters without the detour of an attribute, computed ones with it."""
     try:
-        return list(map(module._parameters.__getitem__, names))
+        return list(map(module._parameters.__getitem__, names))  # type: ignore[arg-type]
     except KeyError:
         return [getattr(module, name) for name in names]
 

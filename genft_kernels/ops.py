@@ -60,7 +60,7 @@ def _compute_by(backend: str, operation: str, *args: Any) -> tuple[Any, ...]:
         return function(*args)
 
 
-def _run(backend: str, operation: str, *args) -> tuple[Tensor, ...]:
+def _run(backend: str, operation: str, *args: Any) -> tuple[Tensor, ...]:
     """The same with an empty tensor for each None."""
     empty = _first(args).new_empty
     return tuple(empty(0) if result is None else result for result in compute(backend, operation, *args))

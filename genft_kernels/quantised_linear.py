@@ -38,7 +38,7 @@ class QuantisedGenFTLinear(GenFTLinear):
         self.base_layer.requires_grad_(False)
 
     @property
-    def frozen_weight(self) -> FrozenWeight:  # type: ignore[override]
+    def frozen_weight(self) -> FrozenWeight:
         """The handle of W [out, in]."""
         return FrozenWeight(self.base_layer, self._dense_shape, self._dense_dtype)
 
@@ -47,12 +47,12 @@ class QuantisedGenFTLinear(GenFTLinear):
         return self.frozen_weight.codes
 
     @property
-    def weight(self) -> Any:
+    def weight(self) -> Any:  # type: ignore[override]
         """W as `base_layer` stores it."""
         return getattr(self.base_layer, "weight", self.stored_weight)
 
     @property
-    def bias(self) -> Any:
+    def bias(self) -> Any:  # type: ignore[override]
         """The bias of `base_layer`."""
         return self.base_layer.bias
 

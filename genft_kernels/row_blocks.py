@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
-
-from torch import Tensor
+from typing import Any, NamedTuple
 
 from .arguments import is_integer, shown
 
@@ -56,8 +54,8 @@ class RowBlocks(NamedTuple):
             found[rows[index]] = (*found.get(rows[index], ()), index)
         return {size: RowBlocks(self.cut, indices) for size, indices in found.items()}
 
-    def split(self, tensor: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
-        """Views of the blocks of a tensor that has W's rows at `dim`."""
+    def split(self, tensor: Any, dim: int = 0) -> tuple[Any, ...]:
+        """Views of the blocks of a tensor, or of a handle of W, that has W's rows at `dim`."""
         return (tensor,) if self.cut == 1 else tensor.split(self.rows(tensor.shape[dim]), dim)
 
     def __str__(self) -> str:

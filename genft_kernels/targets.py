@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -85,7 +85,8 @@ def find_targets(model: nn.Module, config: GenFTConfig, full_matches: FullMatch 
         if unmatched:
             verb = "matches" if len(unmatched) == 1 else "match"
             warn(f"{field}: {_listing(map(repr, unmatched))} {verb} no module of the model. {_linear_layers(model)}")
-    blocks_of = {name: entry for entry in config.fused_blocks or {} for name in names.ending_in(entry)}
+    fused: Mapping[str, Any] = config.fused_blocks or {}
+    blocks_of = {name: entry for entry in fused for name in names.ending_in(entry)}
     targets = []
     for module, held_at in paths.items():
         try:
@@ -96,7 +97,7 @@ def find_targets(model: nn.Module, config: GenFTConfig, full_matches: FullMatch 
         except (TypeError, ValueError) as error:
             hint = " (exclude_modules leaves it out)" if config.target_modules == ALL_LINEAR else ""
             raise type(error)(f"target module {held_at[0]!r}: {error}{hint}") from None
-        blocks = (config.fused_blocks or {})[blocks_of[held_at[0]]] if held_at[0] in blocks_of else RowBlocks()
+        blocks = fused[blocks_of[held_at[0]]] if held_at[0] in blocks_of else RowBlocks()
         targets.append(Target(tuple(held_at), module, blocks))
     used = {blocks_of.get(target.name) for target in targets}
     unused = [entry for entry in config.fused_blocks or {} if entry not in used]

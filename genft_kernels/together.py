@@ -43,7 +43,7 @@ def updated_linear(x: Tensor, weight: Frozen, bias: Tensor | None, updates: Sequ
     Raises:
         ValueError: the updates cut W in different ways; an argument does not fit.
     """
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
         return _traced(x, weight, bias, updates)
     question = asked(x, bias, updates)
     if question is not None and (y := evaluated(x, weight, bias, updates[0], question)) is not None:

@@ -61,10 +61,12 @@ def tune(model: nn.Module, tokens: int | Sequence[int] = (8192, 128), *, seconds
         if not is_integer(number) or number < 1:
             raise ValueError(f"tokens must be positive integers, got {shown(number)}")
     updates = _one_of_each_shape(model)
-    deadline, found = time.monotonic() + seconds, {}
+    deadline = time.monotonic() + seconds
+    found: dict[torch.device, dict[str, Measured]] = {}
     try:
         for update in updates:
-            device, known = update.stored_weight.device, {}
+            device = update.stored_weight.device
+            known: dict[str, Measured] = {}
             for count in sorted({choices.power_of_two(number) for number in tokens}):
                 calls = {shape: each for shape, each in _calls(update, count).items() if shape not in known}
                 for shape, of_shape in calls.items():
@@ -76,9 +78,9 @@ def tune(model: nn.Module, tokens: int | Sequence[int] = (8192, 128), *, seconds
             found.setdefault(device, {}).update(known)
     finally:
         refresh(model)
-    for device, known in found.items():
+    for of_device, known in found.items():
         if known:
-            path = choices.save(device, {shape: each.fastest for shape, each in known.items()})
+            path = choices.save(of_device, {shape: each.fastest for shape, each in known.items()})
             print(f"kept in {path}")
     return [each for known in found.values() for each in known.values()]
 
@@ -146,9 +148,9 @@ def _milliseconds(device: torch.device, name: str, calls: list[choices.Call]) ->
         begin = time.perf_counter()
         _run(name, calls)
         return 1e3 * (time.perf_counter() - begin)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
     _run(name, calls)
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end)
+    return start.elapsed_time(end)

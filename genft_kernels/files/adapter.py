@@ -29,6 +29,7 @@ from ..arguments import check_type, warn
 from ..checks import SUPPORTED_DTYPES
 from ..config import GenFTConfig
 from ..defaults import settled
+from ..frozen_weight import FrozenWeight
 from ..matching import full_matches_in_time
 from ..saved_modules import tied_again, unsavable
 from ..targets import frozen_weight
@@ -244,7 +245,7 @@ def _check_unmerged(model: nn.Module) -> None:
             raise RuntimeError(f"{path!r} is merged: call unmerge(model) before loading an adapter")
 
 
-def _check_base(weights: Mapping[str, Tensor], fingerprints: Mapping[str, Fingerprint] | None) -> None:
+def _check_base(weights: Mapping[str, Tensor | FrozenWeight], fingerprints: Mapping[str, Fingerprint] | None) -> None:
     if fingerprints is None:
         return
     if set(fingerprints) != set(weights):

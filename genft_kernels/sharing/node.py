@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..frozen_weight import FrozenWeight
 from ..ops import first_order
 from ..parameters import GeneratorParameters, for_blocks
 from ..update import Factors, generate_factors, unit_multiple
@@ -46,7 +48,7 @@ class Generation:
         recipe = _Recipe(sources, dict(dtype=dtype, dropout=dropout, seed=seed, backend=backend))
         parameters = [*sources[0].shared.values(), *(tensor for source in sources for tensor in source.own.values())]
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
-            flat = _Generate.apply(recipe, weakref.ref(self), *parameters)
+            flat = _Generate.apply(recipe, weakref.ref(self), *parameters)  # type: ignore[no-untyped-call]
         else:
             flat = recipe.factors(parameters)
         blocks = len(recipe.weights)
@@ -105,7 +107,7 @@ class _Recipe:
             return leaves, self.factors(leaves)
 
 
-def _version(tensor: Tensor) -> int | None:
+def _version(tensor: Tensor | FrozenWeight) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
@@ -117,7 +119,7 @@ class _Generate(torch.autograd.Function):
     """(parameters) -> factors."""
 
     @staticmethod
-    def forward(ctx, recipe: _Recipe, generation: weakref.ref[Generation], *parameters: Tensor):
+    def forward(ctx: Any, recipe: _Recipe, generation: weakref.ref[Generation], *parameters: Tensor) -> Any:
         ctx.recipe, ctx.generation, ctx.parameters = recipe, generation, parameters
         ctx.versions = [[_version(tensor) for tensor in tensors] for tensors in (parameters, recipe.weights)]
         ctx.graphs = [recipe.graph(parameters)]  # a list, because taking from it is atomic
@@ -130,7 +132,7 @@ class _Generate(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
         generation = ctx.generation()
         if generation is not None:
             generation.factors = None
@@ -145,7 +147,7 @@ class _Generate(torch.autograd.Function):
             leaves, outputs = recipe.graph(parameters)
         used = [i for i in graded if outputs[i].requires_grad]
         wanted = [i for i, leaf in enumerate(leaves) if leaf.requires_grad and used and recipe.owner(i) in owners]
-        results = [None] * len(leaves)
+        results: list[Tensor | None] = [None] * len(leaves)
         if wanted:
             found = torch.autograd.grad(
                 [outputs[i] for i in used], [leaves[i] for i in wanted], [grads[i] for i in used], allow_unused=True
@@ -155,7 +157,7 @@ class _Generate(torch.autograd.Function):
         return None, None, *results
 
     @staticmethod
-    def _check_unchanged(ctx, owners: set[int | None]) -> None:
+    def _check_unchanged(ctx: Any, owners: set[int | None]) -> None:
         """RuntimeError if what the factors of these layers come of has changed since."""
         recipe, (of_parameters, of_weights) = ctx.recipe, ctx.versions
         changed = [

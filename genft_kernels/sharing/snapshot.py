@@ -12,6 +12,7 @@ import ctypes
 import os
 from collections.abc import Collection, Iterable, Sequence
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from .. import _torch_private
 
 _SAMPLES = 64  # of a frozen weight
 _FIRST_BYTES = 256
-_WORDS = {1: "B", 2: "H", 4: "I", 8: "Q"}  # unsigned integers by their size in bytes
+_WORDS: dict[int, Any] = {1: "B", 2: "H", 4: "I", 8: "Q"}  # unsigned integers by their size in bytes
 
 # torch.equal takes eight times as long.
 _memcmp = ctypes.PyDLL("msvcrt" if os.name == "nt" else None).memcmp
@@ -41,8 +42,8 @@ class Snapshot:
         self._memory = [(t.data_ptr(), ctypes.string_at(t.data_ptr(), t.nbytes), t.nbytes) for t in dense]
         # Others are compared by copies, which takes longer.
         self._strided = [(i, t.detach().contiguous()) for i, t in enumerate(compared) if not t.is_contiguous()]
-        sampled = weight is not None and values and compares_at_once(weight.device)
-        self._sample = _Elements(sample(weight)) if sampled else None
+        sampled = weight if values and weight is not None and compares_at_once(weight.device) else None
+        self._sample = None if sampled is None else _Elements(sample(sampled))
 
     def same(self, thin: Collection[Tensor], weight: Tensor | None = None, *, in_full: bool = True) -> bool:
         """Whether they are the same ones, as they were; of the values only the first few without `in_full`."""
@@ -51,8 +52,8 @@ class Snapshot:
         for address, then, size in self._memory:  # which is theirs, as their states say
             if _memcmp(address, then, size if in_full or size < _FIRST_BYTES else _FIRST_BYTES) != 0:
                 return False
-        for index, then in self._strided:
-            if _memcmp(list(thin)[index].detach().contiguous().data_ptr(), then.data_ptr(), then.nbytes) != 0:
+        for index, copy in self._strided:
+            if _memcmp(list(thin)[index].detach().contiguous().data_ptr(), copy.data_ptr(), copy.nbytes) != 0:
                 return False
         return self._sample is None or self._sample.same()
 
