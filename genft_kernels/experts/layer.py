@@ -83,12 +83,15 @@ class GenFTExperts(MarksMerged, nn.Module):
         if self.training and any(update._enabled and update.merged for update in updates.values()):
             raise RuntimeError("merged experts do not train: call unmerge() or eval() first")
         active = [update for update in updates.values() if update.active]
-        if not active:
-            return original.forward(hidden_states, top_k_index, top_k_weights)
-        if any(update.backend == "reference" for update in active):
-            weights = {update.parameter_name: _materialised(update) for update in active}
-            return _with(original, weights).forward(hidden_states, top_k_index, top_k_weights)
-        return self._routed(hidden_states, top_k_index, top_k_weights)
+        specified = any(update.backend == "reference" for update in active)
+        if active and not specified:
+            return self._routed(hidden_states, top_k_index, top_k_weights)
+        weights = {
+            name: _materialised(update) if update.active else update.present_weight for name, update in updates.items()
+        }
+        module = _with(original, weights)
+        # The class's, because a hook of accelerate's on the instance has run.
+        return type(module).forward(module, hidden_states, top_k_index, top_k_weights)
 
     def _routed(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As transformers' own implementations: tokens in the order of their experts, two projections, and back."""
@@ -115,7 +118,7 @@ class GenFTExperts(MarksMerged, nn.Module):
         update = self.updates.get(name)
         if update is not None and update.active:
             return update(x, offsets, bias)
-        weight = getattr(self, name)
+        weight = getattr(self, name) if update is None else update.present_weight
         weight, x = weight.mT if self.original.is_transposed else weight, x.to(compute_dtype(x))
         return expert_linear_node(x, offsets, weight, bias, None, None, None, 1.0, "identity", 0.0, 0, "eager")
 

@@ -62,6 +62,11 @@ class ExpertUpdate(GenFTUpdate):
         return self.weight if self._unmerged is None else self._unmerged
 
     @property
+    def present_weight(self) -> Tensor:
+        """What a product takes that has no update beside it: W, or W + dW while merged and not disabled."""
+        return self.weight if self._enabled else self.stored_weight
+
+    @property
     def frozen_weight(self) -> Tensor:
         """All experts' W as they are stored, one below the other, merged or not; a matrix."""
         return self.stored_weight.flatten(0, -2)

@@ -203,6 +203,30 @@ def test_disabled_is_the_frozen_model_bit_by_bit():
     assert not torch.equal(answer(model, tokens()), answer(plain, tokens()))
 
 
+@pytest.mark.parametrize("target", [TARGETS, TARGETS[:1]])
+def test_disabled_is_the_frozen_model_while_it_is_merged(target):
+    plain, model = mixtral(), merge(apply_genft(mixtral(), settings(target_parameters=target)))
+    experts = experts_of(model)
+    with disabled(model):
+        assert torch.equal(answer(model, tokens()), answer(plain, tokens()))
+    experts.updates["gate_up_proj"]._enabled = False
+    if len(target) == 2:  # one projection computes with an update, the other without
+        experts.updates["down_proj"].unmerge()
+        found = experts(*routed())
+        experts.updates["gate_up_proj"].unmerge()
+        torch.testing.assert_close(found, experts(*routed()))
+
+
+def test_hooks_of_the_original_run_once():
+    model, calls = mixtral(), []
+    experts_of(model).register_forward_hook(lambda module, args, output: calls.append(module))
+    apply_genft(model, settings())
+    answer(model, tokens())
+    with disabled(model):
+        answer(model, tokens())
+    assert calls == [experts_of(model)] * 2
+
+
 @pytest.mark.parametrize("make", [mixtral, qwen3_moe, gpt_oss])
 def test_keep_update_leaves_a_plain_model(make):
     model, names = make(), list(make().state_dict())
