@@ -132,7 +132,7 @@ def test_every_16_bit_number_is_read_and_rounded_to_nearest(dtype):
     for found in (u, p):
         assert torch.equal(found.isnan(), every.isnan())
         assert torch.equal(found.nan_to_num(0.0).view(torch.int16), every.nan_to_num(0.0).view(torch.int16))
-    for dropout in (0.1, 0.5, 1 - 2**-9):  # subnormal ones, ties and infinities among what is rounded
+    for dropout in (0.1, 1 / 3, 0.5, 1 - 2**-9):  # subnormal ones, ties and infinities among what is rounded
         u, _, _ = evaluated(tile_of(every, "identity", dropout))
         keep = philox.keep_mask(torch.tensor([7]), 1, 256, 256, dropout)
         expected = (every.float() * (keep * torch.tensor(1 / (1 - dropout)))).to(dtype)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _SOURCES = ("cpu_update.cpp", "cpu_math.h", "cpu_philox.h", "genft.h", "philox.h")
 # Without traps and errno, which nobody here looks at, compilers make vectors of more loops; no result changes.
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
-_LIMIT = 60  # seconds for the compiler
+_LIMIT = 180  # seconds for the compiler
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 # Elements below which a second thread costs more than it saves.
 _ELEMENTS_OF_A_THREAD = 1 << 16
