@@ -7,14 +7,17 @@ words of the faults wanted.
 import sys
 
 from tests.faults import (
+    choice_faults,
     compile_faults,
     cpu_faults,
     expert_faults,
     file_faults,
+    finetune_faults,
     integration_faults,
     model_faults,
     operation_faults,
     peft_faults,
+    quantised_faults,
     settings_faults,
 )
 from tests.faults.planting import plant
@@ -29,8 +32,11 @@ FAULTS = [
         file_faults,
         integration_faults,
         compile_faults,
+        choice_faults,
         peft_faults,
+        quantised_faults,
         expert_faults,
+        finetune_faults,
     )
     for fault in each.FAULTS
 ]

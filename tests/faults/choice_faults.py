@@ -1,0 +1,36 @@
+"""Faults in how "auto" chooses: the table of what was measured, its trust, and backends that fail."""
+
+from tests.faults.planting import Fault
+
+CHOICES = "genft_kernels/backends/choices.py"
+BACKENDS = "genft_kernels/backends/__init__.py"
+OPS = "genft_kernels/ops.py"
+TUNING = "genft_kernels/tuning.py"
+TESTS = ["tests/backends/test_choices.py"]
+
+FAULTS = [
+    Fault("choices: what was measured is not asked", BACKENDS, "if name is not None and may_choose", "if False", TESTS),
+    Fault("choices: a table for every length", CHOICES, "return 1 << (tokens - 1).bit_length()", "return 8", TESTS),
+    Fault(
+        "choices: loaded anew each time",
+        CHOICES,
+        "known = _tables.setdefault(device, _load(device))",
+        "known = _load(device)",
+        TESTS,
+    ),
+    Fault("choices: of whatever card", CHOICES, "for name in same or here", "for name in same", TESTS),
+    Fault("choices: any names taken", CHOICES, "<= set(OPERATION_BACKENDS)", "<= {*map(str, found.values())}", TESTS),
+    Fault("choices: what others wrote is lost", CHOICES, "{**known, **found}", "{**found}", TESTS),
+    Fault("choices: off is no word", CHOICES, 'value == "off"', 'value == "none"', TESTS),
+    Fault("choices: every rank its own", CHOICES, "_tables[device] = fitting[0] if fitting else {}", "pass", TESTS),
+    Fault("auto: a failure ends the run", OPS, "except (backends.LaunchError, BuildError)", "except BuildError", TESTS),
+    Fault("auto: a failure is not remembered", BACKENDS, "_set_aside[name, device] = f", "_ = f", TESTS),
+    Fault(
+        "tune: draws from the model's random numbers",
+        TUNING,
+        "torch.random.fork_rng(devices)",
+        "torch.no_grad()",
+        TESTS,
+    ),
+    Fault("tune: keeps the slowest", TUNING, "min(self.milliseconds", "max(self.milliseconds", TESTS),
+]
