@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
 
-.PHONY: env fuzz test test-peft test-quantised test-integrations test-slow test-all types test-triton-next mutations cuda-faults gate-faults lint demo compare bench bench-model bench-report kernels-report cuda-report wheel wheel-prebuilt clean
+.PHONY: env fuzz test test-peft test-quantised test-integrations test-slow test-all types test-triton-next mutations cuda-faults gate-faults lint demo compare bench bench-model bench-decode bench-report kernels-report cuda-report wheel wheel-prebuilt clean
 
 env: $(VENV)/.ready
 
@@ -108,9 +108,15 @@ compare: env
 bench: env
 	$(BIN)/python -m benchmarks.layer $(ARGS)
 
-# Training steps of whole models: full fine-tuning, LoRA, the official way, this package's. Six minutes on two CPU cores.
+# Training steps of whole models: full fine-tuning, LoRA, the official way, this package's; then decoding. Ten minutes on
+# two CPU cores.
 bench-model: env
 	$(BIN)/python -m benchmarks.step $(ARGS)
+	$(BIN)/python -m benchmarks.decode
+
+# Its second part alone: tokens a second of SmolLM2.
+bench-decode: env
+	$(BIN)/python -m benchmarks.decode $(ARGS)
 
 # docs/results.md, its plot and the README's figures, from the result files.
 bench-report: env

@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmarks.finetune import table as finetune_table
 from benchmarks.measure.environment import REPOSITORY
 from benchmarks.measure.rows import RESULTS, Row, read_rows, write_rows
-from benchmarks.report import expert_tables, layer_tables, six_bars, step_tables, tables
+from benchmarks.report import decode_tables, expert_tables, layer_tables, six_bars, step_tables, tables
 
 BEGIN, END = "<!-- measured: begin (make bench-report writes this) -->", "<!-- measured: end -->"
 _INTRODUCTION = """\
@@ -28,6 +28,7 @@ and backward over the longest examples, beyond weights and optimizer state; a st
 _SECTIONS = {
     layer_tables.SUITE: ("One layer", layer_tables.section),
     step_tables.SUITE: ("A training step of a whole model", step_tables.section),
+    decode_tables.SUITE: ("Decoding", decode_tables.section),
     expert_tables.SUITE: ("Stacked experts", expert_tables.section),
     finetune_table.SUITE: ("Fine-tuning", lambda rows: f"{_FINETUNE}\n{finetune_table.tables(rows)}"),
     "kernels": ("Each kernel alone", tables.generic),

@@ -1,0 +1,1 @@
+"""Decoding with adapters, token by token."""

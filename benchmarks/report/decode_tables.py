@@ -1,0 +1,48 @@
+"""Rows of the suite "decode" as Markdown."""
+
+from benchmarks.measure.rows import Row
+from benchmarks.report import tables
+from benchmarks.report.tables import markdown, mebibytes, not_timed, number
+
+SUITE = "decode"
+CASE = ("model", "targets", "dtype", "prompt")
+TITLES = {
+    "base": "base model", "genft": "GenFT `fast`, unmerged", "genft-merged": "GenFT `fast`, merged",
+    "lora": "PEFT LoRA of the same k, unmerged", "lora-of-equal-size": "PEFT LoRA of as many parameters, unmerged",
+}  # fmt: skip
+INTRODUCTION = """\
+`make bench-model`: a prompt, then 16 tokens greedily, one at a time, with a cache, batch 1. The decoders take turns,
+and a ratio is the median over the turns of two times of one turn. Nothing is timed before logits agree with those of
+the base whose weights are W + dW by the specification. **Peak**: how much the process grows meanwhile, the cache
+included.
+"""
+
+
+def section(rows: list[Row]) -> str:
+    """What was not timed, and a table for each choice of layers and dtype."""
+    parts = [INTRODUCTION, "#### Not timed\n\n" + not_timed(rows, CASE, "method")]
+    for case, found in tables.by_case(rows, (*CASE, "method"), TITLES).items():
+        model, targets, dtype, prompt = case
+        parts.append(f"#### {model}, {targets}, {dtype}, prompt of {prompt} tokens\n\n{_case_table(found)}")
+    return "\n".join(parts)
+
+
+def _case_table(found: dict[str, Row]) -> str:
+    header = (
+        "decoder", "k", "trained", "tokens/s", "ms a token", "p20 to p80", "× base", "× LoRA", "prompt ms",
+        "prompt × LoRA", "peak MiB",
+    )  # fmt: skip
+    lines = [
+        (
+            TITLES.get(name, name), row["k"], f"{row['trained']:,}", number(row["tokens_per_second"]),
+            number(row["token_ms"][1]), f"{number(row['token_ms'][0])} to {number(row['token_ms'][2])}",
+            _ratio(row, "base", "token"), _ratio(row, "lora", "token"), number(row["prompt_ms"][1]),
+            _ratio(row, "lora", "prompt"), mebibytes(row["peak_bytes"]),
+        )
+        for name, row in found.items()
+    ]  # fmt: skip
+    return markdown(header, lines)
+
+
+def _ratio(row: Row, base: str, part: str) -> str | None:
+    return f"{row['ratios'][base][part][1]:.2f}" if base in row["ratios"] else None
