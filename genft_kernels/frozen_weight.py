@@ -233,7 +233,8 @@ def blocks_gradients(module: nn.Module) -> str | None:
 
 def is_kind_of_layer(module: nn.Module) -> bool:
     """Whether the module is quantised by its own class, rather than by its weight's."""
-    return kind_of_classes(type(module), None) is not None
+    cls: Any = type(module)
+    return kind_of_classes(cls, None) is not None
 
 
 def packed_tensors(module: nn.Module) -> list[Tensor]:
@@ -312,7 +313,8 @@ def frozen_linear(x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None)
     if not isinstance(weight, FrozenWeight):
         return F.linear(x, weight, bias)
     dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
-    return _FrozenProduct.apply(x.to(dtype), weight, None if bias is None else bias.to(dtype))
+    bias = None if bias is None else bias.to(dtype)
+    return _FrozenProduct.apply(x.to(dtype), weight, bias)  # type: ignore[no-untyped-call]
 
 
 class _FrozenProduct(torch.autograd.Function):

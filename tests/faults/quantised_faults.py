@@ -2,7 +2,16 @@
 
 from tests.faults.planting import Fault
 
-FROZEN = ["tests/quantised/test_frozen_weight.py", "-m", "not slow"]
+
+def of(words: str) -> list[str]:
+    """The tests with these words in their names."""
+    return ["tests/quantised/test_frozen_weight.py", "-k", words]
+
+
+KEPT = of("dequantisations or kept or one_weight or flop or together")
+SAME = of("gradient or blocks or compute_dtype or is_the_one and row or rms or codes")
+STATES = of("disabled or remov or merging or dense or stored_bytes")
+REFUSED = of("refused or registration or quantised_and or is_not_quantised or without_values")
 HANDLE, OPS, LINEAR = "genft_kernels/frozen_weight.py", "genft_kernels/ops.py", "genft_kernels/quantised_linear.py"
 
 FAULTS = [
@@ -11,129 +20,129 @@ FAULTS = [
         OPS,
         "    ctx.handles = {place: value for place, value in enumerate(values) if isinstance(value, FrozenWeight)}\n",
         "    values = tuple(map(opened, values))\n    ctx.handles = {}\n",
-        FROZEN,
+        KEPT,
     ),
     Fault(
         "quantised: all W of a generation are dense at once",
         OPS,
         'each if backend == "eager" and isinstance(each, list) else opened(each)',
         "opened(each)",
-        FROZEN,
+        KEPT,
     ),
     Fault(
         "quantised: FLOP counters see no operations",
         OPS,
         "            return backward_op(*map(opened, args))",
         '            return compute(args[-1], f"{name}_backward", *args[:-1])',
-        FROZEN,
+        KEPT,
     ),
     Fault(
         "quantised: generated alone",
         "genft_kernels/sharing/source.py",
         "if not isinstance(tensor, nn.Parameter) and not (tensor is self.weight and quantised):",
         "if not isinstance(tensor, nn.Parameter):",
-        FROZEN,
+        KEPT,
     ),
-    Fault("quantised: the scales are watched", HANDLE, "max(sizes)", "min(sizes)", FROZEN),
+    Fault("quantised: the scales are watched", HANDLE, "max(sizes)", "min(sizes)", SAME),
     Fault(
         "quantised: the norm outlives the codes",
         HANDLE,
         "        if tried.state != state:\n            tried = _tried",
         "        if False:\n            tried = _tried",
-        FROZEN,
+        SAME,
     ),
     Fault(
         "quantised: the norm is taken anew",
         HANDLE,
         "        if part not in tried.norms:\n",
         "        if True:\n",
-        FROZEN,
+        KEPT,
     ),
-    Fault("quantised: blocks are all the first rows", HANDLE, "slice(start, start + size)", "slice(size)", FROZEN),
-    Fault("quantised: the transpose is not", HANDLE, "weight.t() if self._transposed else weight", "weight", FROZEN),
+    Fault("quantised: blocks are all the first rows", HANDLE, "slice(start, start + size)", "slice(size)", SAME),
+    Fault("quantised: the transpose is not", HANDLE, "weight.t() if self._transposed else weight", "weight", SAME),
     Fault(
         "quantised: x gets no gradient from blocks that are not adapted",
         HANDLE,
         "return grad @ ctx.weight.to(grad.dtype), None, None",
         "return None, None, None",
-        FROZEN,
+        SAME,
     ),
     Fault(
         "quantised: what does not become dense is taken",
         HANDLE,
         "if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.dtype not in SUPPORTED_DTYPES:",
         "if False:",
-        FROZEN,
+        REFUSED,
     ),
-    Fault("quantised: meta", HANDLE, 'if codes.device.type == "meta":', "if False:", FROZEN),
+    Fault("quantised: meta", HANDLE, 'if codes.device.type == "meta":', "if False:", REFUSED),
     Fault(
         "quantised: an earlier registration counts",
         HANDLE,
         "for kind in reversed(_registered):",
         "for kind in _registered:",
-        FROZEN,
+        REFUSED,
     ),
-    Fault("quantised: GPTQ and its like are not known", HANDLE, '"gptqmodel": "GPTQ", ', "", FROZEN),
+    Fault("quantised: GPTQ and its like are not known", HANDLE, '"gptqmodel": "GPTQ", ', "", REFUSED),
     Fault(
         "quantised: GPTQ is left out of all-linear without a word",
         "genft_kernels/targets.py",
         "return without_dense(module) is not None and not any(module.children())",
         "return False",
-        FROZEN,
+        REFUSED,
     ),
     Fault(
         "quantised: unknown kinds of tensors are taken for dense",
         "genft_kernels/modules.py",
         'if is_tensor_subclass(linear.weight) and not type(linear.weight).__module__.startswith("torch."):',
         "if False:",
-        FROZEN,
+        REFUSED,
     ),
     Fault(
         "quantised: an adapted layer's weight may be replaced by a quantised one",
         "genft_kernels/modules.py",
         'if name == "weight" and is_tensor_subclass(value)',
         "if False",
-        FROZEN,
+        REFUSED,
     ),
     Fault(
         "quantised: disabled is the dequantised layer with its update",
         LINEAR,
         "        if not self._enabled:\n            return self.base_layer.forward(x)\n",
         "",
-        FROZEN,
+        STATES,
     ),
     Fault(
-        "quantised: the layer's compute dtype is ignored", LINEAR, "weight.compute_dtype or x.dtype", "x.dtype", FROZEN
+        "quantised: the layer's compute dtype is ignored", LINEAR, "weight.compute_dtype or x.dtype", "x.dtype", SAME
     ),
     Fault(
         "quantised: dense layers in float32",
         "genft_kernels/adapt.py",
         "dtype = frozen_dtype(model) if dequantize else None",
         "dtype = torch.float32 if dequantize else None",
-        FROZEN,
+        STATES,
     ),
     Fault(
-        "quantised: dense layers without the update", LINEAR, ".to(delta.dtype) + delta)", ".to(delta.dtype))", FROZEN
+        "quantised: dense layers without the update", LINEAR, ".to(delta.dtype) + delta)", ".to(delta.dtype))", STATES
     ),
     Fault(
         "quantised: keep_update leaves quantised layers behind",
         LINEAR,
         "if isinstance(layer, QuantisedGenFTLinear) and not leave_out:",
         "if False:",
-        FROZEN,
+        STATES,
     ),
     Fault(
         "quantised: fingerprints do not cover the bytes",
         "genft_kernels/files/fingerprint.py",
         "_replace(packed=_digest(packed_tensors(weight.module)))",
         "_replace(packed=None)",
-        FROZEN,
+        STATES,
     ),
     Fault(
         "quantised: fingerprints cover the first tensor only",
         "genft_kernels/files/fingerprint.py",
         "    for tensor in tensors:\n",
         "    for tensor in list(tensors)[-1:]:\n",
-        FROZEN,
+        STATES,
     ),
 ]

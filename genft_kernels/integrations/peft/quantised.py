@@ -26,11 +26,14 @@ class QuantisedGenFTLayer(GenFTLayer):
         requantise: torchao's configuration anew, by a call, where the model knows it; else its kinds cannot merge.
     """
 
+    base_layer: Any
+    _unmerged: Any  # the base layer while another is merged; not registered
+
     def __init__(self, base_layer: nn.Module, shared: Any, requantise: Any = None) -> None:
         super().__init__(base_layer, shared)
         self._dense_dtype = frozen_weight(base_layer).dtype
         self._requantise = requantise
-        self.__dict__["_unmerged"] = None  # the base layer while another is merged; not registered
+        self.__dict__["_unmerged"] = None
 
     @property
     def frozen_weight(self) -> FrozenWeight:  # type: ignore[override]
