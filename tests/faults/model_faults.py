@@ -5,6 +5,7 @@ from tests.faults.planting import Fault
 GROUPS = ["tests/sharing/test_groups.py", "tests/sharing/test_group_contexts.py"]
 STALE = ["tests/sharing/test_stale_factors.py"]
 MODES = ["tests/sharing/test_dispatch_modes.py"]
+EVALUATION = ["tests/sharing/test_evaluation.py"]
 CHANGED = ["tests/sharing/test_changed_modules.py"]
 ACCUMULATION = ["tests/sharing/test_accumulation.py"]
 TRAINER = ["tests/integrations/test_integrations.py"]
@@ -76,30 +77,114 @@ FAULTS = [
     Fault(
         "snapshot: versions not looked at",
         "genft_kernels/sharing/snapshot.py",
-        "version = None if tensor.is_inference() else tensor._version",
-        "version = None",
+        'attrgetter("_version", "dtype"',
+        'attrgetter("dtype"',
         STALE,
     ),
     Fault(
         "snapshot: objects not looked at",
         "genft_kernels/sharing/snapshot.py",
-        "(id(tensor), version,",
-        "(0, version,",
+        "list(map(id, tensors))",
+        "len(tensors)",
         CHANGED,
     ),
     Fault(
         "snapshot: values not compared",
         "genft_kernels/sharing/snapshot.py",
-        "== 0",
-        "is not None",
+        "            if _memcmp(address, then, size if in_full or size < _FIRST_BYTES else _FIRST_BYTES) != 0:",
+        "            if False:",
         STALE,
     ),
     Fault(
         "snapshot: a weight's values not compared",
         "genft_kernels/sharing/snapshot.py",
-        "(elements is None or elements.same())",
+        "self._sample is None or self._sample.same()",
         "True",
         STALE,
+    ),
+    Fault(
+        "snapshot: values of a strided tensor not compared",
+        "genft_kernels/sharing/snapshot.py",
+        "for index, then in self._strided:",
+        "for index, then in ():",
+        EVALUATION,
+    ),
+    Fault(
+        "snapshot: strides not looked at",
+        "genft_kernels/sharing/snapshot.py",
+        ", list(map(Tensor.stride, tensors))",
+        "",
+        EVALUATION,
+    ),
+    Fault(
+        "evaluation: whatever is asked gets the last answer",
+        "genft_kernels/sharing/cache.py",
+        "if share is None or share.asked != asked:",
+        "if share is None or share.asked is None:",
+        EVALUATION,
+    ),
+    Fault(
+        "evaluation: what training asked is answered",
+        "genft_kernels/evaluation.py",
+        "if update.training or ",
+        "if ",
+        EVALUATION,
+    ),
+    Fault(
+        "evaluation: dtypes not asked",
+        "genft_kernels/evaluation.py",
+        "return x.dtype, device,",
+        "return device,",
+        EVALUATION,
+    ),
+    Fault(
+        "evaluation: the bias not asked",
+        "genft_kernels/evaluation.py",
+        "of_bias, update.backend, modes",
+        "update.backend, modes",
+        EVALUATION,
+    ),
+    Fault(
+        "evaluation: modes not asked",
+        "genft_kernels/evaluation.py",
+        "of_bias, update.backend, modes",
+        "of_bias, update.backend",
+        EVALUATION,
+    ),
+    Fault(
+        "evaluation: the backend not asked",
+        "genft_kernels/evaluation.py",
+        "of_bias, update.backend, modes",
+        "of_bias, modes",
+        EVALUATION,
+    ),
+    Fault(
+        "evaluation: forward mode unnoticed",
+        "genft_kernels/evaluation.py",
+        "if _torch_private.listens():",
+        "if False:",
+        EVALUATION,
+    ),
+    Fault(
+        "evaluation: hooks of the generator skipped",
+        "genft_kernels/generator.py",
+        "if own or self._forward_pre_hooks or self._forward_hooks or _torch_private.modules_have_global_hooks():",
+        "if own:",
+        EVALUATION,
+    ),
+    Fault(
+        "evaluation: hooks of all modules skipped",
+        "genft_kernels/generator.py",
+        " or _torch_private.modules_have_global_hooks():",
+        ":",
+        EVALUATION,
+    ),
+    Fault(
+        "evaluation: the long road for each forward",
+        "genft_kernels/sharing/cache.py",
+        "        self.asked = asked\n        return factors",
+        "        return factors",
+        EVALUATION,
     ),
     Fault(
         "snapshot: the generator's values not compared",
