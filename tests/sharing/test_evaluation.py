@@ -1,0 +1,166 @@
+"""The short road of evaluation: how little it takes, and that nothing wrong gets onto it."""
+
+import sys
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+
+from genft_kernels import GenFTConfig, GenFTLinear, evaluation, refresh
+from tests.helpers.adapted_models import adapted, generations
+from tests.helpers.tiny_models import Encoder, tokens
+
+
+@pytest.fixture
+def layer():
+    """A layer in evaluation whose last forward has left it factors at hand."""
+    torch.manual_seed(0)
+    config = GenFTConfig.preset("fast", shared_dim=3, specific_dim=2)
+    layer = GenFTLinear(16, 12, config=config).eval()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    with torch.no_grad():
+        layer(torch.randn(1, 1, 16))
+        yield layer
+
+
+def calls(function) -> tuple[int, int]:
+    """(calls of Python functions, of built-in ones) that a second run makes."""
+    found = {"call": 0, "c_call": 0}
+
+    def count(frame, event, argument):
+        if event in found:
+            found[event] += 1
+
+    function()
+    sys.setprofile(count)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return found["call"] - 1, found["c_call"] - 1  # those of `function` itself, and of ending the count
+
+
+def taken(monkeypatch) -> list[bool]:
+    """Whether each forward from now on took the short road."""
+    found, evaluated = [], evaluation.evaluated
+
+    def noted(*args):
+        y = evaluated(*args)
+        found.append(y is not None)
+        return y
+
+    monkeypatch.setattr("genft_kernels.together.evaluated", noted)
+    return found
+
+
+def test_a_forward_makes_no_more_calls_than_loras(layer):
+    x = torch.randn(1, 1, 16)
+    python, built_in = calls(lambda: layer(x))
+    assert python <= 38 and built_in <= 22  # PEFT's layer of LoRA: 40 and 16
+
+
+def test_it_computes_what_the_long_road_does(layer, monkeypatch):
+    x, found = torch.randn(2, 5, 16), taken(monkeypatch)
+    short = layer(x)
+    refresh(layer)
+    assert torch.equal(layer(x), short) and found == [True, False]
+
+
+def test_every_length_takes_it(layer, monkeypatch):
+    found = taken(monkeypatch)
+    for shape in ((16,), (0, 16), (1, 16), (2, 7, 16)):
+        assert layer(torch.randn(shape)).shape == (*shape[:-1], 12)
+    assert found == [True] * 4
+
+
+def test_it_ends_when_anything_changes_and_begins_anew(layer, monkeypatch):
+    x, found = torch.randn(3, 16), taken(monkeypatch)
+    for change in (
+        lambda: layer.weight.data[0, 0].add_(1),
+        lambda: layer.generator.column_up.data.add_(1),
+        lambda: layer.column_specific_down.mul_(2),
+        lambda: setattr(layer, "weight", nn.Parameter(layer.weight.clone(), False)),
+    ):
+        change()
+        first = layer(x)
+        assert torch.equal(layer(x), first) and found[-2:] == [False, True]
+
+
+WRONG = {
+    "dtype": (lambda: torch.randn(3, 16, dtype=torch.float64), TypeError, "x has dtype"),
+    "size": (lambda: torch.randn(3, 15), ValueError, "in = 16"),
+    "scalar": (lambda: torch.randn(()), ValueError, "in = 16"),
+    "layout": (lambda: torch.randn(3, 16).to_sparse(), TypeError, "layout"),
+    "no tensor": (lambda: [1.0] * 16, TypeError, "x must be"),
+}
+
+
+@pytest.mark.parametrize("make, error, message", WRONG.values(), ids=WRONG)
+def test_an_x_that_does_not_fit_is_refused_as_ever(layer, make, error, message):
+    with pytest.raises(error, match=message):
+        layer(make())
+
+
+def test_a_bias_that_does_not_fit_is_refused_as_ever(layer):
+    layer.bias.data = layer.bias.data.double()
+    with pytest.raises(TypeError, match="bias has"):
+        layer(torch.randn(3, 16))
+
+
+def test_a_backend_that_does_not_exist_is_refused_as_ever(layer):
+    layer.backend = "none"
+    with pytest.raises(ValueError, match="backend must be one of"):
+        layer(torch.randn(3, 16))
+
+
+def test_forward_mode_is_refused_as_ever(layer):
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        layer(torch.randn(3, 16))
+
+
+def test_another_mode_asks_anew(layer, monkeypatch):
+    x, found = torch.randn(3, 16), taken(monkeypatch)
+    layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert [layer(x).dtype for _ in range(2)] == [torch.bfloat16] * 2
+    with torch.inference_mode():
+        assert layer(x).is_inference()
+    with torch.enable_grad():
+        assert layer(x).requires_grad
+    layer.train()(x)
+    assert found == [True, False, True, False]
+
+
+def test_hooks_of_the_generator_run_in_each_forward(layer):
+    x, ran = torch.randn(3, 16), []
+    for register in (layer.generator.register_forward_pre_hook, nn.modules.module.register_module_forward_pre_hook):
+        handle = register(lambda module, args: ran.append(module))
+        layer(x)
+        layer(x)
+        handle.remove()
+        assert ran.count(layer.generator) == 2
+        ran.clear()
+
+
+def test_a_strided_tensor_is_compared_too(layer):
+    units = layer.column_specific_down
+    layer.column_specific_down = nn.Parameter(torch.randn(16, 2).t())
+    assert layer.column_specific_down.shape == units.shape
+    x = torch.randn(3, 16)
+    layer(x)
+    first = layer(x)
+    layer.column_specific_down.data[1, 3] += 1
+    assert not torch.equal(layer(x), first)
+
+
+def test_a_weight_that_is_transposed_in_its_place_is_seen():
+    model = adapted(partial(Encoder, layers=1)).eval()
+    layer = model.layers[0].attention.query
+    with torch.no_grad():
+        model(tokens())
+        layer.weight.data = layer.weight.data.t()
+        model(tokens())
+    assert generations(model) == 2
