@@ -40,7 +40,14 @@ FAULTS = [
         "budget: what is left over is not spent",
         "genft_kernels/budget.py",
         "(left - r * specific) // shared",
-        "SHARED * r // SPECIFIC",
+        "config.shared_dim * r // max(1, config.specific_dim)",
+        BUDGET,
+    ),
+    Fault(
+        "budget: every preset in the proportion of fast",
+        "genft_kernels/budget.py",
+        "r = config.specific_dim * left // (config.specific_dim * specific + config.shared_dim * shared)",
+        "r = 7 * left // (7 * specific + 12 * shared)",
         BUDGET,
     ),
     Fault(

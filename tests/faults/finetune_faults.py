@@ -1,0 +1,51 @@
+"""Faults in the fine-tuning comparison: the choice, its parts of the data, what is run again, the tables."""
+
+from tests.faults.planting import Fault
+
+COMPARE = ["tests/benchmarks/test_compare.py"]
+RUNS = ["tests/benchmarks/test_finetune.py", "-m", "not slow"]
+
+FAULTS = [
+    Fault(
+        "comparison: the choice looks at the test part",
+        "benchmarks/finetune/tasks/__init__.py",
+        "hold_out(parts) if validation else parts",
+        "parts",
+        COMPARE,
+    ),
+    Fault(
+        "comparison: one seed is enough for the choice",
+        "benchmarks/finetune/grid.py",
+        '{run["seed"] for run in runs} == set(SEEDS) and ',
+        "",
+        COMPARE,
+    ),
+    Fault(
+        "comparison: differences are not paired by seed",
+        "benchmarks/finetune/table.py",
+        'theirs[run["seed"]] for run in runs',
+        "max(theirs.values()) for run in runs",
+        COMPARE,
+    ),
+    Fault(
+        "comparison: runs that are on disk are made again",
+        "benchmarks/finetune/compare.py",
+        "if self.store.get(_case(task, problem, job)) is None:",
+        "if True:",
+        COMPARE,
+    ),
+    Fault(
+        "runs: the scale does not reach LoRA",
+        "benchmarks/finetune/methods/peft.py",
+        "2 * rank * scale",
+        "2 * rank",
+        RUNS,
+    ),
+    Fault(
+        "runs: padding counts in the perplexity",
+        "benchmarks/finetune/tasks/dialogue.py",
+        "padding_value=NO_LABEL",
+        "padding_value=0",
+        RUNS,
+    ),
+]
