@@ -61,8 +61,8 @@ class GenFTConfig:
             the head of a model of transformers or timm.
         target_parameters: suffixes of names of stacked experts' parameters, as "experts.gate_up_proj", or one regular
             expression for whole names. With them, None in `target_modules` names no module.
-        expert_specific: "expert": every expert of a stack has `specific_dim` units of its own; "layer": a stack has them
-            once, for all of its experts.
+        expert_specific: "expert": every expert of a stack has `specific_dim` units of its own; "layer": a stack has
+            them once, for all of its experts.
         fused_blocks: name suffix -> (number of row blocks in the fused weight, or the rows of each; the blocks to
             adapt), for example `{"qkv": (3, (0, 2))}` or `{"qkv_proj": ((4096, 1024, 1024), (0, 2))}`. The blocks are
             consecutive; where heads alternate (GPT-NeoX, BLOOM) there are none.

@@ -135,12 +135,12 @@ class GenFTLinear(MarksMerged, GenFTUpdate, nn.Linear):
             raise ValueError(f"blocks {more.blocks} beside blocks {self.blocks} of one weight")
         if MORE_BLOCKS not in self._modules:
             self.add_module(MORE_BLOCKS, nn.ModuleDict().train(self.training))
-        self._modules[MORE_BLOCKS][str(generator.out_features)] = more.train(self.training)
+        getattr(self, MORE_BLOCKS)[str(generator.out_features)] = more.train(self.training)
 
     @property
     def updates(self) -> dict[str, GenFTUpdate]:
         """Its updates by their paths within the layer: one, or one for each size of a fused weight's blocks."""
-        more = self._modules.get(MORE_BLOCKS) or {}
+        more: Any = self._modules.get(MORE_BLOCKS) or {}
         return {"": self, **{f"{MORE_BLOCKS}.{rows}": update for rows, update in more.items()}}
 
     _unmerged: nn.Parameter | None = None
@@ -152,7 +152,8 @@ class GenFTLinear(MarksMerged, GenFTUpdate, nn.Linear):
 
     def _hold(self, linear: nn.Module) -> None:
         """Take W and the bias over."""
-        self.weight, self.bias = linear.weight, linear.bias
+        source: Any = linear
+        self.weight, self.bias = source.weight, source.bias
         self._fan_in_fan_out = is_conv1d(linear)
 
     def _freeze(self) -> None:
@@ -180,7 +181,7 @@ class GenFTLinear(MarksMerged, GenFTUpdate, nn.Linear):
         return self.weight if self._unmerged is None else self._unmerged
 
     @property
-    def merged(self) -> bool:
+    def merged(self) -> bool:  # type: ignore[override]
         """Whether `weight` holds W + dW."""
         return self._unmerged is not None
 

@@ -145,13 +145,13 @@ def _is_handle(value: object) -> bool:
     return isinstance(value[0] if isinstance(value, list) else value, FrozenWeight)
 
 
-def keep(ctx, *values: Tensor | FrozenWeight | None) -> None:
+def keep(ctx: Any, *values: Tensor | FrozenWeight | None) -> None:
     """Save tensors for backward, and the handles among them beside: what they stand for is not kept."""
     ctx.handles = {place: value for place, value in enumerate(values) if isinstance(value, FrozenWeight)}
     ctx.save_for_backward(*(None if place in ctx.handles else value for place, value in enumerate(values)))
 
 
-def kept(ctx) -> list:
+def kept(ctx: Any) -> list:
     """What was kept."""
     return [ctx.handles.get(place, tensor) for place, tensor in enumerate(ctx.saved_tensors)]
 

@@ -7,7 +7,7 @@ by side, which is one update again; others are folded into one transient W.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -99,11 +99,12 @@ def _generated(update: GenFTUpdate, x: Tensor, dtype: torch.dtype, backend: str,
     if compiling or update.sharded or _torch_private.tensors_are_fake():
         of_layer = (t if t is None or t.dim() == 1 else t[None] for t in update.parameters_of_generator())
         params = GeneratorParameters(*of_layer)
+        blocks: Sequence[Any] = update.source().blocks
         factors = [
             generate_factors(
                 [block], params, config, dtype=dtype, dropout=dropout, seed=seed, backend=backend
             ).unbind()[0]
-            for block, seed in zip(update.source().blocks, seeds, strict=True)
+            for block, seed in zip(blocks, seeds, strict=True)
         ]
     else:
         factors = update.generator.group.factors_for(update, dtype, backend, seeds, question)  # type: ignore[arg-type]
