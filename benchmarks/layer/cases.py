@@ -95,7 +95,9 @@ def cpu_cases() -> list[Case]:
     cases = [Case(roberta, 4096, dtype, 26, form) for form in ("factored", "dropout") for dtype in dtypes]
     cases += [Case(vit, 4096, dtype, 37, "tiled") for dtype in dtypes]
     cases += [Case(gqa, 512, "float32", 8, form) for form in ("factored", "tiled")]
-    return [*cases, Case(gqa, 16, "bfloat16", 8, "factored"), Case(roberta, 1, "float32", 26, "factored")]
+    # With the first one, cost over tokens.
+    cases += [Case(roberta, tokens, "float32", 26, "factored") for tokens in (1, 16, 128, 1024, 32768)]
+    return [*cases, Case(gqa, 16, "bfloat16", 8, "factored")]
 
 
 def gpu_grid() -> Iterator[Case]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmarks.finetune import table as finetune_table
 from benchmarks.measure.environment import REPOSITORY
 from benchmarks.measure.rows import RESULTS, Row, read_rows, write_rows
-from benchmarks.report import decode_tables, expert_tables, layer_tables, six_bars, step_tables, tables
+from benchmarks.report import decode_tables, expert_tables, layer_tables, six_bars, step_tables, tables, tokens_plot
 
 BEGIN, END = "<!-- measured: begin (make bench-report writes this) -->", "<!-- measured: end -->"
 _INTRODUCTION = """\
@@ -41,7 +41,7 @@ class ReportError(Exception):
 
 
 def write_report(results: Path = RESULTS, root: Path = REPOSITORY) -> list[Path]:
-    """Write docs/results.md, docs/six_bars.png and the section between README's markers, below `root`.
+    """Write docs/results.md, its plots and the section between README's markers, below `root`.
 
     Returns:
         What was written.
@@ -54,17 +54,26 @@ def write_report(results: Path = RESULTS, root: Path = REPOSITORY) -> list[Path]
     if not devices:
         raise ReportError(f"no results under {results}; run make bench first")
     readme, plot, document = root / "README.md", root / "docs" / "six_bars.png", root / "docs" / "results.md"
+    over_tokens = root / "docs" / "cost_over_tokens.png"
     text = readme.read_text()
     if BEGIN not in text or END not in text or text.index(BEGIN) > text.index(END):
         raise ReportError(f"{readme} needs the lines {BEGIN} and {END}, in this order")
     bars = {_device(rows): costs for rows in devices.values() if (costs := six_bars.measured(rows))}
     if bars:
         six_bars.draw(list(bars.items()), plot)
+    sweeps = [
+        (_device(rows), found)
+        for rows in devices.values()
+        if (found := tokens_plot.sweep(rows.get(layer_tables.SUITE, ()))) is not None
+    ]
+    if sweeps:
+        tokens_plot.draw(sweeps, over_tokens)
     picture = ["![cost relative to PEFT's LoRA](six_bars.png)\n"] if bars else []
+    picture += [f"![cost of one layer over tokens]({over_tokens.name})\n"] if sweeps else []
     document.write_text("\n".join([_INTRODUCTION, *picture, *(_section(rows) for rows in devices.values())]))
     before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
     readme.write_text(f"{before}\n{_summary(devices, bars)}\n{after}")
-    return [document, *([plot] if bars else []), readme]
+    return [document, *([plot] if bars else []), *([over_tokens] if sweeps else []), readme]
 
 
 def _suites(folder: Path) -> dict[str, list[Row]]:

@@ -15,8 +15,9 @@ SHOWN = {
 }  # fmt: skip
 CASE = ("model", "batch", "sequence", "accumulation", "dtype")
 INTRODUCTION = """\
-`make bench-model`: forward, backward and AdamW's update, q and v of every layer adapted or every linear layer, random
-weights, the backbone's own dropout off. Methods take turns, and a ratio is the median over the turns of two times of one turn;
+`make bench-model`: forward, backward and AdamW's update, q and v of every layer adapted, or every linear layer where
+the model's name says so; random weights, the backbone's own dropout off. Methods take turns, and a ratio is the median
+over the turns of two times of one turn;
 where methods of a case differ in turns, they were measured in different runs.
 "× LoRA" and "kept × LoRA" are to PEFT's LoRA of the same k, "× official" to the official way of the same form.
 
