@@ -2,7 +2,8 @@
 
 from . import reference
 from ._version import __version__ as __version__
-from .adapt import apply_genft, disabled, explain, merge, remove_genft, set_backend, unmerge
+from .adapt import apply_genft, disabled, merge, remove_genft, unmerge
+from .adapted_model import explain, set_backend
 from .config import GenFTConfig
 from .fidelity import fidelity_report
 from .files.adapter import load_adapter, save_adapter

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -12,40 +11,35 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
-from .arguments import about, check_flag, check_type, warn
+from .adapted_model import (
+    GENERATORS,
+    STATE,
+    Adapted,
+    AdapterState,
+    adapted_layers,
+    adapter_state,
+    check_enabled,
+    is_adapted,
+    layers_of_an_adapted_model,
+    warn_if_tied_again,
+)
+from .arguments import about, check_flag, check_type
 from .config import GenFTConfig, check_config
 from .defaults import settled
 from .experts.layer import GenFTExperts
 from .experts.targets import ExpertTarget, find_expert_targets, make_experts
-from .experts.update import ExpertUpdate
 from .first_forward import FirstForward
 from .frozen_weight import FrozenWeight
 from .generator import GenFTGenerator
 from .heads import warn_of_fresh_heads
 from .instance_forward import carry_instance_forward
 from .matching import FullMatch, full_matches
-from .modules import MORE_BLOCKS, GenFTLinear, MoreBlocks
+from .modules import MORE_BLOCKS, GenFTLinear
 from .parameters import shared_shapes, specific_shapes
 from .quantised_linear import QuantisedGenFTLinear, frozen_dtype, mergeable_layers
-from .saved_modules import beside, check_can_return, keep_untied, let_tie, tied_again, trained_copies
+from .saved_modules import beside, check_can_return, keep_untied, let_tie, trained_copies
 from .targets import Target, find_modules_to_save, find_targets, frozen_weight
-from .units import GenFTUpdate, adapter_dtype
-
-GENERATORS = "genft_generators"
-_STATE = "_genft_state"
-# Layers with a W of their own: a linear layer, or one stacked parameter of experts.
-Adapted = GenFTLinear | ExpertUpdate
-
-
-@dataclasses.dataclass
-class AdapterState:
-    """What an adapted model remembers, so that it can be undone exactly. It is not part of the state dict."""
-
-    config: GenFTConfig
-    required_grad: dict[str, bool]  # by parameter name, as it was before
-    saved_modules: dict[str, nn.Module]  # the originals of `modules_to_save`, by path
-    layers: tuple[str, ...]  # the adapted ones, by path
-    first_forward: FirstForward
+from .units import adapter_dtype
 
 
 def apply_genft(model: nn.Module, config: GenFTConfig, *, backend: str = "auto") -> nn.Module:
@@ -139,7 +133,7 @@ def adapt_as_planned(model: nn.Module, config: GenFTConfig, plan: Plan, backend:
     # Of experts that are disabled the module alone is called.
     called: dict[str, nn.Module] = {**by_name, **{name: update.experts for name, update in updates.items()}}
     watch = FirstForward(model, called, warn_if_tied_again)
-    setattr(model, _STATE, AdapterState(config, required_grad, saved, tuple(by_name), watch))
+    setattr(model, STATE, AdapterState(config, required_grad, saved, tuple(by_name), watch))
 
 
 def remove_genft(model: nn.Module, *, keep_update: bool = False, dequantize: bool = False) -> nn.Module:
@@ -183,36 +177,9 @@ def remove_genft(model: nn.Module, *, keep_update: bool = False, dequantize: boo
         _set_submodule(model, name, beside(original, model.get_submodule(name)))
     let_tie(model)
     delattr(model, GENERATORS)
-    delattr(model, _STATE)
+    delattr(model, STATE)
     _restore_required_grad(model, state.required_grad)
     return model
-
-
-def is_adapted(model: nn.Module) -> bool:
-    """Whether `apply_genft` has been called on this very module."""
-    return _STATE in vars(model)  # not hasattr: wrappers such as torch.compile's answer for what they wrap
-
-
-def adapter_state(model: nn.Module) -> AdapterState:
-    """The state that `apply_genft` left on `model`; RuntimeError if there is none."""
-    check_type("model", model, nn.Module)
-    if not is_adapted(model):
-        raise RuntimeError(
-            "the model has no GenFT adapter: call apply_genft(model, config), and pass that very model, no wrapper"
-        )
-    return vars(model)[_STATE]
-
-
-def check_enabled(model: nn.Module) -> None:
-    """Raise RuntimeError within `disabled(model)`, where the originals stand in for the trained modules."""
-    if not all(layer._enabled for layer in adapted_layers(model).values()):
-        raise RuntimeError("the adapter is disabled: leave the context of disabled(model) first")
-
-
-def adapted_layers(model: nn.Module, remove_duplicate: bool = True) -> dict[str, Adapted]:
-    """The adapted layers by path."""
-    modules = model.named_modules(remove_duplicate=remove_duplicate)
-    return {name: module for name, module in modules if isinstance(module, Adapted)}
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -269,45 +236,6 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
             _set_submodule(model, name, module)
 
 
-def explain(model: nn.Module) -> str:
-    """`backends.explain` for an adapted model, and which of its layers are generated together, or why they are not.
-
-    Raises:
-        RuntimeError: the model has no adapter.
-    """
-    updates = updates_of(model)
-    groups = {id(update.generator.group): update.generator.group for update in updates}
-    weight = updates[0].frozen_weight
-    return backends.explain(weight.device, weight.dtype, groups.values())
-
-
-def set_backend(model: nn.Module, backend: str) -> nn.Module:
-    """Have every adapted layer of `model` compute by `backend` from its next forward on, and return the model.
-
-    Args:
-        model: adapted by `apply_genft` or by PEFT's tuner.
-        backend: "auto", or one by name, which then never becomes another.
-
-    Raises:
-        ValueError: no such backend.
-        RuntimeError: the model has no adapter.
-    """
-    backends.check_name(backend)
-    for update in updates_of(model):
-        update.backend = backend
-    return model
-
-
-def updates_of(model: nn.Module) -> list[GenFTUpdate]:
-    """The generated updates of a model of PEFT's, or of one that `apply_genft` made; RuntimeError if it is neither."""
-    check_type("model", model, nn.Module)
-    if not is_adapted(model):
-        updates = [module for module in model.modules() if isinstance(module, GenFTUpdate)]
-        if of_peft := [update for update in updates if not isinstance(update, (GenFTLinear, MoreBlocks))]:
-            return of_peft
-    return [update for layer in layers_of_an_adapted_model(model).values() for update in layer.updates.values()]
-
-
 class _Generators(nn.ModuleDict):
     """A model's generators, by shape. In an `nn.Sequential`, which calls its children in turn, they change nothing."""
 
@@ -357,31 +285,6 @@ def _merge_layers(layers: Iterable[Adapted]) -> None:
         for layer in done:
             layer.unmerge()
         raise
-
-
-def layers_of_an_adapted_model(model: nn.Module) -> dict[str, Adapted]:
-    state, layers = adapter_state(model), adapted_layers(model)
-    lost = [name for name in state.layers if name not in layers or _has_grown(layers[name])]
-    if lost:
-        raise RuntimeError(
-            f"the adapted layer {lost[0]!r} has been replaced or resized (as resize_token_embeddings does to an output "
-            "layer), and its update does not fit: call remove_genft(model), then apply_genft anew"
-        )
-    return layers
-
-
-def _has_grown(layer: Adapted) -> bool:
-    shape, generator = layer.frozen_weight.shape, layer.generator
-    if len(shape) != 2 or shape[1] != generator.in_features:  # its storage is away, with FSDP for example
-        return False
-    cut = layer.blocks.cut
-    return shape[0] != (generator.out_features * cut if isinstance(cut, int) else sum(cut))
-
-
-def warn_if_tied_again(model: nn.Module) -> None:
-    """Warn of trained modules whose parameters have been replaced by frozen ones, in whatever way."""
-    for name, other in tied_again(model, adapter_state(model).saved_modules).items():
-        warn(f"modules_to_save: {name!r} is tied to {other!r} again, so what was trained is gone, and it is frozen")
 
 
 def _plain(

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .adapt import adapter_state, is_adapted
+from .adapted_model import adapter_state, is_adapted
 from .arguments import check_type, is_finite, shown
 from .generator import GenFTGenerator
 from .matching import upwards

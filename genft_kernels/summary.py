@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from torch import nn
 
-from .adapt import GENERATORS, adapted_layers, adapter_state, is_adapted, updates_of, warn_if_tied_again
+from .adapted_model import (
+    GENERATORS,
+    adapted_layers,
+    adapter_state,
+    is_adapted,
+    updates_of,
+    warn_if_tied_again,
+)
 
 
 class TrainableSummary(dict[str, int]):

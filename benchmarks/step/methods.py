@@ -13,7 +13,7 @@ from benchmarks.layer.genft import official_linear
 from benchmarks.measure.environment import version
 from benchmarks.step.models import SEED
 from genft_kernels import GenFTConfig, GenFTLinear, accumulate, apply_genft, reference
-from genft_kernels.adapt import adapted_layers
+from genft_kernels.adapted_model import adapted_layers
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from benchmarks.measure import timing
 from benchmarks.measure.gate import WrongResult
 from benchmarks.step.methods import Method, trained
 from benchmarks.step.models import StepCase, output_grad
-from genft_kernels.adapt import adapted_layers
+from genft_kernels.adapted_model import adapted_layers
 from genft_kernels.sharing import node as generation
 
 # How far gradients in float64 may be off: the same sums in another order.

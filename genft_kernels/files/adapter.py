@@ -12,17 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
-from ..adapt import (
+from ..adapt import Plan, adapt_as_planned, plan, remove_genft
+from ..adapted_model import (
     GENERATORS,
-    Plan,
-    adapt_as_planned,
     adapted_layers,
     adapter_state,
     check_enabled,
     is_adapted,
     layers_of_an_adapted_model,
-    plan,
-    remove_genft,
     set_backend,
 )
 from ..arguments import check_type, warn

@@ -17,7 +17,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ..adapt import Adapted, adapted_layers, adapter_state, check_enabled
+from ..adapted_model import (
+    Adapted,
+    adapted_layers,
+    adapter_state,
+    check_enabled,
+)
 from ..arguments import check_type, is_finite
 from ..experts.update import ExpertUpdate
 from ..matching import Names

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapt import adapted_layers, merge, remove_genft
+from ..adapt import merge, remove_genft
+from ..adapted_model import adapted_layers
 from ..experts.update import ExpertUpdate
 from .lora_experts import lora_names
 

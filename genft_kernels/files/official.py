@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..adapt import GENERATORS
+from ..adapted_model import GENERATORS
 from ..arguments import is_finite, is_integer, shown
 from ..checks import SUPPORTED_DTYPES
 from ..config import GenFTConfig

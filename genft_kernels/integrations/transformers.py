@@ -12,7 +12,7 @@ from torch.utils import _pytree
 from transformers import Trainer, TrainerCallback
 
 from .. import _torch_private
-from ..adapt import is_adapted
+from ..adapted_model import is_adapted
 from ..files.adapter import load_adapter, save_adapter
 from ..files.sharded import any_sharded
 from ..sharing.accumulate import Accumulation

@@ -22,7 +22,7 @@ from benchmarks.step import methods, models
 from benchmarks.step.methods import METHODS
 from benchmarks.step.models import MODELS, StepCase, default_cases
 from benchmarks.step.training import Step, check
-from genft_kernels.adapt import adapted_layers
+from genft_kernels.adapted_model import adapted_layers
 from tests.helpers import small_benchmarks
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from genft_kernels import GenFTConfig
-from genft_kernels.adapt import adapted_layers
+from genft_kernels.adapted_model import adapted_layers
 from genft_kernels.experts.update import ExpertUpdate
 from genft_kernels.parameters import GeneratorParameters
 from genft_kernels.reference import delta_weight

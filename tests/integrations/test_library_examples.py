@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from genft_kernels import GenFTConfig, apply_genft
-from genft_kernels.adapt import adapted_layers, adapter_state
+from genft_kernels.adapted_model import adapted_layers, adapter_state
 from tests.helpers.without_torchvision import import_timm
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import nn
 
 from genft_kernels import GenFTConfig, apply_genft, load_adapter, save_adapter
-from genft_kernels.adapt import adapted_layers, adapter_state
+from genft_kernels.adapted_model import adapted_layers, adapter_state
 from genft_kernels.config import QUERY_AND_VALUE_NAMES
 from genft_kernels.defaults import BY_MODEL_TYPE
 from genft_kernels.foreign_settings import HINTS

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from genft_kernels import GenFTConfig, apply_genft, load_adapter, save_adapter, set_backend
-from genft_kernels.adapt import adapted_layers
+from genft_kernels.adapted_model import adapted_layers
 
 CONFIG = GenFTConfig(shared_dim=3, specific_dim=2, zero_delta=False, target_modules=["0", "2"])
 X = torch.randn(5, 8, generator=torch.Generator().manual_seed(3))

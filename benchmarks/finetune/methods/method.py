@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from genft_kernels import parameter_groups
-from genft_kernels.adapt import adapted_layers
+from genft_kernels.adapted_model import adapted_layers
 
 from ..tasks.problem import Problem
 
