@@ -90,6 +90,8 @@ def _one_of_each_shape(model: nn.Module) -> list[GenFTUpdate]:
     for module in model.modules():
         if isinstance(module, GenFTUpdate) and module.backend == "auto" and not module.merged:
             weight = module.stored_weight
+            if len(weight.shape) != 2:  # stacked experts, whose products are those of `linear` for each
+                continue
             key = weight.device, weight.dtype, weight.shape, module.blocks, module.config
             found.setdefault(str(key), module)
     if not found:
