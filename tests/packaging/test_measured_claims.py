@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.finetune.table import difference
 from benchmarks.measure.rows import RESULTS, read_rows
 from benchmarks.report import six_bars
 
 ROOT = Path(__file__).parents[2]
-CPU, GPU = "intel-xeon-processor-2-threads", "nvidia-h200"
+CPU, ACCURACY, GPU = "intel-xeon-processor-2-threads", "intel-xeon-processor-1-threads", "nvidia-h200"
 BACKENDS, BACKENDS_PAGE = ("eager", "triton", "cuda"), "docs/backends.md"
 
 
@@ -163,6 +164,16 @@ def test_gpu_table(form):
         times = [f"{row['time_ms']['both'][1]:.2f}" if row else "–" for row in (rows[provider], given)]
         gain = rows[provider]["gain"]
         said(f"| {title} | {times[0]} | {times[1]} | {f'{gain[0]:.2f}' if gain else '–'} |", BACKENDS_PAGE)
+
+
+def test_accuracy():
+    rows = [row for row in read_rows(RESULTS / ACCURACY / "finetune.jsonl") if row["task"] == "trec-6"]
+    fast, lora = ([row for row in rows if row["method"] == name] for name in ("fast", "lora"))
+    seeds = {row["seed"] for row in fast} & {row["seed"] for row in lora}
+    means = [sum(row["score"][-1] for row in same if row["seed"] in seeds) / len(seeds) for same in (fast, lora)]
+    level = f"over {len(seeds)} seeds `fast` has {means[0]:.3f} and LoRA of rank 8 {means[1]:.3f}"
+    said(f"{level}, mean difference {difference(fast, lora)}", "docs/using.md")
+    assert {row["size"] for row in fast + lora} == {73_728} and {row["scale"] for row in lora} == {0.25}
 
 
 def test_learning_rates():
