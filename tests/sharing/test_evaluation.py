@@ -116,6 +116,14 @@ def test_a_backend_that_does_not_exist_is_refused_as_ever(layer):
         layer(torch.randn(3, 16))
 
 
+def test_another_backend_generates_for_itself(layer, monkeypatch):
+    x, found = torch.randn(3, 16), taken(monkeypatch)
+    layer.backend = "eager"
+    for _ in range(2):
+        layer(x)
+    assert found == [False, True] and layer.generator.group.generations == 2
+
+
 def test_forward_mode_is_refused_as_ever(layer):
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
         layer(torch.randn(3, 16))
