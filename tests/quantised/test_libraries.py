@@ -34,7 +34,8 @@ FORMS = {"factored": {}, "tiled": {"outer_activation": "leaky_relu"}}
 
 
 def config(**settings):
-    return GenFTConfig.preset("fast-both", shared_dim=4, specific_dim=2, target_modules=list(TARGETS), **settings)
+    settings = {"shared_dim": 4, "specific_dim": 2, "target_modules": list(TARGETS), **settings}
+    return GenFTConfig.preset("fast-both", **settings)
 
 
 def step(model):
@@ -164,6 +165,15 @@ def test_prepare_model_for_kbit_training_may_come_before(kind, reentrant):
     assert all(grad.isfinite().all() and grad.abs().sum() > 0 for grad in plain.values())
     for name, grad in plain.items():
         assert torch.allclose(checkpointed[name], grad, rtol=0.05, atol=0.05 * grad.abs().max().item())
+
+
+@pytest.mark.parametrize("kind", ["bitsandbytes-4bit", "torchao-int8", "hqq"])
+def test_quantised_layer_compiles_to_one_graph(kind):
+    layer = nn.ModuleDict({"q_proj": KINDS[kind](torch.float32).model.layers[0].self_attn.q_proj})
+    query = apply_genft(layer, config(target_modules=["q_proj"]))["q_proj"]
+    x = torch.randn(3, 128)
+    y = query(x)
+    assert torch.allclose(torch.compile(query, backend="aot_eager", fullgraph=True)(x), y, atol=1e-6)
 
 
 # --- what torchao may do ---------------------------------------------------------------------------------------------
