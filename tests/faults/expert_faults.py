@@ -188,6 +188,13 @@ FAULTS = [
         ADAPTER,
     ),
     Fault(
+        "experts: disabled ones stay merged",
+        f"{ROOM}/update.py",
+        "return self.weight if self._enabled else self.stored_weight",
+        "return self.weight",
+        ADAPTER,
+    ),
+    Fault(
         "experts: parameters of a copy are another's",
         f"{ROOM}/layer.py",
         '_SHARED = ("_parameters", ',
