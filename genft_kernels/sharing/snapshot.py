@@ -37,11 +37,11 @@ class Snapshot:
         """Of `thin` tensors, and of a frozen `weight`; with `values`, where they can be compared at once."""
         thin = list(thin)
         self._states = _states(thin if weight is None else [weight, *thin])
-        compared = [tensor for tensor in thin if values and compares_at_once(tensor.device)]
-        dense = [tensor for tensor in compared if tensor.is_contiguous()]
+        compared = {i: tensor for i, tensor in enumerate(thin) if values and compares_at_once(tensor.device)}
+        dense = [tensor for tensor in compared.values() if tensor.is_contiguous()]
         self._memory = [(t.data_ptr(), ctypes.string_at(t.data_ptr(), t.nbytes), t.nbytes) for t in dense]
         # Others are compared by copies, which takes longer.
-        self._strided = [(i, t.detach().contiguous()) for i, t in enumerate(compared) if not t.is_contiguous()]
+        self._strided = [(i, t.detach().contiguous()) for i, t in compared.items() if not t.is_contiguous()]
         sampled = weight if values and weight is not None and compares_at_once(weight.device) else None
         self._sample = None if sampled is None else _Elements(sample(sampled))
 

@@ -105,8 +105,8 @@ FAULTS = [
     Fault(
         "snapshot: values of a strided tensor not compared",
         "genft_kernels/sharing/snapshot.py",
-        "for index, then in self._strided:",
-        "for index, then in ():",
+        "for index, copy in self._strided:",
+        "for index, copy in ():",
         EVALUATION,
     ),
     Fault(
