@@ -126,7 +126,7 @@ FAULTS = [
         TUNER,
     ),
     Fault(
-        "peft: another adapter trains once one is added",
+        "peft: shared tensors do not train",
         f"{PEFT}/model.py",
         "            parameter.requires_grad_(train)",
         "            pass",
