@@ -120,8 +120,8 @@ FAULTS = [
     Fault(
         "tracing: what is at hand becomes a constant",
         "genft_kernels/together.py",
-        "    if torch.jit.is_tracing():\n",
-        "    if False:\n",
+        "    if torch.jit.is_tracing():",
+        "    if False:",
         EXPORTS,
     ),
     Fault(
