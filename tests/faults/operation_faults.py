@@ -61,9 +61,8 @@ FAULTS = [
     Fault(
         "factored: a bias of 16 bits before the big product",
         BACKENDS + "eager/linear.py",
-        "    y.addmm_(tokens, weight.t())",
-        "    y = y.add_(bias).addmm_(tokens, weight.t()).sub_(bias) if bias is not None and is_16_bit(y) else "
-        "y.addmm_(tokens, weight.t())",
+        "scale).addmm_(tokens, weight.t())",
+        "scale).add_(0 if bias is None else bias).addmm_(tokens, weight.t()).sub_(0 if bias is None else bias)",
         EAGER,
     ),
     Fault(
@@ -132,8 +131,8 @@ FAULTS = [
     Fault(
         "eager: update added to a rounded y",
         BACKENDS + "eager/linear.py",
-        "    y.addmm_(tokens, weight.t())",
-        "    y.add_(tokens @ weight.t())",
+        "scale).addmm_(tokens, weight.t())",
+        "scale).add_(tokens @ weight.t())",
         EAGER,
     ),
     Fault(
