@@ -225,18 +225,18 @@ def test_shipped_kernels_fit_a_card():
     """A sample of the test below: every kernel once."""
     from benchmarks.compiled.triton_report import faults, rows_of
 
-    rows = list(rows_of(torch.bfloat16, 37, ["sm_90"], once=True))
+    rows = list(rows_of(torch.bfloat16, 32, ["sm_90"], once=True))
     assert len(rows) == 7 and not [fault for row in rows for fault in faults(row)]
 
 
 @compiled
 @pytest.mark.slow
 def test_shipped_kernels_fit_the_cards():
-    """No spill, shared memory within the limit, wgmma in the sm_90 matrix kernels; sm_100 and gfx942 compile."""
+    """What `faults` names is in none of them for sm_80, sm_89 and sm_90; sm_100 and gfx942 compile."""
     from benchmarks.compiled.triton_report import faults, rows_of
 
     seen = set()
-    for row in rows_of(torch.bfloat16, 48, ["sm_80", "sm_90"]):
+    for row in rows_of(torch.bfloat16, 32, ["sm_80", "sm_89", "sm_90"]):
         assert not list(faults(row)), row
         seen.add(row["kernel"])
     assert len(seen) == 7
