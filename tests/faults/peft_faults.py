@@ -170,13 +170,6 @@ FAULTS = [
         TUNER,
     ),
     Fault(
-        "peft: a parameter dictionary's items",
-        f"{PEFT}/layer.py",
-        "getattr(container, key)",
-        "container[key]",
-        TUNER,
-    ),
-    Fault(
         "peft: no word on an adapter beside a model",
         f"{PEFT}/config.py",
         'if (Path(save_directory) / "config.json").exists():',
