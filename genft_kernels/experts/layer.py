@@ -45,7 +45,6 @@ class GenFTExperts(MarksMerged, nn.Module):
 
     def adapt(self, name: str, layout: Layout, generator: GenFTGenerator, backend: str) -> ExpertUpdate:
         """Give the stacked parameter `name` an update."""
-        getattr(self, name).requires_grad_(False)
         update = ExpertUpdate(self, name, layout, generator, backend).train(self.training)
         self.add_module(update_name(name), update)
         return update

@@ -153,13 +153,6 @@ FAULTS = [
         ADAPTER,
     ),
     Fault(
-        "experts: the parameter trains as well",
-        f"{ROOM}/layer.py",
-        "        getattr(self, name).requires_grad_(False)\n",
-        "",
-        ADAPTER,
-    ),
-    Fault(
         "experts: merging loses W",
         f"{ROOM}/update.py",
         'self.__dict__["_unmerged"] = frozen',
