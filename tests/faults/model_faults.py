@@ -70,7 +70,7 @@ FAULTS = [
     Fault(
         "source: computed tensors taken for parameters",
         "genft_kernels/sharing/source.py",
-        "if not isinstance(tensor, nn.Parameter):",
+        "if not isinstance(tensor, nn.Parameter) and not (tensor is self.weight and quantised):",
         "if False:",
         CHANGED,
     ),
@@ -203,8 +203,8 @@ FAULTS = [
     Fault(
         "watch: a device's answer never read",
         "genft_kernels/sharing/cache.py",
-        "and self._watch.changed():",
-        "and self._watch.changed() is None:",
+        "and self.watch.changed():",
+        "and self.watch.changed() is None:",
         STALE,
     ),
     Fault(
