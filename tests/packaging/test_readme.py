@@ -34,7 +34,8 @@ def test_the_python_blocks_run(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "timm", types.SimpleNamespace(create_model=vision_transformer))
     monkeypatch.setattr(nn.Module, "to", lambda module, device: module)
     monkeypatch.chdir(tmp_path)
-    text, vision, gpu = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    text, vision = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (gpu,) = re.findall(r'`(apply_genft\(model\.to\("cuda"\).*?)`', README)
     names = {}
     exec(text, names)
     batch = torch.randint(3, 50, (2, 6))
