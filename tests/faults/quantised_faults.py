@@ -2,10 +2,12 @@
 
 from tests.faults.planting import Fault
 
+FILES = [f"tests/quantised/test_{name}.py" for name in ("frozen_weight", "quantised_states", "quantised_refusals")]
+
 
 def of(words: str) -> list[str]:
     """The tests with these words in their names."""
-    return ["tests/quantised/test_frozen_weight.py", "-k", words]
+    return [*FILES, "-k", words]
 
 
 KEPT = of("dequantisations or kept or one_weight or flop or together")

@@ -12,6 +12,8 @@ from torch import nn
 from genft_kernels import GenFTConfig, apply_genft, register_frozen_weight
 from tests.helpers.tiny_models import Encoder
 
+TOKENS = torch.arange(12).reshape(3, 4)
+
 
 class Int8Linear(nn.Module):
     """W in bytes, with a scale a row."""
@@ -109,3 +111,23 @@ def share_units(model: nn.Module, twin: nn.Module) -> None:
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     """Those of what trains, by name."""
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+
+
+def config(**settings) -> GenFTConfig:
+    return GenFTConfig(**{"shared_dim": 3, "specific_dim": 2, "zero_delta": False, **settings})
+
+
+def step(model, tokens=TOKENS):
+    """(the output, gradients by name) of a training step."""
+    torch.manual_seed(1)
+    model.zero_grad()
+    y = model.train()(tokens)
+    (y * torch.linspace(-1, 1, y.numel()).reshape(y.shape)).sum().backward()
+    return y, gradients(model)
+
+
+def assert_same(model, twin):
+    (y, mine), (expected, theirs) = step(model), step(twin)
+    assert torch.equal(y, expected)
+    assert set(mine) == set(theirs) and mine
+    assert {name for name in mine if not torch.equal(mine[name], theirs[name])} == set()

@@ -1,0 +1,150 @@
+"""Which quantised layers are adapted and which are refused, and what is registered."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from genft_kernels import (
+    GenFTGenerator,
+    GenFTLinear,
+    apply_genft,
+    register_frozen_weight,
+)
+from tests.helpers.quantised_layers import (
+    Int8Linear,
+    Unreadable,
+    config,
+    quantised,
+    registered,
+    step,
+)
+from tests.helpers.tiny_models import Encoder
+
+
+@pytest.fixture(autouse=True)
+def dequantisations():
+    return registered()
+
+
+def named(module_name: str) -> nn.Module:
+    """A layer whose class says that it comes from a library."""
+    kind = type("QuantLinear", (Unreadable,), {"__module__": module_name, "forward": Unreadable.forward})
+    return kind(nn.Linear(8, 8))
+
+
+@pytest.mark.parametrize(
+    ("library", "method"),
+    [
+        ("gptqmodel.nn_modules", "GPTQ"),
+        ("auto_gptq.qlinear", "GPTQ"),
+        ("awq.modules", "AWQ"),
+        ("aqlm.inference", "AQLM"),
+        ("eetq.modules", "EETQ"),
+    ],
+)
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+def test_kinds_without_a_way_to_dequantise_are_refused(library, method, targets, monkeypatch):
+    from genft_kernels import frozen_weight
+
+    monkeypatch.setattr(frozen_weight, "_registered", {})
+    monkeypatch.setattr(frozen_weight, "_found", {})
+    model = Encoder()
+    model.layers[1].attention.query = named(library)
+    before = dict(model.named_modules())
+    with pytest.raises(TypeError, match=rf"'layers.1.attention.query': QuantLinear cannot be adapted: {method}"):
+        apply_genft(model, config(target_modules=targets))
+    assert dict(model.named_modules()) == before
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda layer: None, "must become dense as a floating-point matrix"),
+        (lambda layer: layer.codes, "got torch.int8"),
+        (lambda layer: layer.scale[:, 0], r"of shape \(8,\)"),
+        (lambda layer: [][0], "cannot be made dense: list index out of range"),
+    ],
+)
+def test_a_weight_that_does_not_become_dense_is_refused_at_apply(made, message):
+    register_frozen_weight(Int8Linear, dense=made)
+    model = quantised(Encoder())
+    with pytest.raises(TypeError, match=rf"'layers.0.attention.query': Int8Linear.*{message}"):
+        apply_genft(model, config())
+    assert isinstance(model.layers[0].attention.query, Int8Linear)
+
+
+def test_a_quantised_weight_without_values_is_refused():
+    model = quantised(Encoder())
+    model.layers[0].attention.query.to("meta")
+    with pytest.raises(ValueError, match="'layers.0.attention.query': Int8Linear is on the meta device"):
+        apply_genft(model, config())
+
+
+class Packed(torch.Tensor):
+    """A weight of a class of its own that nothing is known of."""
+
+
+def test_a_weight_of_an_unknown_class_is_refused_at_apply():
+    model = Encoder()
+    query = model.layers[0].attention.query
+    query.weight = nn.Parameter(query.weight.data.as_subclass(Packed), requires_grad=False)
+    with pytest.raises(TypeError, match="Linear of Packed cannot be adapted.*register_frozen_weight"):
+        apply_genft(model, config())
+
+
+def test_an_adapted_layer_is_not_quantised():
+    register_frozen_weight(Packed, dense=lambda layer: layer.weight.as_subclass(torch.Tensor))
+    model = apply_genft(Encoder(), config())
+    query = model.layers[0].attention.query
+    weight = query.weight
+    with pytest.raises(TypeError, match="quantise the model first, then call apply_genft"):
+        query.weight = nn.Parameter(weight.data.as_subclass(Packed), requires_grad=False)
+    assert query.weight is weight
+
+
+def test_a_kind_is_known_by_its_weights_class():
+    register_frozen_weight("Packed", dense=lambda layer: layer.weight.as_subclass(torch.Tensor))
+    torch.manual_seed(0)
+    model = Encoder()
+    query = model.layers[0].attention.query
+    query.weight = nn.Parameter(query.weight.data.as_subclass(Packed), requires_grad=False)
+    apply_genft(model, config())
+    step(model)
+    assert model.layers[0].attention.query.base_layer is query
+
+
+def test_register_frozen_weight_refuses_what_means_every_layer():
+    for kind in (nn.Linear, nn.Module, torch.Tensor, "Linear"):
+        with pytest.raises(ValueError, match="layers of all kinds"):
+            register_frozen_weight(kind, dense=lambda layer: layer.weight)
+    with pytest.raises(TypeError, match="kind must be a type or str"):
+        register_frozen_weight(3, dense=lambda layer: layer.weight)
+    with pytest.raises(TypeError, match="dense must be a function"):
+        register_frozen_weight(Int8Linear, dense=torch.ones(1))
+
+
+def test_the_last_registration_counts():
+    calls = []
+    register_frozen_weight("Int8Linear", dense=lambda layer: calls.append(layer) or layer.codes * layer.scale)
+    apply_genft(quantised(Encoder()), config())
+    assert calls
+
+
+def test_a_single_layer_can_be_adapted():
+    layer = GenFTLinear.from_linear(Int8Linear(nn.Linear(6, 5)), GenFTGenerator(6, 5, config()))
+    x = torch.randn(2, 6)
+    weight = (layer.base_layer.codes * layer.base_layer.scale) + layer.delta_weight()
+    assert torch.allclose(layer(x), F.linear(x, weight, layer.bias), atol=1e-6)
+    assert "Int8Linear" in repr(layer)
+
+
+def test_the_layers_compute_dtype_is_kept():
+    linear = Int8Linear(nn.Linear(6, 5))
+    linear.compute_dtype = torch.bfloat16
+    layer = GenFTLinear.from_linear(linear, GenFTGenerator(6, 5, config()))
+    x = torch.randn(2, 6)
+    y = layer(x)
+    assert y.dtype == torch.float32
+    del linear.compute_dtype
+    assert torch.equal(y, layer(x.bfloat16()).float())
