@@ -1,8 +1,10 @@
 // One pass over a tile of an update on a CPU: activation and slope, dropout, scale and rounding together.
 // genft_kernels/backends/eager/cpu_pass.py compiles this file at its first use and calls it by ctypes.
+#include <dlfcn.h>
+
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
-#include <functional>
 #include <thread>
 #include <vector>
 
@@ -176,14 +178,37 @@ void pass_of_dtype(const Tile& tile, int64_t first, int64_t last) {
 }  // namespace
 }  // namespace genft::cpu
 
+// PyTorch's own threads, where they are OpenMP's: while they wait for its next operation they spin, and others would
+// have to share their cores. Null where there are none.
+using InParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+static InParallel pytorchs_threads() {
+    static const auto found = reinterpret_cast<InParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    return found;
+}
+
+struct Shares {
+    const Tile& tile;
+    const int64_t blocks, share;
+    std::atomic<int64_t> next{0};
+
+    static void take(void* self) {
+        auto& shares = *static_cast<Shares*>(self);
+        for (int64_t first; (first = shares.next.fetch_add(shares.share)) < shares.blocks;) {
+            genft::cpu::pass_of_dtype(shares.tile, first, std::min(first + shares.share, shares.blocks));
+        }
+    }
+};
+
 // The result does not depend on the number of threads.
 extern "C" void genft_update_tile(const Tile* tile, int threads) {
     const int64_t blocks = (tile->tile_rows + genft::cpu::kBlockRows - 1) / genft::cpu::kBlockRows;
-    const int64_t share = std::max<int64_t>(1, (blocks + threads - 1) / threads);
-    std::vector<std::thread> others;
-    for (int64_t first = share; first < blocks; first += share) {
-        others.emplace_back(genft::cpu::pass_of_dtype, std::cref(*tile), first, std::min(first + share, blocks));
+    Shares shares{*tile, blocks, std::max<int64_t>(1, (blocks + threads - 1) / threads)};
+    if (const InParallel in_parallel = pytorchs_threads(); in_parallel != nullptr && threads > 1) {
+        return in_parallel(Shares::take, &shares, unsigned(threads), 0);
     }
-    genft::cpu::pass_of_dtype(*tile, 0, std::min(share, blocks));
+    std::vector<std::thread> others;
+    for (int thread = 1; thread < threads; ++thread) others.emplace_back(Shares::take, &shares);
+    Shares::take(&shares);
     for (std::thread& other : others) other.join();
 }
