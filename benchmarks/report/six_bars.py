@@ -10,7 +10,7 @@ from benchmarks.report import layer_tables, step_tables
 from benchmarks.report.tables import markdown
 from benchmarks.step.methods import lora_of
 
-STEP_PRESET = "fast-both"
+STEP_PRESET = "fast"
 
 
 @dataclasses.dataclass(frozen=True)
