@@ -14,7 +14,7 @@ def planted(what: str, file: str, old: str, new: str, tests: list[str] = TESTS) 
 
 FAULTS = [
     planted("words of a block in another order", PASS, "words[j][lane] >=", "words[3 - j][lane] >="),
-    planted("a later thread one block too late", PASS, "cref(*tile), first,", "cref(*tile), first + 1,"),
+    planted("a thread's last block left out", PASS, "shares.share, shares.blocks)", "shares.share, shares.blocks) - 1"),
     planted("the rest of a row left out", PASS, "column < tile.columns;", "column + kLanes <= tile.columns;"),
     planted("rows past the tile's last", PASS, "std::min(top + kBlockRows, tile.tile_rows)", "top + kBlockRows"),
     planted("gradient without the mask", PASS, "if (tile.grad && tile.drops)", "if (false)"),
