@@ -48,7 +48,8 @@ def activation_backward_(name: str, grad: torch.Tensor, z: torch.Tensor) -> torc
     return grad if name == "identity" else _gradient(name, grad, z, grad)
 
 
-def _gradient(name: str, grad: torch.Tensor, z: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def _gradient(name: str, grad: torch.Tensor, z: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
+    assert z is not None  # only the identity needs none
     match name:
         case "relu":
             return _aten.threshold_backward.grad_input(grad, z, 0, grad_input=out)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -16,6 +17,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from .arguments import warn
 from .generator import GenFTGenerator
 from .sharing.cache import all_groups
+
+if TYPE_CHECKING:
+    from .units import GenFTUpdate
 
 # Steps on layers' own units since the last one on their generator. Two optimizers may step in turn, so one is no sign.
 _steps_without: weakref.WeakKeyDictionary[GenFTGenerator, int] = weakref.WeakKeyDictionary()
@@ -30,7 +34,7 @@ def watch_optimizers() -> None:
 def _after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
     stepped = {id(parameter) for part in optimizer.param_groups for parameter in part["params"]}
     for group in all_groups():
-        layers = group.layers
+        layers = cast("list[GenFTUpdate]", group.layers)  # nothing else has a group
         if not layers:
             continue
         generator = layers[0].generator

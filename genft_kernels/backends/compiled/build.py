@@ -56,7 +56,7 @@ class Recipe:
             lines = files["build.txt"].decode().splitlines()
         except (OSError, KeyError) as error:
             raise BuildError(f"the sources of the CUDA kernels are not in {folder}: {error}") from error
-        found = {key: [] for key in ("module", "binding", "kernel", "arch", "flag", "strict")}
+        found: dict[str, list[str]] = {key: [] for key in ("module", "binding", "kernel", "arch", "flag", "strict")}
         for line in lines:
             if line.strip() and not line.startswith("#"):
                 key, _, value = line.partition(" ")
@@ -67,8 +67,9 @@ class Recipe:
             raise BuildError(f"{folder / 'build.txt'} must name one module and one binding")
         if missing := {*found["kernel"], *found["binding"]} - set(files):
             raise BuildError(f"{folder / 'build.txt'} names {', '.join(sorted(missing))}, which does not exist")
-        (module,), (binding,), *lists = found.values()
-        return cls(module, binding, *map(tuple, lists), files)
+        (module,), (binding,) = found["module"], found["binding"]
+        kernels, archs, flags, strict = (tuple(found[key]) for key in ("kernel", "arch", "flag", "strict"))
+        return cls(module, binding, kernels, archs, flags, strict, files)
 
     def digest(self) -> str:
         """SHA-256 of all sources, headers and flags."""
@@ -101,12 +102,12 @@ def find_nvcc() -> Nvcc:
         if not path.is_file():
             raise BuildError(f"CUDA_HOME is {home}, but {path} does not exist")
         return Nvcc(path, "CUDA_HOME")
-    if path := shutil.which("nvcc"):
-        return Nvcc(Path(path).absolute(), "PATH")
+    if on_path := shutil.which("nvcc"):
+        return Nvcc(Path(on_path).absolute(), "PATH")
     if SYSTEM_NVCC.is_file():
         return Nvcc(SYSTEM_NVCC, "the toolkit's usual folder")
     packages = importlib.util.find_spec("nvidia")
-    for folder in packages.submodule_search_locations if packages else ():
+    for folder in (packages and packages.submodule_search_locations) or ():
         for path in sorted(Path(folder).glob("cu*/bin/nvcc"), reverse=True):
             return Nvcc(path, "the pip package nvidia-cuda-nvcc")
     raise BuildError(

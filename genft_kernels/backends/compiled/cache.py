@@ -164,8 +164,8 @@ def _load(folder: Path, library: Library) -> Any:
 
 def _compile(folder: Path, library: Library) -> None:
     """Compile an entry, readable by others as the umask says, in a folder that nobody else can look into."""
-    path, options = folder / f"{library.entry}.so", {"suffix": ".building", "ignore_cleanup_errors": True}
-    with tempfile.TemporaryDirectory(prefix=f"{library.name}-", dir=folder, **options) as staging:
+    path = folder / f"{library.entry}.so"
+    with tempfile.TemporaryDirectory(".building", f"{library.name}-", folder, ignore_cleanup_errors=True) as staging:
         compiled = library.compile(Path(staging))
         if not compiled.is_file():
             raise BuildError(f"the compiler said nothing and wrote no {compiled.name}")

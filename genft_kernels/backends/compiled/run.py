@@ -22,17 +22,17 @@ def run(who: str, command: Sequence[str | Path], limit: float, folder: Path | No
     Raises:
         BuildError: `who` cannot be run, failed, or was not done in `limit` seconds, when all its processes are killed.
     """
-    options = {"cwd": folder, "env": {**os.environ, "TMPDIR": "."}} if folder else {}
     try:
         process = subprocess.Popen(
             command,
+            cwd=folder,
+            env={**os.environ, "TMPDIR": "."} if folder else None,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             encoding="utf-8",
             errors="replace",
             start_new_session=True,
-            **options,
         )
     except OSError as error:
         raise BuildError(f"{who} cannot be run: {error}") from error
