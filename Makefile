@@ -76,15 +76,15 @@ fuzz: env
 
 # Planted faults: each must turn a test red.
 mutations: env
-	$(BIN)/python -m tests.faults.mutations
+	$(BIN)/python -m tests.faults.mutations $(ARGS)
 
 # The same in the CUDA kernels, which g++ compiles and the CPU runs.
 cuda-faults: env
-	$(BIN)/python -m tests.faults.cuda_faults
+	$(BIN)/python -m tests.faults.cuda_faults $(ARGS)
 
 # How many of those in the kernels the gate of backend="auto" rejects: 19 of 20 at least.
 gate-faults: env
-	$(BIN)/python -m tests.faults.gate_faults
+	$(BIN)/python -m tests.faults.gate_faults $(ARGS)
 
 # mypy, strict; .ci/types.txt has the errors of old files, which may only become fewer.
 types: env

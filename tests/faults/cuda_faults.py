@@ -1,8 +1,7 @@
 """`make cuda-faults`: the faults that CUDA kernels are prone to, planted one at a time and run on the CPU host.
 
 Every barrier, every wait for copies and every edge mask in `csrc/` is taken away in turn, found by its text; beside
-them stand wrong fragments, counters, streams and strides. Exits with 1 if one survives. Arguments: words of the faults
-wanted, such as a file's name.
+them stand wrong fragments, counters, streams and strides. Exits with 1 if one survives. Arguments: `--help` lists them.
 """
 
 from __future__ import annotations
@@ -14,11 +13,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 
 import pytest
 
 from tests import cuda_host
-from tests.faults.planting import ROOT, Fault, plant
+from tests.faults.planting import ROOT, SECONDS, Fault, main
 
 CSRC = "csrc/"
 KERNELS = "tests/backends/test_cuda_kernels.py"
@@ -191,22 +191,31 @@ WRONG = [
 
 
 def run_in_fork(folder: pathlib.Path, tests: list[str]) -> subprocess.CompletedProcess:
-    """pytest on this project's `tests` with the kernels of `folder`; torch need not be imported each time."""
+    """pytest on this project's `tests` with the kernels of `folder`."""
+    return on_host(folder, lambda: pytest.main(["-q", "-x", "-p", "no:cacheprovider", *tests]))
+
+
+def on_host(folder: pathlib.Path, judge: Callable[[], int]) -> subprocess.CompletedProcess:
+    """`judge` in a fork, where the CUDA host has the kernels of `folder`; torch need not be imported each time."""
     with tempfile.TemporaryFile("w+") as output:
         child = os.fork()
         if child == 0:
             os.dup2(output.fileno(), 1)
             os.dup2(output.fileno(), 2)
-            signal.alarm(900)  # a fault may let a kernel wait for ever
+            signal.alarm(SECONDS)
             cuda_host.CSRC, cuda_host.CACHE = folder / "csrc", folder / "build"
-            os._exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *tests]))
+            try:
+                os._exit(judge())
+            except BaseException as reason:
+                print(reason, flush=True)
+                os._exit(1)
         _, status = os.waitpid(child, 0)
         output.seek(0)
-        return subprocess.CompletedProcess(tests, os.waitstatus_to_exitcode(status), output.read())
+        return subprocess.CompletedProcess([], os.waitstatus_to_exitcode(status), output.read())
 
 
 FAULTS = [*BARRIERS, *WAITS, *EDGES, *WRONG]
 
 
 if __name__ == "__main__":
-    sys.exit(plant([fault for fault in FAULTS if " ".join(sys.argv[1:]) in fault.what], run_in_fork))
+    sys.exit(main(FAULTS, run_in_fork))

@@ -1,7 +1,7 @@
 """`make mutations`: plant one fault at a time in a copy of the package, and see that a test turns red.
 
-Exits with 1 if a fault survives, or if its text is no longer there. The unchanged copy must pass first. Arguments:
-words of the faults wanted.
+Exits with 1 if a fault survives, if its text is no longer there, or if the unchanged copy fails its tests. Arguments:
+`--help` lists them.
 """
 
 import sys
@@ -20,7 +20,7 @@ from tests.faults import (
     quantised_faults,
     settings_faults,
 )
-from tests.faults.planting import plant
+from tests.faults.planting import main
 
 FAULTS = [
     fault
@@ -42,4 +42,4 @@ FAULTS = [
 ]
 
 if __name__ == "__main__":
-    sys.exit(plant([fault for fault in FAULTS if " ".join(sys.argv[1:]) in fault.what]))
+    sys.exit(main(FAULTS))
