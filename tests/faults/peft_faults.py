@@ -7,6 +7,7 @@ FIDELITY = ["tests/files/test_fidelity.py"]
 TUNER = [
     f"tests/integrations/test_peft{name}.py" for name in ("", "_several", "_merging", "_refusals", "_transformers")
 ]
+SWAP = ["tests/integrations/test_peft_swap.py"]
 FILES = ["tests/integrations/test_peft_files.py"]
 PEFT = "genft_kernels/integrations/peft"
 
@@ -172,14 +173,42 @@ FAULTS = [
     Fault(
         "peft: no word on an adapter beside a model",
         f"{PEFT}/config.py",
-        'if (Path(save_directory) / "config.json").exists():',
+        'if (folder / "config.json").exists():',
         "if False:",
         TUNER,
     ),
     Fault(
+        "peft: an adapter of other settings takes one's place",
+        f"{PEFT}/swap.py",
+        '        raise ValueError(f"the adapter in {directory} has other settings',
+        '        str(f"the adapter in {directory} has other settings',
+        SWAP,
+    ),
+    Fault(
+        "peft: an adapter of another base takes one's place",
+        f"{PEFT}/swap.py",
+        "    check_base(theirs, frozen)\n",
+        "",
+        SWAP,
+    ),
+    Fault(
+        "peft: an adapter of other layers takes one's place",
+        f"{PEFT}/swap.py",
+        "        different |= theirs.trained_on.keys() ^ adapted_paths(frozen, adapter_name)",
+        "        pass",
+        SWAP,
+    ),
+    Fault(
+        "peft: a merged adapter is swapped",
+        f"{PEFT}/swap.py",
+        "    if any(adapter_name in names for names in merged):",
+        "    if False:",
+        SWAP,
+    ),
+    Fault(
         "peft: another base is not noticed",
         f"{PEFT}/model.py",
-        "        _check_base(config, model)",
+        "        check_base(config, model)",
         "        pass",
         FILES,
     ),

@@ -1,8 +1,7 @@
-"""GenFT adapters by transformers' own `add_adapter`, `load_adapter` and `from_pretrained`; PEFT's hot swap."""
-
-import copy
+"""GenFT adapters by transformers' own `add_adapter`, `load_adapter` and `from_pretrained`."""
 
 import pytest
+import safetensors.torch
 import torch
 
 from genft_kernels import accumulate, load_adapter, save_adapter
@@ -11,11 +10,11 @@ from tests.helpers.tiny_models import tokens
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from peft.utils.hotswap import hotswap_adapter  # noqa: E402
 from transformers.integrations import peft as of_transformers  # noqa: E402
 
+from genft_kernels.integrations.peft.config import BESIDE_A_MODEL  # noqa: E402
 from genft_kernels.integrations.peft.layer import GenFTLayer  # noqa: E402
-from tests.helpers.peft_models import base, own_model, peft_config, peft_model, randomised  # noqa: E402
+from tests.helpers.peft_models import own_model, peft_config, randomised  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute"),
@@ -148,36 +147,40 @@ def test_another_base_is_refused_and_the_model_is_as_it_was(folder):
 # --- a model and an adapter in one folder -----------------------------------------------------------------------------
 
 
-def test_a_model_and_an_adapter_in_one_folder_load_at_once(folder):
+def in_one_folder(folder):
+    """A model whose adapter PEFT has saved into the folder of its base."""
     model = randomised(peft.get_peft_model(fresh(folder), peft_config())).eval()
-    with pytest.warns(UserWarning, match="holds a saved model.*import genft_kernels.integrations.peft first"):
-        model.save_pretrained(folder / "base")
+    model.save_pretrained(folder / "base")
+    return model
+
+
+def test_a_model_and_an_adapter_in_one_folder_load_at_once(folder):
+    model = in_one_folder(folder)
     both = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "base").eval()
     assert torch.equal(answer(both), answer(model))
+    assert torch.equal(answer(load_adapter(fresh_without_adapter(folder), folder / "base").eval()), answer(model))
 
 
-# --- hot swap -------------------------------------------------------------------------------------------------------
+def fresh_without_adapter(folder):
+    """The base model, beside which an adapter lies."""
+    config = transformers.AutoConfig.from_pretrained(folder / "base")
+    model = transformers.BertForSequenceClassification(config)
+    model.load_state_dict(safetensors.torch.load_file(folder / "base" / "model.safetensors"))
+    return model.eval()
 
 
-def test_hot_swap_is_refused_before_anything_changes(folder):
-    """PEFT's writes LoRA's scales as it goes."""
-    model = with_adapters(folder)
-    model.set_adapter("one")
-    model.save_pretrained(folder / "one")
-    served = peft.PeftModel.from_pretrained(fresh(folder), folder / "one")
-    before = copy.deepcopy(served.state_dict())
-    with pytest.raises(ValueError, match="Hotswapping only supports .* GENFT was passed"):
-        hotswap_adapter(served, folder / "one", adapter_name="default", torch_device="cpu")
-    with pytest.raises(ValueError, match="currently only supported for LoRA"):
-        model.load_adapter(folder / "one", adapter_name="one", hotswap=True)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in served.state_dict().items())
+def test_a_folder_of_both_says_what_to_import(folder, monkeypatch):
+    in_one_folder(folder)
+    monkeypatch.delitem(peft.PEFT_TYPE_TO_CONFIG_MAPPING, BESIDE_A_MODEL)  # as it is before the import
+    with pytest.raises(KeyError, match="GENFT: import genft_kernels.integrations.peft first"):
+        transformers.AutoModelForSequenceClassification.from_pretrained(folder / "base")
 
 
-@pytest.mark.parametrize("settings", [{}, dict(outer_activation="silu")], ids=["factored", "tiled"])
-def test_the_tensors_of_another_adapter_take_an_adapters_place(settings, tmp_path):
-    """What a hot swap is for GenFT: no layer changes, so compiled graphs and whatever holds the model go on."""
-    served, other = peft_model(**settings), randomised(peft.get_peft_model(base(), peft_config(**settings)), seed=5)
-    other.eval().save_pretrained(tmp_path)
-    served(tokens())  # its factors are held
-    peft.set_peft_model_state_dict(served, peft.load_peft_weights(tmp_path, device="cpu"))
-    assert torch.equal(served(tokens()), other(tokens()))
+def test_an_adapter_in_a_subfolder_leaves_the_models_folder_alone(folder):
+    model = randomised(peft.get_peft_model(fresh(folder), peft_config())).eval()
+    model.save_pretrained(folder / "base" / "adapter")
+    load = transformers.AutoModelForSequenceClassification.from_pretrained
+    with model.disable_adapter():
+        assert torch.equal(answer(load(folder / "base").eval()), answer(model))
+    both = load(folder / "base", adapter_kwargs={"subfolder": "adapter"}).eval()
+    assert torch.equal(answer(both), answer(model))

@@ -9,6 +9,7 @@ model = get_peft_model(model, PeftGenFTConfig(preset="fast", target_modules=["q_
 from __future__ import annotations
 
 import peft
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 
@@ -16,11 +17,13 @@ if not hasattr(BaseTuner, "_get_adapter_state_dict"):  # by which a tuner has a 
     raise ImportError(f"genft_kernels.integrations.peft needs peft 0.21 or newer: this is {peft.__version__}")
 
 from . import base_state, conversion
-from .config import PREFIX, PeftGenFTConfig
+from .config import BESIDE_A_MODEL, PREFIX, PeftGenFTConfig
 from .model import PeftGenFTModel
+from .swap import swap_adapter
 
-__all__ = ["PeftGenFTConfig"]
+__all__ = ["PeftGenFTConfig", "swap_adapter"]
 
 register_peft_method(name="genft", config_cls=PeftGenFTConfig, model_cls=PeftGenFTModel, prefix=PREFIX)
+PEFT_TYPE_TO_CONFIG_MAPPING[BESIDE_A_MODEL] = PeftGenFTConfig
 base_state.install()
 conversion.install()

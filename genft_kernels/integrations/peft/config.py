@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
+import json
 from dataclasses import InitVar, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,16 @@ from peft import PeftConfig
 
 from ...config import PRESETS, GenFTConfig
 from ...files.fingerprint import Fingerprint
-from ...files.format import FORMAT_VERSION, parsed_fingerprints
+from ...files.format import CONFIG_FILE, FORMAT_VERSION, parsed_fingerprints
 from ...files.peft_file import RENAMED, SETTINGS
 from ...update import Frozen
 from .types import GENFT
 
 # What the names of all of an adapter's parts begin with.
 PREFIX = "genft_"
+
+# The type in the files of an adapter that lies in the folder of a saved model.
+BESIDE_A_MODEL = "GENFT: import genft_kernels.integrations.peft first"
 
 # What PEFT knows for a model's own biases.
 BIASES = ("none", "all", f"{PREFIX}only")
@@ -123,14 +126,15 @@ class PeftGenFTConfig(PeftConfig):
         self.native()
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As ever; and a warning where a model is saved, too, because transformers loads both at once from then on."""
-        if (Path(save_directory) / "config.json").exists():
-            warnings.warn(
-                f"{save_directory} holds a saved model, which transformers loads with this adapter from now on: "
-                "import genft_kernels.integrations.peft first, else it fails with KeyError: 'GENFT'",
-                stacklevel=3,
-            )
+        """As ever; but beside a saved model the type says what to import, because transformers loads both at once.
+
+        PEFT looks the type up in a table, and the error of a table is the key that it has not.
+        """
         super().save_pretrained(save_directory, **kwargs)
+        folder = Path(save_directory)
+        if (folder / "config.json").exists():
+            path = folder / CONFIG_FILE
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_type": BESIDE_A_MODEL}, indent=2))
 
     def native(self) -> GenFTConfig:
         """The settings of the update alone, which know of no modules."""

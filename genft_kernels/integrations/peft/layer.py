@@ -38,8 +38,10 @@ class StoredGenerator(GenFTGenerator):
 
     container: nn.ParameterDict
 
-    def __init__(self, shape: tuple[int, int], config: Any, container: nn.ParameterDict) -> None:
-        super().__init__(*shape, config)
+    def __init__(
+        self, shape: tuple[int, int], config: Any, container: nn.ParameterDict, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(*shape, config, dtype=dtype)
         self._keys = {name: f"{self.in_features}x{self.out_features}_{name}" for name in self.tensor_names}
         for name, key in self._keys.items():
             container[key] = self._parameters.pop(name)

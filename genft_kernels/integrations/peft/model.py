@@ -22,6 +22,7 @@ from ...modules import is_conv1d
 from ...row_blocks import RowBlocks
 from ...sharing.source import is_tensor_subclass
 from ...targets import check_called, check_gradients_pass, frozen_weight
+from ...units import adapter_dtype
 from .config import PREFIX, PeftGenFTConfig
 from .layer import BASE, SHARED, GenFTLayer, SharedTensors, StoredGenerator
 from .quantised import layer_over
@@ -48,7 +49,7 @@ class PeftGenFTModel(BaseTuner):
                 `fused_blocks` names no target.
         """
         config = self.peft_config[adapter_name]
-        _check_base(config, model)
+        check_base(config, model)
         self._held_twice = _held_twice(model)
         self._generators: dict[tuple[int, int], GenFTGenerator] = {}  # the new adapter's
         adapted = _layers(model)
@@ -158,7 +159,8 @@ class PeftGenFTModel(BaseTuner):
         """The adapter's generator for the layer's shape, made if this is the first such layer."""
         shape = layer.in_features, next(iter((blocks or RowBlocks()).by_rows(layer.out_features)))
         if shape not in self._generators:
-            self._generators[shape] = StoredGenerator(shape, native, self.genft_shared[adapter_name])
+            dtype = adapter_dtype(layer.frozen_weight.dtype)
+            self._generators[shape] = StoredGenerator(shape, native, self.genft_shared[adapter_name], dtype)
         return self._generators[shape]
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -203,7 +205,12 @@ def _layers(model: nn.Module) -> dict[str, GenFTLayer]:
     return {path: module for path, module in model.named_modules() if isinstance(module, GenFTLayer)}
 
 
-def _check_base(config: PeftGenFTConfig, model: nn.Module) -> None:
+def adapted_paths(model: nn.Module, adapter_name: str) -> set[str]:
+    """The paths of the layers that have the adapter."""
+    return {path for path, layer in _layers(model).items() if adapter_name in layer.genft_own}
+
+
+def check_base(config: PeftGenFTConfig, model: nn.Module) -> None:
     """Raise ValueError where the weights are not those that the adapter was trained on, if that is known."""
     modules = dict(model.named_modules())
     for path in config.trained_on:
