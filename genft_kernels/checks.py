@@ -1,4 +1,4 @@
-"""What every entry point asks of its arguments, with errors that name the culprit."""
+"""The checks that every entry point makes of its arguments, with errors that name the culprit."""
 
 from __future__ import annotations
 
@@ -82,8 +82,7 @@ def check_linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> Non
             raise TypeError(f"x has dtype {x.dtype} but {name} has {tensor.dtype}: cast one, or use torch.autocast")
     if x.layout != torch.strided:
         raise TypeError(f"x has layout {x.layout}; only dense (strided) tensors are supported")
-    if x.dtype not in SUPPORTED_DTYPES:
-        raise TypeError(f"x has dtype {x.dtype}; supported are {_names(SUPPORTED_DTYPES)}")
+    _check_dtype("x", x)
 
 
 def check_bias(bias: torch.Tensor | None, out_features: int) -> None:
@@ -93,8 +92,7 @@ def check_bias(bias: torch.Tensor | None, out_features: int) -> None:
         return
     if tuple(bias.shape) != (out_features,):
         raise ValueError(f"bias must be [out] = [{out_features}], got shape {tuple(bias.shape)}")
-    if bias.dtype not in SUPPORTED_DTYPES:
-        raise TypeError(f"bias has dtype {bias.dtype}; supported are {_names(SUPPORTED_DTYPES)}")
+    _check_dtype("bias", bias)
 
 
 def check_factors(h: torch.Tensor, b: torch.Tensor, weight: torch.Tensor) -> None:
@@ -108,7 +106,8 @@ def check_factors(h: torch.Tensor, b: torch.Tensor, weight: torch.Tensor) -> Non
         raise ValueError(f"b must be [out, k] with out = {out_features} as in weight, got shape {tuple(b.shape)}")
     if h.shape[1] != b.shape[1] or h.shape[1] == 0:
         raise ValueError(f"h and b must share k of at least 1, got {h.shape[1]} and {b.shape[1]}")
-    _check_floating(("h", h), ("b", b))
+    _check_factor("h", h)
+    _check_factor("b", b)
 
 
 def check_options(*, scale: object, activation: object, dropout: object, training: object) -> None:
@@ -142,7 +141,7 @@ def check_parameters(params: GeneratorParameters, config: GenFTConfig, out_featu
         elif tuple(tensor.shape) != shape:
             raise ValueError(f"params.{name} must have shape {list(shape)}, got {list(tensor.shape)}")
         else:
-            _check_floating((f"params.{name}", tensor))
+            _check_factor(f"params.{name}", tensor)
 
 
 def autocasts(x: torch.Tensor) -> bool:
@@ -195,12 +194,15 @@ def draw_seed(device: torch.device) -> torch.Tensor:
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
-def _check_floating(*named: tuple[str, torch.Tensor]) -> None:
-    for name, tensor in named:
-        if tensor.dtype not in SUPPORTED_DTYPES:
-            raise TypeError(f"{name} has dtype {tensor.dtype}; supported are {_names(SUPPORTED_DTYPES)}")
-        if tensor.device.type == "meta":
-            raise ValueError(f"{name} is on the meta device: it has no values")
+def _check_factor(name: str, tensor: torch.Tensor) -> None:
+    _check_dtype(name, tensor)
+    if tensor.device.type == "meta":
+        raise ValueError(f"{name} is on the meta device: it has no values")
+
+
+def _check_dtype(name: str, tensor: torch.Tensor) -> None:
+    if tensor.dtype not in SUPPORTED_DTYPES:
+        raise TypeError(f"{name} has dtype {tensor.dtype}; supported are {_names(SUPPORTED_DTYPES)}")
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:

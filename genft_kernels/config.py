@@ -1,8 +1,9 @@
-"""What the method is set to: `GenFTConfig`, its presets, and the parameters a generator consists of."""
+"""The settings of the method: `GenFTConfig`, and its presets."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,17 +11,18 @@ from typing import TYPE_CHECKING, Any
 from .activations import ACTIVATIONS
 from .arguments import check_type, is_finite, is_integer, shown, warn
 from .foreign_settings import names_our_settings
-from .row_blocks import RowBlocks, checked_fused_blocks
+from .row_blocks import checked_fused_blocks
 
 if TYPE_CHECKING:
     from torch import nn
 
-TRANSFORMS = ("both", "column", "row")
-RATIO_SCOPES = ("weight", "all")
-DELTA_LAYOUTS = ("in_out", "out_in")
-SHARED_INITS = ("linear", "trunc_normal")
-EXPERT_SPECIFICS = ("expert", "layer")
-SPECIFIC_INITS = ("kaiming_uniform", "zeros", "xavier_uniform", "normal")
+_SPECIFIC_INITS = ("kaiming_uniform", "zeros", "xavier_uniform", "normal")
+_CHOICES = {
+    "inner_activation": ACTIVATIONS, "outer_activation": ACTIVATIONS, "ratio_scope": ("weight", "all"),
+    "transform": ("both", "column", "row"), "delta_layout": ("in_out", "out_in"),
+    "init_shared": ("linear", "trunc_normal"), "init_specific_down": _SPECIFIC_INITS,
+    "init_specific_up": _SPECIFIC_INITS, "expert_specific": ("expert", "layer"),
+}  # fmt: skip
 # What `target_modules` says for every linear layer, as in PEFT, and `modules_to_save` for a model's head.
 ALL_LINEAR = "all-linear"
 HEAD = "head"
@@ -101,22 +103,12 @@ class GenFTConfig:
                 raise ValueError(f"{name} must be an integer of at least 0, and below 2**31, got {shown(value)}")
         if self.hidden_dim == 0:
             raise ValueError("shared_dim + specific_dim must be at least 1: there would be nothing to train")
-        _check_choice("inner_activation", self.inner_activation, ACTIVATIONS)
-        _check_choice("outer_activation", self.outer_activation, ACTIVATIONS)
-        _check_choice("ratio_scope", self.ratio_scope, RATIO_SCOPES)
-        _check_choice("transform", self.transform, TRANSFORMS)
-        _check_choice("delta_layout", self.delta_layout, DELTA_LAYOUTS)
-        _check_choice("init_shared", self.init_shared, SHARED_INITS)
-        _check_choice("init_specific_down", self.init_specific_down, SPECIFIC_INITS)
-        _check_choice("init_specific_up", self.init_specific_up, SPECIFIC_INITS)
-        _check_choice("expert_specific", self.expert_specific, EXPERT_SPECIFICS)
+        for name, choices in _CHOICES.items():
+            _check_choice(name, getattr(self, name), choices)
         for name in ("bias", "tie_specific"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {shown(getattr(self, name))}")
-        if not (
-            isinstance(self.zero_delta, bool)
-            or (isinstance(self.zero_delta, str) and self.zero_delta in ("up", "down"))
-        ):
+        if not (isinstance(self.zero_delta, (bool, str)) and self.zero_delta in (True, False, "up", "down")):
             raise ValueError(f"zero_delta must be True, False, 'up' or 'down', got {shown(self.zero_delta)}")
         if not is_finite(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be a number in [0, 1), got {shown(self.dropout)}")
@@ -128,29 +120,31 @@ class GenFTConfig:
             raise ValueError(f"delta_layout='out_in' needs transform='both', got transform={self.transform!r}")
         if self.zero_delta == "down" and self.transform == "both":
             raise ValueError("zero_delta='down' needs transform='column' or 'row', got transform='both'")
-        object.__setattr__(self, "zero_delta", True if self.zero_delta == "up" else self.zero_delta)
-        for name in ("outer_activation", *(("inner_activation",) if self.zero_delta == "down" else ())):
-            if self.zero_delta and getattr(self, name) == "relu":
+        settle = functools.partial(object.__setattr__, self)
+        settle("zero_delta", True if self.zero_delta == "up" else self.zero_delta)
+        at_zero = {True: ("outer_activation",), "down": ("outer_activation", "inner_activation")}
+        for name in at_zero.get(self.zero_delta, ()):
+            if getattr(self, name) == "relu":
                 raise ValueError(
                     f"zero_delta={self.zero_delta!r} with {name}='relu' would never train: relu has no gradient at 0. "
                     f"Set zero_delta=False or another {name}"
                 )
         # Numbers of other libraries (numpy) become Python's, which JSON can hold.
         for name in ("shared_dim", "specific_dim"):
-            object.__setattr__(self, name, int(getattr(self, name)))
+            settle(name, int(getattr(self, name)))
         for name in ("dropout", "scaling", "weight_ratio"):
             if getattr(self, name) != "rms":
-                object.__setattr__(self, name, float(getattr(self, name)))
+                settle(name, float(getattr(self, name)))
         for name in ("target_modules", "exclude_modules", "target_parameters"):
-            object.__setattr__(self, name, _names(name, getattr(self, name)))
+            settle(name, _names(name, getattr(self, name)))
             if isinstance(getattr(self, name), str):
                 _check_regular_expression(name, getattr(self, name))
         if isinstance(self.modules_to_save, str) and self.modules_to_save != HEAD:
             raise ValueError(
                 f"modules_to_save must be a list of names or {HEAD!r}, got the string {shown(self.modules_to_save)}"
             )
-        object.__setattr__(self, "modules_to_save", _names("modules_to_save", self.modules_to_save))
-        object.__setattr__(self, "fused_blocks", checked_fused_blocks(self.fused_blocks))
+        settle("modules_to_save", _names("modules_to_save", self.modules_to_save))
+        settle("fused_blocks", checked_fused_blocks(self.fused_blocks))
         if self.specific_dim and self.init_specific_down == "zeros" and self._specific_ups_start_at_zero():
             warn(
                 "the specific units can never train: init_specific_down='zeros' and their up matrices start at zero "
@@ -175,21 +169,15 @@ class GenFTConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-compatible values; `from_dict` is the inverse."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
-            if isinstance(values[name], tuple):
-                values[name] = list(values[name])
-        if self.fused_blocks is not None:
-            blocks = {name: RowBlocks.checked(name, entry) for name, entry in self.fused_blocks.items()}
-            values["fused_blocks"] = {
-                name: [list(cut) if isinstance(cut, tuple) else cut, list(adapted)]
-                for name, (cut, adapted) in blocks.items()
-            }
-        return values
+        return {field.name: _with_lists(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GenFTConfig:
-        """Build a configuration from `to_dict`'s output; an unknown name raises ValueError."""
+        """Build a configuration from `to_dict`'s output.
+
+        Raises:
+            ValueError: a name is unknown, or as the constructor.
+        """
         check_type("values", values, Mapping)
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = [name for name in values if name not in known]
@@ -207,6 +195,9 @@ class GenFTConfig:
         - "glue", "vtab", "llama": the official settings. "glue" 2e-3 to 1e-2, the others not swept. They are true to
           the published runs and so start from a non-zero update. For GQA models override `delta_layout="in_out"`,
           because their v_proj is not square.
+
+        Raises:
+            ValueError: no such preset, or as the constructor.
         """
         _check_choice("preset", name, PRESETS)
         return cls(**{**PRESETS[name], **overrides})
@@ -255,6 +246,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fast-both": dict(shared_dim=24, specific_dim=4, weight_ratio=16.0, inner_activation="tanh"),
     "wegeft": dict(shared_dim=8, specific_dim=0, transform="column", zero_delta="down"),
 }  # fmt: skip
+
+
+def _with_lists(value: Any) -> Any:
+    """A setting with lists in the place of its tuples."""
+    if isinstance(value, Mapping):
+        return {name: _with_lists(each) for name, each in value.items()}
+    return [_with_lists(each) for each in value] if isinstance(value, tuple) else value
 
 
 def is_factored(outer_activation: str, dropout: float) -> bool:

@@ -10,13 +10,7 @@ import torch
 
 from . import backends, reference
 from .arguments import check_flag
-from .checks import (
-    check_factors,
-    check_linear,
-    check_options,
-    check_parameters,
-    check_transforms,
-)
+from .checks import check_factors, check_linear, check_options, check_parameters, check_transforms
 from .config import GenFTConfig, is_factored
 from .parameters import GeneratorParameters
 from .philox import ROW_STREAM
@@ -61,13 +55,11 @@ def genft_linear(
     check_linear(x, weight, bias)
     check_parameters(params, config, *weight.shape)
     check_flag("training", training)
-    dtype = compute_dtype(x)
-    tiled = not is_factored(config.outer_activation, config.dropout if training else 0.0)
-    chosen = backends.choose(backend, x.device, dtype, tiled)
+    dtype, dropout = compute_dtype(x), config.dropout if training else 0.0
+    chosen = backends.choose(backend, x.device, dtype, not is_factored(config.outer_activation, dropout))
     if chosen == "reference":
         return reference.genft_linear(x, weight, bias, params, config, training=training, seed=seed)
     check_transforms(chosen)
-    dropout = config.dropout if training else 0.0
     seed = forward_seed(seed, x.device, training, dropout, config.outer_activation, dtype)
     group = GeneratorParameters(*(t if t is None or t.dim() == 1 else t[None] for t in params))
     generated = generate_factors([weight], group, config, dtype=dtype, dropout=dropout, seed=seed, backend=chosen)
@@ -102,16 +94,13 @@ def factored_linear(
     check_linear(x, weight, bias)
     check_factors(h, b, weight)
     check_options(scale=scale, activation=activation, dropout=dropout, training=training)
-    tiled = not is_factored(activation, dropout if training else 0.0)
-    chosen = backends.choose(backend, x.device, compute_dtype(x), tiled)
+    dtype, dropout = compute_dtype(x), dropout if training else 0.0
+    chosen = backends.choose(backend, x.device, dtype, not is_factored(activation, dropout))
     if chosen == "reference":
         return reference.factored_linear(
             x, weight, bias, h, b, scale=scale, activation=activation, dropout=dropout, training=training, seed=seed
         )
     check_transforms(chosen)
-    dtype = compute_dtype(x)
-    dropout = dropout if training else 0.0
     seed = forward_seed(seed, x.device, training, dropout, activation, dtype)
     h, b = (with_zero_units(factor.to(x.device, dtype), -1) for factor in (h, b))
-    factors = Factors(h, b, ROW_STREAM)
-    return apply_factors(x, weight, bias, factors, scale, activation, dropout, seed, chosen)
+    return apply_factors(x, weight, bias, Factors(h, b, ROW_STREAM), scale, activation, dropout, seed, chosen)

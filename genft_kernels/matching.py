@@ -66,7 +66,7 @@ class Names:
                 self._by_end.setdefault(end, []).append(name)
 
     def matching(self, wanted: str | Iterable[str] | None) -> set[str]:
-        """Those that a regular expression matches as a whole, or that end in one of a list's entries, at a dot."""
+        """The names that a regular expression matches as a whole, or that end in one of a list's entries, at a dot."""
         if wanted is None:
             return set()
         if isinstance(wanted, str):
@@ -74,7 +74,7 @@ class Names:
         return {name for entry in wanted for name in self.ending_in(entry)}
 
     def ending_in(self, entry: str) -> list[str]:
-        """Those whose dotted end is `entry`, in the model's order."""
+        """The names whose dotted end is `entry`, in the model's order."""
         return self._by_end.get(entry, [])
 
 

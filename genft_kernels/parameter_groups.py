@@ -94,7 +94,7 @@ def _layers_of_generators(model: nn.Module) -> dict[GenFTGenerator, int]:
 
 
 def _tensors(generator: GenFTGenerator) -> list[Tensor]:
-    """What a generator trains: its parameters, and those that PEFT's tuner holds for it (by forward, past hooks)."""
+    """A generator's trained tensors: its parameters, and those that PEFT's tuner holds for it (past hooks)."""
     return [*generator.parameters(), *generator.forward().values()]
 
 

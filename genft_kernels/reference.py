@@ -96,7 +96,7 @@ def factored_linear(
 ) -> torch.Tensor:
     """y [..., out] = x (W + scale * drop(psi(h b^T))^T)^T + bias (docs/method.md#two-products).
 
-    h is [in, k], b [out, k].
+    x is [..., in], weight [out, in], h [in, k], b [out, k]; errors of `functional.factored_linear`.
     """
     check_linear(x, weight, bias)
     check_factors(h, b, weight)

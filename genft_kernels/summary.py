@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from .adapted_model import (
-    GENERATORS,
-    adapted_layers,
-    adapter_state,
-    is_adapted,
-    updates_of,
-    warn_if_tied_again,
-)
+from .adapted_model import GENERATORS, adapted_layers, adapter_state, is_adapted, updates_of, warn_if_tied_again
+
+_PARTS = ("generators", "specific", "modules_to_save", "other")
 
 
 class TrainableSummary(dict[str, int]):
@@ -19,9 +14,7 @@ class TrainableSummary(dict[str, int]):
 
     def __str__(self) -> str:
         share = 100 * self["trainable"] / max(self["total"], 1)
-        parts = ", ".join(
-            f"{self[part]:,} {part}" for part in ("generators", "specific", "modules_to_save", "other") if self[part]
-        )
+        parts = ", ".join(f"{self[part]:,} {part}" for part in _PARTS if self[part])
         return f"trainable {self['trainable']:,} of {self['total']:,} parameters ({share:.3f} %): {parts}"
 
 
@@ -40,19 +33,17 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
     if is_adapted(model):
         saved = tuple(name + "." for name in adapter_state(model).saved_modules)
         warn_if_tied_again(model)
-    parts = ("generators", "specific", "modules_to_save", "other", "trainable", "total")
-    summary = TrainableSummary(dict.fromkeys(parts, 0))
+    summary = TrainableSummary(dict.fromkeys((*_PARTS, "trainable", "total"), 0))
     for name, parameter in model.named_parameters():
         summary["total"] += parameter.numel()
         if not parameter.requires_grad:
             continue
-        summary["trainable"] += parameter.numel()
         if name.startswith(GENERATORS + ".") or parameter in shared:
-            summary["generators"] += parameter.numel()
+            part = "generators"
         elif name.startswith(layers) or parameter in own:
-            summary["specific"] += parameter.numel()
-        elif saved and name.startswith(saved):
-            summary["modules_to_save"] += parameter.numel()
+            part = "specific"
         else:
-            summary["other"] += parameter.numel()
+            part = "modules_to_save" if name.startswith(saved) else "other"
+        summary[part] += parameter.numel()
+        summary["trainable"] += parameter.numel()
     return summary

@@ -194,7 +194,7 @@ def _nothing_matched(model: nn.Module, config: GenFTConfig, wanted: str | Iterab
 
 
 def _linear_layers(model: nn.Module) -> str:
-    """What could be named, for an error message."""
+    """The layers that could be named, for an error message."""
     candidates: Counter[str] = Counter()
     for name, module in model.named_modules():
         if isinstance(module, GenFTLinear):

@@ -1,1 +1,1 @@
-"""What every measurement needs: timing, memory, gate, rows, environment."""
+"""The parts of every measurement: timing, memory, gate, rows, environment."""

@@ -29,7 +29,7 @@ def refusal(error: Exception) -> dict[str, str]:
 
 @dataclasses.dataclass
 class Expected:
-    """What a formula gives in float64, and how far plain PyTorch is off at the case's dtype."""
+    """The results of a formula in float64, and how far plain PyTorch is off at the case's dtype."""
 
     exact: dict[str, Tensor]
     plain_error: dict[str, float]

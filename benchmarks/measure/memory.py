@@ -1,4 +1,4 @@
-"""What a call keeps for its backward, the most it holds at once, and how many kernels it launches."""
+"""The memory that a call keeps for its backward, the most it holds at once, and how many kernels it launches."""
 
 import ctypes
 import gc
@@ -36,7 +36,7 @@ def kept_bytes(forward: Callable[[], object], there_anyway: tuple[Tensor, ...] =
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with hooks, mock.patch.object(generation, "_as_it_is", pack):  # of that graph, where other hooks do not reach
+    with hooks, mock.patch.object(generation, "_kept", pack):  # of that graph, where other hooks do not reach
         outputs = forward()
     del outputs
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

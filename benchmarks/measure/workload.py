@@ -1,4 +1,4 @@
-"""What a provider hands to the harness: a forward, its backward, and the tensors that get gradients."""
+"""The parts that a provider hands to the harness: a forward, its backward, and the tensors that get gradients."""
 
 import dataclasses
 from collections.abc import Callable

@@ -19,7 +19,7 @@ included.
 
 
 def section(rows: list[Row]) -> str:
-    """What was not timed, and a table for each choice of layers and dtype."""
+    """A list of what was not timed, and a table for each choice of layers and dtype."""
     parts = [INTRODUCTION, "#### Not timed\n\n" + not_timed(rows, CASE, "method")]
     for case, found in tables.by_case(rows, (*CASE, "method"), TITLES).items():
         model, targets, dtype, prompt = case

@@ -71,7 +71,7 @@ Costs = list[tuple[str, tuple[float | None, ...]]]
 
 
 def measured(rows: dict[str, list[Row]]) -> Costs:
-    """Those of a device's bars that were measured; `rows` by suite."""
+    """The costs of a device's bars that were measured; `rows` by suite."""
     gpu = any("cuda" in row for row in rows.get(layer_tables.SUITE, ()))
     bars = GPU_BARS if gpu else CPU_BARS
     return [(bar.title, costs) for bar in bars if (costs := bar.costs(rows)) is not None]

@@ -22,7 +22,7 @@ def generic(rows: Sequence[Row]) -> str:
 
 
 def provenance(rows: Iterable[Row]) -> str:
-    """What the rows were measured with; several values where runs were mixed."""
+    """Device, versions and commit that the rows were measured with; several values where runs were mixed."""
     rows = list(rows)
     found = {field: dict.fromkeys(str(row[field]) for row in rows if row.get(field)) for field in RUN_FIELDS}
     words = {field: " and ".join(values) for field, values in found.items() if values and field != "sources"}
@@ -43,7 +43,7 @@ def by_case(rows: Iterable[Row], key: Sequence[str], order: Iterable[str]) -> di
 
 
 def not_timed(rows: Iterable[Row], key: Sequence[str], name: str) -> str:
-    """What was wrong, failed or unavailable, by `name`, with the reason and in how many cases."""
+    """A list of what was wrong, failed or unavailable, by `name`, with the reason and in how many cases."""
     rows = list(rows)
     cases = len({tuple(row[field] for field in key) for row in rows})
     found: dict[tuple[str, str], int] = {}

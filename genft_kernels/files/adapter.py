@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,13 +104,13 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, *, backend: str
         _check_same_config(adapter_state(model).config, adapter.config)
         _check_unmerged(model)
         weights = {path: layer.frozen_weight for path, layer in adapted_layers(model).items()}
-        wanted = {name: _Kind.of(tensor) for name, tensor in (_adapter_tensors(model) | _saved_tensors(model)).items()}
+        wanted = _adapter_tensors(model) | _saved_tensors(model)
     else:
         adapter = adapter._replace(config=settled(model, adapter.config))
         planned = plan(model, adapter.config, full_matches_in_time)
         weights = {target.name: frozen_weight(target.module) for target in planned.targets}
         weights |= {stack.name: stack.weight for stack in planned.experts}
-        wanted = _planned_kinds(model, planned, adapter.config)
+        wanted = _planned_tensors(model, planned, adapter.config)
     _check_base(weights, adapter.fingerprints)
     _check_tensors(wanted, adapter.tensors)
     if not was_adapted:
@@ -145,17 +145,6 @@ def _base(model: nn.Module) -> dict[str, object]:
     return {"base_model_name_or_path": name, "auto_mapping": mapping}
 
 
-class _Kind(NamedTuple):
-    """What a tensor of the file must be like."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> _Kind:
-        return cls(tuple(tensor.shape), tensor.dtype)
-
-
 def _read(directory: Path) -> AdapterFile:
     if is_ours(directory):
         return read_adapter_file(directory)
@@ -168,7 +157,7 @@ def _read(directory: Path) -> AdapterFile:
 
 
 def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What trains in the generators and the layers of `model`, by its name in a file; no copies."""
+    """The tensors that train in the generators and the layers of `model`, by its name in a file; no copies."""
     layers = layers_of_an_adapted_model(model)
     check_enabled(model)
     owners = {f"{GENERATORS}.{key}": (each, each.tensor_names) for key, each in getattr(model, GENERATORS).items()}
@@ -192,21 +181,20 @@ def _saved_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The state of the modules trained in full, by its name in a file; no copies."""
     tensors: dict[str, Tensor] = {}
     for path in adapter_state(model).saved_modules:
-        tensors |= {
-            f"{MODULES_TO_SAVE}{path}.{name}": t for name, t in _state_of(path, model.get_submodule(path)).items()
-        }
+        tensors |= _state_of(path, model.get_submodule(path))
     _check_resident(tensors)
     return tensors
 
 
 def _state_of(path: str, module: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a module's state dict, without an extra state that is None."""
+    """The tensors of a module's state dict, without an extra state that is None, by their names in a file."""
     for name, kind in unsavable(module).items():
         raise TypeError(
             f"modules_to_save: {path}.{name} is of type {kind}, and only tensors can be saved: "
             "let get_extra_state return a tensor or None"
         )
-    return {name: value for name, value in module.state_dict(keep_vars=True).items() if value is not None}
+    state = module.state_dict(keep_vars=True)
+    return {f"{MODULES_TO_SAVE}{path}.{name}": value for name, value in state.items() if value is not None}
 
 
 def _check_resident(tensors: Mapping[str, Tensor]) -> None:
@@ -215,13 +203,12 @@ def _check_resident(tensors: Mapping[str, Tensor]) -> None:
             raise RuntimeError(f"{name!r} is on the meta device: bring the offloaded model back first")
 
 
-def _planned_kinds(model: nn.Module, planned: Plan, config: GenFTConfig) -> dict[str, _Kind]:
-    """Those that the model will have once it is adapted."""
-    kinds = {name: _Kind(shape, torch.float32) for name, shape in planned.tensor_shapes(config).items()}
+def _planned_tensors(model: nn.Module, planned: Plan, config: GenFTConfig) -> dict[str, Tensor]:
+    """The tensors that the model will have once it is adapted; what adapting makes has no values."""
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in planned.tensor_shapes(config).items()}
     for path in planned.to_save:
-        for name, tensor in _state_of(path, model.get_submodule(path)).items():
-            kinds[f"{MODULES_TO_SAVE}{path}.{name}"] = _Kind.of(tensor)
-    return kinds
+        tensors |= _state_of(path, model.get_submodule(path))
+    return tensors
 
 
 def _check_same_config(mine: GenFTConfig, theirs: GenFTConfig) -> None:
@@ -254,7 +241,7 @@ def _check_base(weights: Mapping[str, Tensor | FrozenWeight], fingerprints: Mapp
             raise ValueError(f"the adapter belongs to another base model: the weight of {path!r}: {difference}")
 
 
-def _check_tensors(wanted: Mapping[str, _Kind], found: Mapping[str, Tensor]) -> None:
+def _check_tensors(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
     missing, extra = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
     if missing or extra:
         problems = [f"missing {', '.join(missing[:3])}"] * bool(missing) + [
@@ -263,8 +250,8 @@ def _check_tensors(wanted: Mapping[str, _Kind], found: Mapping[str, Tensor]) -> 
         count = f" ({len(missing)} missing, {len(extra)} unexpected)"
         raise ValueError(f"the adapter's tensors do not fit the model: {'; '.join(problems)[:1000]}{count}")
     for name, tensor in found.items():
-        shape, dtype = wanted[name]
-        if tuple(tensor.shape) != shape and not name.endswith(_EXTRA_STATE):
+        shape, dtype = wanted[name].shape, wanted[name].dtype
+        if tensor.shape != shape and not name.endswith(_EXTRA_STATE):
             raise ValueError(f"tensor {name!r} has shape {list(tensor.shape)}, the model wants {list(shape)}")
         trained = not name.startswith(MODULES_TO_SAVE)
         fits = tensor.dtype in SUPPORTED_DTYPES if trained else tensor.is_floating_point()

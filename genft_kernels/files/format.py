@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,25 +127,27 @@ def is_ours(directory: Path) -> bool:
 
 def _parsed(description: dict[str, Any], payload: bytes, config_path: Path, tensors_path: Path) -> AdapterFile:
     _check_format(description, config_path)
-    for key in ("config", "fingerprints"):
-        if not isinstance(description.get(key), dict):
-            raise ValueError(f"{config_path} is damaged: {key!r} is not an object")
-    try:
+    with _damaged(config_path):
+        if not isinstance(description.get("config"), dict):
+            raise ValueError("'config' is not an object")
+        fingerprints = parsed_fingerprints(description.get("fingerprints"))
+    with _damaged(config_path, "config: "):
         check_patterns(description["config"])
         config = GenFTConfig.from_dict(description["config"])
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{config_path} is damaged: config: {error}") from None
-    try:
-        fingerprints = parsed_fingerprints(description["fingerprints"])
-    except ValueError as error:
-        raise ValueError(f"{config_path} is damaged: {error}") from None
     tensors = parse_tensors(payload, tensors_path)
     if description["format_version"] > 1:
-        try:
+        with _damaged(tensors_path):
             tensors = names.all_in_model(tensors)
-        except ValueError as error:
-            raise ValueError(f"{tensors_path} is damaged: {error}") from None
     return AdapterFile(config, tensors, fingerprints)
+
+
+@contextlib.contextmanager
+def _damaged(what: object, part: str = "") -> Iterator[None]:
+    """Within the context what is wrong is a ValueError that says so of `what`, and of which part."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what} is damaged: {part}{error}") from None
 
 
 def check_patterns(config: Mapping[str, Any]) -> None:
@@ -158,7 +160,7 @@ def check_patterns(config: Mapping[str, Any]) -> None:
 
 
 def parsed_fingerprints(entries: object) -> dict[str, Fingerprint]:
-    """Those of a JSON object; ValueError that names the one that is none."""
+    """The fingerprints of a JSON object; ValueError that names the one that is none."""
     if not isinstance(entries, dict):
         raise ValueError("'fingerprints' is not an object")
     fingerprints = {}

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..adapted_model import GENERATORS
-from ..arguments import is_finite, is_integer, shown
+from ..arguments import about, is_finite, is_integer, shown
 from ..checks import SUPPORTED_DTYPES
 from ..config import GenFTConfig
 from .format import CONFIG_FILE, TENSORS_FILE, AdapterFile
@@ -107,9 +107,8 @@ def _read_peft(directory: Path) -> AdapterFile:
         target_modules=tuple(targets),
         modules_to_save=tuple(sorted(set(saved.values()))) or None,
     )
-    ours = layout.our_shared(tensors, _PEFT_GENERATOR)
-    for target in targets:
-        ours |= layout.our_specific(tensors, f"{_PEFT_BASE}{target}", target)
+    layers = {f"{_PEFT_BASE}{target}": target for target in targets}
+    ours = layout.in_our_names(tensors, _PEFT_GENERATOR, layers)
     ours |= {MODULES_TO_SAVE + key.removeprefix(_PEFT_BASE): tensors[key] for key in saved}
     return AdapterFile(config, ours, None)
 
@@ -141,7 +140,13 @@ def _modules_to_save(keys: Iterable[str], settings: _Settings) -> dict[str, str]
 
 def _read_vit(directory: Path) -> AdapterFile:
     path = directory / VIT_TENSORS_FILE
-    settings = _Settings(directory / VIT_CONFIG_FILE, _read_yaml(directory), dropout_key="dpr")
+    config_path = directory / VIT_CONFIG_FILE
+    if not config_path.exists():
+        raise ValueError(
+            f"{config_path} is missing, so these settings of {VIT_TENSORS_FILE} are unknown: "
+            f"{', '.join((*_NEEDED, 'dpr'))}; put the {VIT_CONFIG_FILE} of its training beside it"
+        )
+    settings = _Settings(config_path, read_yaml(config_path), dropout_key="dpr")
     tensors = load_checkpoint(path)
 
     layout = _Layout.of(path, settings, tensors)
@@ -165,9 +170,8 @@ def _read_vit(directory: Path) -> AdapterFile:
         fused_blocks={"qkv": (3, (0, 2))},
         modules_to_save=("head",) if head else None,
     )
-    ours = layout.our_shared(tensors, _VIT_GENERATOR)
-    for n in blocks:
-        ours |= layout.our_specific(tensors, f"blocks.{n}.attn", f"blocks.{n}.attn.qkv")
+    layers = {f"blocks.{n}.attn": f"blocks.{n}.attn.qkv" for n in blocks}
+    ours = layout.in_our_names(tensors, _VIT_GENERATOR, layers)
     return AdapterFile(config, ours | {MODULES_TO_SAVE + key: tensors[key] for key in head}, None)
 
 
@@ -178,16 +182,6 @@ def _head_shapes(settings: _Settings, tensors: Mapping[str, torch.Tensor], width
         known = [tensors[key].shape[0] for key in ("head.weight", "head.bias") if key in tensors and tensors[key].dim()]
         classes = known[0] if known else 0
     return {"head.weight": (classes, width), "head.bias": (classes,)} if classes else {}
-
-
-def _read_yaml(directory: Path) -> dict[str, Any]:
-    path = directory / VIT_CONFIG_FILE
-    if not path.exists():
-        raise ValueError(
-            f"{path} is missing, so these settings of {VIT_TENSORS_FILE} are unknown: {', '.join((*_NEEDED, 'dpr'))}; "
-            f"put the {VIT_CONFIG_FILE} of its training beside it"
-        )
-    return read_yaml(path)
 
 
 class _Settings:
@@ -223,21 +217,17 @@ class _Settings:
             for field, key in (("init_specific_down", "individual_init_a"), ("init_specific_up", "individual_init_b"))
             if self.values.get(key) in tuple(_INITS)
         }
-        try:
+        for field in ("inner_activation", "outer_activation"):
+            fields[field] = _ACTIVATIONS.get(str(self.values[field]).lower(), "identity")
+        with about(str(self.path)):
             return GenFTConfig(
                 shared_dim=self.count("generator_share_dim"),
                 specific_dim=self.count("individual_features"),
-                inner_activation=_ACTIVATIONS.get(str(self.values["inner_activation"]).lower(), "identity"),
-                outer_activation=_ACTIVATIONS.get(str(self.values["outer_activation"]).lower(), "identity"),
                 dropout=dropout,
                 scaling=self.number("scaling"),
-                transform="both",
-                tie_specific=True,
                 zero_delta=False,
                 **fields,
             )
-        except ValueError as error:
-            raise ValueError(f"{self.path}: {error}") from error
 
 
 class _Layout(NamedTuple):
@@ -271,18 +261,21 @@ class _Layout(NamedTuple):
         }
         return cls(d, bias, meaning, shared, specific)
 
-    def our_shared(self, tensors: Mapping[str, torch.Tensor], generator: str) -> dict[str, torch.Tensor]:
-        return _renamed(tensors, generator, self.shared, f"{GENERATORS}.{self.width}x{self.width}")
+    def in_our_names(
+        self, tensors: Mapping[str, torch.Tensor], generator: str, layers: Mapping[str, str]
+    ) -> dict[str, torch.Tensor]:
+        """The tensors of `generator`, and those of `layers`, by the paths of their owners there and here.
 
-    def our_specific(self, tensors: Mapping[str, torch.Tensor], module: str, layer: str) -> dict[str, torch.Tensor]:
-        return _renamed(tensors, module, self.specific, layer)
-
-
-def _renamed(
-    tensors: Mapping[str, torch.Tensor], module: str, names: Mapping[str, tuple[str, tuple[int, ...]]], layer: str
-) -> dict[str, torch.Tensor]:
-    """The tensors of `module` under their names in `layer`; this package has no empty ones."""
-    return {f"{layer}.{name}": tensors[f"{module}.{key}"] for key, (name, shape) in names.items() if 0 not in shape}
+        This package has no empty ones.
+        """
+        places = [(self.shared, generator, f"{GENERATORS}.{self.width}x{self.width}")]
+        places += [(self.specific, owner, layer) for owner, layer in layers.items()]
+        return {
+            f"{layer}.{name}": tensors[f"{owner}.{key}"]
+            for names, owner, layer in places
+            for key, (name, shape) in names.items()
+            if 0 not in shape
+        }
 
 
 def _width(path: Path, tensors: Mapping[str, torch.Tensor]) -> int:
@@ -313,11 +306,9 @@ def _check_tensors(
         for key, tensor in tensors.items()
         if "genft_" in key and tensor.dtype not in SUPPORTED_DTYPES
     ]
-    problems = [f"missing {', '.join(missing)}"] if missing else []
-    problems += [f"unexpected {', '.join(unexpected)}"] if unexpected else []
-    problems += [f"wrong shape for {layout.meaning}: {', '.join(shapes)}"] if shapes else []
-    problems += [f"unsupported dtype: {', '.join(dtypes)}"] if dtypes else []
-    if problems:
+    wrong = {"missing": missing, "unexpected": unexpected}
+    wrong |= {f"wrong shape for {layout.meaning}:": shapes, "unsupported dtype:": dtypes}
+    if problems := [f"{what} {', '.join(keys)}" for what, keys in wrong.items() if keys]:
         raise ValueError(f"{path}: {'; '.join(problems)}")
 
 

@@ -4,7 +4,7 @@ from tests.faults.planting import Fault
 
 CACHE = "genft_kernels/backends/compiled/cache.py"
 RUN = "genft_kernels/backends/compiled/run.py"
-OF_CACHE = ["tests/backends/test_compile_cache.py"]
+OF_CACHE = ["tests/backends/test_compile_cache.py", "tests/backends/test_compile_cache_users.py"]
 OF_RUN = ["tests/backends/test_compiler_run.py"]
 
 FAULTS = [

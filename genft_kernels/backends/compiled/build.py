@@ -38,7 +38,7 @@ def package_sources() -> Path:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What `build.txt` says, and the bytes of the files beside it: what is hashed is what is compiled."""
+    """The lines of `build.txt`, and the bytes of the files beside it: what is hashed is what is compiled."""
 
     module: str
     binding: str
