@@ -252,56 +252,56 @@ ENTRIES = [
 ]
 # What the message names where it is not the argument itself.
 NAMED = {"x": "(x|weight)", "weight": "(x|weight)", "blocks": "(blocks|out_features)"}
+# By what is wrong: what is called, with which arguments for each kind of wrong, and what the message names.
 CASES = {
-    f"{call.__qualname__}-{name}-{kind}": (call, {name: value}, NAMED.get(name, name))
+    f"{call.__qualname__}-{name}": (
+        call, {kind: {name: value} for kind, value in values.items()}, NAMED.get(name, name)
+    )
     for call, name, values in ENTRIES
-    for kind, value in values.items()
-}
+}  # fmt: skip
+WITH_DROPOUT = {"training": True, "config": GenFTConfig(shared_dim=2, specific_dim=1, dropout=0.5)}
 CASES |= {
-    f"seed-{call.__name__}-{kind}": (call, {"seed": seed, "training": True, "config": config}, "seed")
-    for config in (GenFTConfig(shared_dim=2, specific_dim=1, dropout=0.5),)
+    f"seed-{call.__name__}": (call, {kind: {"seed": seed} | WITH_DROPOUT for kind, seed in OF_SEEDS.items()}, "seed")
     for call in (call_genft_linear, call_delta_weight)
-    for kind, seed in OF_SEEDS.items()
 }
+for field in GeneratorParameters._fields:
+    wrong = kinds(*(["None"] if field.endswith("bias") else []))
+    changed = {kind: {"params": PARAMS._replace(**{field: value})} for kind, value in wrong.items()}
+    CASES[f"params.{field}"] = call_genft_linear, changed, rf"params\.{field}"
 CASES |= {
-    f"params.{name}-{kind}": (call_genft_linear, {"params": PARAMS._replace(**{name: value})}, rf"params\.{name}")
-    for name in GeneratorParameters._fields
-    for kind, value in kinds(*(["None"] if name.endswith("bias") else [])).items()
-}
-CASES |= {
-    f"{call.__name__}-a-module-without-an-adapter": (call, {"model": nn.ReLU()}, message)
+    f"{call.__name__}-a-module-without-an-adapter": (call, {"relu": {"model": nn.ReLU()}}, message)
     for call, message in {
         apply: "target_modules matched nothing",
         enter_accumulate: "accumulate.model. needs a model",
         **dict.fromkeys((remove, merge, unmerge, trainable_summary, explain, enter_disabled, save), "no GenFT adapter"),
     }.items()
 }
+CONVOLUTION = nn.ModuleDict({"query": nn.Conv1d(2, 2, 1)})
 CASES |= {
-    "from_linear-relu": (from_linear, {"linear": nn.ReLU()}, "ReLU cannot be adapted"),
-    "from_dict-unknown": (GenFTConfig.from_dict, {"values": {"a": 1}}, "unknown configuration fields: a"),
-    "from_dict-number": (GenFTConfig.from_dict, {"values": {1: 1}}, "unknown configuration fields: 1"),
-    "preset-unknown": (GenFTConfig.preset, {"name": "cola"}, "preset"),
-    "preset-number": (GenFTConfig.preset, {"name": 3}, "preset"),
-    "load-from-nowhere": (load, {"directory": "nowhere/at/all"}, "no adapter in nowhere/at/all"),
-    "layer-by-name": (
-        apply,
-        {"model": nn.ModuleDict({"query": nn.Conv1d(2, 2, 1)})},
-        "target module 'query': Conv1d cannot be adapted",
-    ),
+    "from_linear-relu": (from_linear, {"relu": {"linear": nn.ReLU()}}, "ReLU cannot be adapted"),
+    "from_dict-unknown": (GenFTConfig.from_dict, {"name": {"values": {"a": 1}}}, "unknown configuration fields: a"),
+    "from_dict-number": (GenFTConfig.from_dict, {"number": {"values": {1: 1}}}, "unknown configuration fields: 1"),
+    "preset": (GenFTConfig.preset, {"unknown": {"name": "cola"}, "number": {"name": 3}}, "preset"),
+    "load": (load, {"from-nowhere": {"directory": "nowhere/at/all"}}, "no adapter in nowhere/at/all"),
+    "layer-by-name": (apply, {"conv": {"model": CONVOLUTION}}, "target module 'query': Conv1d cannot be adapted"),
 }
 
 
-@pytest.mark.parametrize("call, arguments, culprit", CASES.values(), ids=CASES)
-def test_bad_input_is_refused_by_name(call, arguments, culprit):
-    with pytest.raises((TypeError, ValueError, RuntimeError, FileNotFoundError), match=rf"\b{culprit}\b") as caught:
-        call(**arguments)
-    # Raised by this package, not by what it calls; and short, whatever the value.
-    assert re.search(r"[\\/]genft_kernels[\\/]", str(caught.traceback[-1].path)), caught.traceback[-1]
-    assert len(str(caught.value)) < 700
+@pytest.mark.parametrize("call, wrong, culprit", CASES.values(), ids=CASES)
+def test_bad_input_is_refused_by_name(call, wrong, culprit):
+    expected = (TypeError, ValueError, RuntimeError, FileNotFoundError)
+    for kind, arguments in wrong.items():
+        with pytest.raises(expected) as caught:
+            call(**arguments)
+            pytest.fail(f"{kind} is taken")
+        # Raised by this package, not by what it calls; and short, whatever the value.
+        assert re.search(rf"\b{culprit}\b", str(caught.value)), (kind, caught.value)
+        assert re.search(r"[\\/]genft_kernels[\\/]", str(caught.traceback[-1].path)), (kind, caught.traceback[-1])
+        assert len(str(caught.value)) < 700, kind
 
 
 def test_there_are_enough_of_them():
-    assert len(CASES) >= 400
+    assert sum(len(wrong) for _, wrong, _ in CASES.values()) >= 1500
 
 
 def test_a_model_is_as_it_was_after_bad_input():

@@ -2,19 +2,17 @@
 
 import ast
 import pathlib
-
-import pytest
+import re
 
 TESTS = pathlib.Path(__file__).parents[1]
-MODULES = sorted(TESTS.rglob("test_*.py"))
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(TESTS).as_posix())
-def test_module_imports_no_other_test_module(path):
+def test_modules_import_no_other_test_module():
     imported = []
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            imported += [f"{node.module}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Import):
-            imported += [alias.name for alias in node.names]
-    assert not [name for name in imported if any(part.startswith("test_") for part in name.split("."))]
+    for path in TESTS.rglob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                imported += [(path.name, f"{node.module}.{alias.name}") for alias in node.names]
+            elif isinstance(node, ast.Import):
+                imported += [(path.name, alias.name) for alias in node.names]
+    assert imported and not [each for each in imported if re.search(r"(^|\.)test_", each[1])]
