@@ -30,7 +30,7 @@ from genft_kernels.backends.cuda import kernels as cuda_kernels
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent.parent
 CSRC, CACHE = ROOT / "csrc", ROOT / "build" / "cuda_host"  # tests/faults/cuda_faults.py has others
-_FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fno-strict-aliasing"]  # warnings are nvcc's to give
+FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fno-strict-aliasing"]  # warnings are nvcc's to give
 
 
 def unavailable_reason() -> str | None:
@@ -64,7 +64,7 @@ def build(*sources: pathlib.Path) -> pathlib.Path:
 
 def _object(source: pathlib.Path) -> pathlib.Path:
     folders = cuda_headers(), pybind11.get_include(), sysconfig.get_paths()["include"]
-    flags = [*_FLAGS, *(f"-isystem{folder}" for folder in folders)]
+    flags = [*FLAGS, *(f"-isystem{folder}" for folder in folders)]
     texts = [path.read_bytes() for path in _with_includes(source)]
     target = CACHE / f"{source.name}.{_digest(repr(flags).encode(), *texts)}.o"
     return _made(target, "-x", "c++", *flags, f"-I{CSRC}", f"-I{HERE}", "-c", source)
