@@ -8,29 +8,24 @@
 a leading dimension L, the bias is shared. `linear` is one layer's. A gradient that nobody asked for is not computed: a
 backend returns None for it, an op an empty tensor, because an op must return tensors.
 
-The package calls `column_node`, `row_node` and `linear_node`, which give the first result alone, by a plain node of the
-autograd graph: it takes a fraction of a custom op's time to make, and calls the backend itself. Where something listens
-to the dispatcher (compilation, tracing, a dispatch mode), they are the custom ops.
-
-In W's place the nodes take a handle of one that is stored quantised (`FrozenWeight`): it is made dense for the
-operation and again for its backward, and the node keeps the handle.
+The package calls `column_node`, `row_node` and `linear_node`, which give the first result alone
+(genft_kernels/operation.py).
 """
 
 from __future__ import annotations
 
-import functools
 import math
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _torch_private, backends
+from . import backends
 from .backends.compiled.run import BuildError
 from .config import is_factored
-from .frozen_weight import FrozenWeight, opened
+from .frozen_weight import opened
+from .operation import Operation, keep, kept
 
 
 def compute(backend: str, operation: str, *args: Any) -> tuple[Any, ...]:
@@ -60,106 +55,15 @@ def _compute_by(backend: str, operation: str, *args: Any) -> tuple[Any, ...]:
         return function(*args)
 
 
-def _run(backend: str, operation: str, *args: Any) -> tuple[Tensor, ...]:
+def _run(backend: str, operation: str, *args: Any) -> Any:
     """The same with an empty tensor for each None."""
     empty = _first(args).new_empty
     return tuple(empty(0) if result is None else result for result in compute(backend, operation, *args))
 
 
-def _first(args) -> Tensor:
-    return args[0] if isinstance(args[0], Tensor) else args[1]
-
-
-def first_order(backward: Callable) -> Callable:
-    """For a node's backward that is not differentiable: RuntimeError under `create_graph=True`.
-
-    PyTorch's `once_differentiable` raises later, and not where the caller takes an unused input for a zero, as
-    `torch.autograd.functional.hvp` does.
-    """
-
-    @functools.wraps(backward)
-    def checked(ctx, *grads):
-        if torch.is_grad_enabled():
-            raise RuntimeError('no second derivatives (create_graph=True): backend="reference" has them')
-        return backward(ctx, *grads)
-
-    return checked
-
-
-def differentiable(
-    op: Callable, backward_op: Callable, setup: Callable, gradients: Callable, compute: Callable = compute
-) -> Callable[..., Tensor]:
-    """Give `op` its gradient by `backward_op`, and make what takes its arguments and returns its first result.
-
-    Args:
-        setup: saves in a context what `gradients` will need, given the op's inputs and outputs.
-        gradients: (context, gradient of the first result, `backward_op`) -> the gradient of each input.
-        compute: (backend, `<op>` or `<op>_backward`, its other arguments) -> its results, None where one is not wanted.
-    """
-    name, inputs = _torch_private.name_of_op(op).removeprefix("genft::"), _torch_private.arguments_of_op(op)
-
-    def of_op(ctx, grad, _):
-        grads = (None,) * inputs if grad is None else gradients(ctx, grad, backward_op)
-        # An op wants a list for a list.
-        lists = ([None] * len(need) if isinstance(need, (list, tuple)) else None for need in ctx.needs_input_grad)
-        return tuple(each if grad is None else grad for each, grad in zip(lists, grads, strict=True))
-
-    op.register_autograd(of_op, setup_context=setup)
-
-    def run(*args):
-        if _torch_private.dispatch_modes_active():  # within a node that keeps a handle: let them see the op
-            _tell_flop_counters()
-            return op(*map(opened, args))
-        return compute(args[-1], name, *args[:-1])
-
-    def run_backward(*args):
-        if _torch_private.dispatch_modes_active():
-            return backward_op(*map(opened, args))
-        return compute(args[-1], f"{name}_backward", *args[:-1])
-
-    class Node(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *args):
-            results = run(*args)
-            setup(ctx, args, results)
-            # `data`, because a view that is made within a node may not be changed in place, as ReLU(inplace=True) does.
-            return results[0].data
-
-        @staticmethod
-        @first_order
-        def backward(ctx, grad):
-            return (None,) * inputs if grad is None else gradients(ctx, grad, run_backward)
-
-    def node(*args) -> Tensor:
-        if torch.compiler.is_compiling():
-            return op(*map(opened, args))[0]
-        if _torch_private.dispatch_modes_active() and not any(map(_is_handle, args)):
-            _tell_flop_counters()
-            return op(*args)[0]
-        return Node.apply(*args) if torch.is_grad_enabled() else run(*args)[0]
-
-    return node
-
-
-def _is_handle(value: object) -> bool:
-    return isinstance(value[0] if isinstance(value, list) else value, FrozenWeight)
-
-
-def keep(ctx: Any, *values: Tensor | FrozenWeight | None) -> None:
-    """Save tensors for backward, and the handles among them beside: what they stand for is not kept."""
-    ctx.handles = {place: value for place, value in enumerate(values) if isinstance(value, FrozenWeight)}
-    ctx.save_for_backward(*(None if place in ctx.handles else value for place, value in enumerate(values)))
-
-
-def kept(ctx: Any) -> list:
-    """What was kept."""
-    return [ctx.handles.get(place, tensor) for place, tensor in enumerate(ctx.saved_tensors)]
-
-
-def _tell_flop_counters() -> None:
-    """Have a FLOP counter know the operations. Who uses one has imported its module, which brings Triton with it."""
-    if "torch.utils.flop_counter" in sys.modules:
-        from . import flops  # noqa: F401
+def _first(args: Sequence[Any]) -> Tensor:
+    first: Tensor = args[0] if isinstance(args[0], Tensor) else args[1]
+    return first
 
 
 # --- column ---------------------------------------------------------------------------------------------------------
@@ -178,7 +82,7 @@ def column(
 
 
 @column.register_fake
-def _(weights, down, bias, activation, backend):
+def _(weights: list[Tensor], down: Tensor, bias: Any, activation: str, backend: str) -> tuple[Tensor, ...]:
     h = down.new_empty((down.shape[0], weights[0].shape[0], down.shape[1]))
     return h, torch.empty_like(h) if activation != "identity" else h.new_empty(0)
 
@@ -192,26 +96,26 @@ def column_backward(
 
 
 @column_backward.register_fake
-def _(grad, weights, pre, activation, needs, backend):
+def _(grad: Tensor, weights: Any, pre: Tensor, activation: str, needs: Any, backend: str) -> tuple[Tensor, ...]:
     layers, _, k = grad.shape
     shapes = ((layers, k, weights[0].shape[1]), (k,))
     return tuple(grad.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True))
 
 
-def _column_setup(ctx, inputs, output):
+def _column_setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Any]) -> None:
     weights, _, _, ctx.activation, ctx.backend = inputs
     keep(ctx, *weights, output[1])
     ctx.set_materialize_grads(False)
 
 
-def _column_gradients(ctx, grad, backward):
+def _column_gradients(ctx: Any, grad: Tensor, backward: Callable[..., Any]) -> tuple[Any, ...]:
     *weights, pre = kept(ctx)
     needs = list(ctx.needs_input_grad[1:3])
     grads = backward(grad, weights, pre, ctx.activation, needs, ctx.backend)
     return None, *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
 
 
-column_node = differentiable(column, lambda *args: column_backward(*args), _column_setup, _column_gradients)
+column_node = Operation(column, column_backward, _column_setup, _column_gradients, compute)
 
 
 # --- row ------------------------------------------------------------------------------------------------------------
@@ -230,7 +134,8 @@ def row(
 
 
 @row.register_fake
-def _(left, right, down, bias, seed, outer, dropout, inner, backend):
+def _(left: Any, right: Tensor, down: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *_, inner, _ = rest
     h = down.new_empty((*right.shape[:2], down.shape[1]))
     return h, torch.empty_like(h) if inner != "identity" else h.new_empty(0)
 
@@ -245,24 +150,25 @@ def row_backward(
 
 
 @row_backward.register_fake
-def _(grad, left, right, down, pre, seed, outer, dropout, inner, needs, backend):
+def _(grad: Tensor, left: Tensor, right: Tensor, down: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *_, needs, _ = rest
     shapes = (left.shape, right.shape, down.shape, down.shape[1:2])
     return tuple(grad.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True))
 
 
-def _row_setup(ctx, inputs, output):
+def _row_setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Any]) -> None:
     left, right, down, _, seed, ctx.outer, ctx.dropout, ctx.inner, ctx.backend = inputs
     ctx.save_for_backward(left, right, down, output[1], seed)
     ctx.set_materialize_grads(False)
 
 
-def _row_gradients(ctx, grad, backward):
+def _row_gradients(ctx: Any, grad: Tensor, backward: Callable[..., Any]) -> tuple[Any, ...]:
     needs = list(ctx.needs_input_grad[:4])
     grads = backward(grad, *ctx.saved_tensors, ctx.outer, ctx.dropout, ctx.inner, needs, ctx.backend)
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None, None
 
 
-row_node = differentiable(row, lambda *args: row_backward(*args), _row_setup, _row_gradients)
+row_node = Operation(row, row_backward, _row_setup, _row_gradients, compute)
 
 
 # --- linear ---------------------------------------------------------------------------------------------------------
@@ -282,7 +188,8 @@ def linear(
 
 
 @linear.register_fake
-def _(x, weight, bias, h, b, seed, scale, activation, dropout, stream, backend):
+def _(x: Tensor, weight: Tensor, bias: Any, h: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *_, activation, dropout, _, _ = rest
     factored = is_factored(activation, dropout)
     tokens = math.prod(x.shape[:-1])  # not numel(), which makes a symbolic size a constant: a graph for each length
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
@@ -304,8 +211,8 @@ def linear_backward(
 
 
 @linear_backward.register_fake
-def _(grad, x, weight, h, b, xh, seed, scale, activation, dropout, stream, needs, backend):
-    need_x, need_bias, need_h, need_b = needs
+def _(grad: Tensor, x: Any, weight: Any, h: Any, b: Any, xh: Any, *rest: Any) -> tuple[Tensor, ...]:
+    *_, activation, dropout, _, (need_x, need_bias, need_h, need_b), _ = rest
     out_features, left = grad.shape[-1], xh if is_factored(activation, dropout) else h
     return (
         grad.new_empty((*grad.shape[:-1], weight.shape[1]) if need_x else 0),
@@ -315,7 +222,7 @@ def _(grad, x, weight, h, b, xh, seed, scale, activation, dropout, stream, needs
     )
 
 
-def _linear_setup(ctx, inputs, output):
+def _linear_setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Any]) -> None:
     x, weight, _, h, b, seed, ctx.scale, ctx.activation, ctx.dropout, ctx.stream, ctx.backend = inputs
     need_x, _, need_bias, need_h, need_b = ctx.needs_input_grad[:5]
     ctx.needs = [need_x, need_bias, need_h, need_b]
@@ -333,11 +240,11 @@ def _linear_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _linear_gradients(ctx, grad, backward):
+def _linear_gradients(ctx: Any, grad: Tensor, backward: Callable[..., Any]) -> tuple[Any, ...]:
     settings = ctx.scale, ctx.activation, ctx.dropout, ctx.stream, ctx.needs, ctx.backend
     grads = backward(grad, *kept(ctx), *settings)
     dx, dbias, dh, db = (g if need else None for g, need in zip(grads, ctx.needs, strict=True))
     return dx, None, dbias, dh, db, None, None, None, None, None, None
 
 
-linear_node = differentiable(linear, lambda *args: linear_backward(*args), _linear_setup, _linear_gradients)
+linear_node = Operation(linear, linear_backward, _linear_setup, _linear_gradients, compute)

@@ -5,17 +5,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.linalg import vector_norm
 
 from . import ops
 from .backends import KERNEL_BACKENDS
 from .checks import autocasts, draw_seed, seed_tensor
 from .config import GenFTConfig, is_factored
 from .frozen_weight import FrozenWeight
+from .operation import Operation
 from .parameters import GeneratorParameters
 from .philox import COLUMN_STREAM, ROW_STREAM
 
@@ -34,6 +36,21 @@ class Factors(NamedTuple):
         return [Factors(h, b, self.stream) for h, b in zip(self.h.unbind(0), self.b.unbind(0), strict=True)]
 
 
+def computed(operation: Operation, activation: str, *args: Any) -> torch.Tensor:
+    """The first result of an operation, in which the activation is the last step."""
+    return operation(*args)
+
+
+class Known(NamedTuple):
+    """What a generation need not compute, because somebody keeps it."""
+
+    norms: torch.Tensor | None = None  # of the weights, [L]
+    stage: Callable[..., torch.Tensor] = computed  # in place of that
+
+
+NOTHING = Known()
+
+
 def generate_factors(
     weights: Sequence[Frozen],
     params: GeneratorParameters,
@@ -43,6 +60,7 @@ def generate_factors(
     dropout: float,
     seed: torch.Tensor | None,
     backend: str,
+    known: Known = NOTHING,
 ) -> Factors:
     """The thin factors in `dtype` of L layers' updates, from frozen weights (docs/method.md#two-products, "generate").
 
@@ -53,79 +71,100 @@ def generate_factors(
         params: each matrix with a leading dimension L, the biases, which all layers share, without.
         seed: int64 [L], the layers' own, or None without dropout.
         backend: an operation backend by name.
+        known: of an earlier generation from the same.
     """
-    rho = _weight_ratio(weights, config)
+    rho = weight_ratio(weights, config, known.norms)
     matrix_ratio = rho if config.ratio_scope == "all" else None
-    device, phi = weights[0].device, config.inner_activation
+    device, phi, transform = weights[0].device, config.inner_activation, config.transform
 
-    def cast(tensor: torch.Tensor | None, ratio: float | torch.Tensor | None = None) -> torch.Tensor | None:
-        # Scaled before the cast, which may round.
-        return None if tensor is None else (tensor if ratio is None else tensor * ratio).to(device, dtype)
+    def units(stage: str, ratio: float | torch.Tensor | None) -> _Units:
+        return _Units.of(params, stage, (ratio, matrix_ratio), device, dtype)
 
-    def down(matrix: torch.Tensor, ratio: float | torch.Tensor | None) -> torch.Tensor:
-        return with_zero_units(cast(matrix, ratio), -2)
-
-    def down_bias(bias: torch.Tensor | None) -> torch.Tensor | None:
-        return None if bias is None else with_zero_units(cast(bias), -1)
-
-    def with_bias_unit(hidden: torch.Tensor, up: torch.Tensor, bias: torch.Tensor | None):
-        return _with_bias_unit(hidden, cast(up, matrix_ratio), cast(bias), config.hidden_dim)
-
-    row_down_bias = down_bias(params.row_down_bias)
-    if config.transform == "row":
-        transposed = [weight.t() for weight in weights]
-        h = _column(transposed, down(params.row_down, rho), row_down_bias, phi, backend)  # [L, in, k]
-        return Factors(*with_bias_unit(h, params.row_up, params.row_up_bias), ROW_STREAM)
-    column_down, column_down_bias = down(params.column_down, rho), down_bias(params.column_down_bias)
-    h1 = _column(list(weights), column_down, column_down_bias, phi, backend)  # [L, out, k]
-    left, right = with_bias_unit(h1, params.column_up, params.column_up_bias)
-    if config.transform == "column":
+    if transform == "row":
+        row = units("row", rho)
+        h = _column([weight.t() for weight in weights], row, phi, backend, known)  # [L, in, k]
+        return Factors(*row.joined(h, config.hidden_dim), ROW_STREAM)
+    column = units("column", rho)
+    h1 = _column(list(weights), column, phi, backend, known)  # [L, out, k]
+    left, right = column.joined(h1, config.hidden_dim)
+    if transform == "column":
         return Factors(right, left, COLUMN_STREAM)
-    row_down = down(params.row_down, matrix_ratio)
-    h = ops.row_node(
-        left, right, row_down, row_down_bias, seed, config.outer_activation, dropout, phi, backend
-    )  # [L, in, k]
-    h, b = with_bias_unit(h, params.row_up, params.row_up_bias)
+    row, psi = units("row", matrix_ratio), config.outer_activation
+    stage = computed if is_factored(psi, dropout) else known.stage  # thin products are not worth keeping
+    h = stage(ops.row_node, phi, left, right, row.down, row.down_bias, seed, psi, dropout, phi, backend)  # [L, in, k]
+    h, b = row.joined(h, config.hidden_dim)
     # dW = sigma * D instead of sigma * D^T: the factors change places.
     return Factors(b, h, ROW_STREAM) if config.delta_layout == "out_in" else Factors(h, b, ROW_STREAM)
 
 
-def _column(
-    weights: Sequence[Frozen], down: torch.Tensor, bias: torch.Tensor | None, phi: str, backend: str
-) -> torch.Tensor:
+def _column(weights: list[Frozen], units: _Units, phi: str, backend: str, known: Known) -> torch.Tensor:
     """The column op for all layers at once; for kernels one by one where W is quantised, so that one is dense."""
-    at_once = backend not in KERNEL_BACKENDS and down.device.type == "cpu"
+    at_once = backend not in KERNEL_BACKENDS and units.down.device.type == "cpu"
     if at_once or not isinstance(weights[0], FrozenWeight):
-        return ops.column_node(list(weights), down, bias, phi, backend)
-    each = zip(weights, down.split(1), strict=True)
-    return torch.cat([ops.column_node([weight], one, bias, phi, backend) for weight, one in each])
-
-
-def _weight_ratio(weights: Sequence[Frozen], config: GenFTConfig) -> float | torch.Tensor:
-    """rho: the configured number, or 1 / root mean square of each W as a tensor [L, 1, 1] (no host sync)."""
-    if config.weight_ratio != "rms":
-        return config.weight_ratio
-    wide = torch.promote_types(weights[0].dtype, torch.float32)
-    norms = torch.stack(
-        [
-            weight.norm() if isinstance(weight, FrozenWeight) else torch.linalg.vector_norm(weight, dtype=wide)
-            for weight in weights
-        ]
+        return known.stage(ops.column_node, phi, weights, units.down, units.down_bias, phi, backend)
+    each = zip(weights, units.down.split(1), strict=True)
+    return torch.cat(
+        [known.stage(ops.column_node, phi, [weight], one, units.down_bias, phi, backend) for weight, one in each]
     )
+
+
+def weight_ratio(
+    weights: Sequence[Frozen], config: GenFTConfig, norms: torch.Tensor | None = None
+) -> float | torch.Tensor:
+    """rho: the configured number, or 1 / root mean square of each W as a tensor [L, 1, 1] (no host sync)."""
+    if not isinstance(config.weight_ratio, str):
+        return config.weight_ratio
+    norms = norms_of(weights) if norms is None else norms
     # From a W of zeros everything in proportion to it is zero, whatever rho is.
     return (weights[0].numel() ** 0.5 / torch.where(norms > 0, norms, 1))[:, None, None]
 
 
-def _with_bias_unit(
-    hidden: torch.Tensor, up: torch.Tensor, bias: torch.Tensor | None, k: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A bias is one more hidden unit that is always one: hidden [L, n, k] | 1 and up [L, m, k] | bias [m]."""
-    if bias is None:
-        return hidden, with_zero_units(up, -1)
-    ones, biases = hidden.new_ones((*hidden.shape[:2], 1)), bias[:, None].expand(*up.shape[:2], 1)
-    pairs = ([hidden[..., :k], ones], [up[..., :k], biases])
-    hidden, up = (with_zero_units(torch.cat(pair, 2), -1) for pair in pairs)
-    return hidden, up
+def norms_of(weights: Sequence[Frozen]) -> torch.Tensor:
+    """The Frobenius norm of each W, [L], in float32 or wider."""
+    wide = torch.promote_types(weights[0].dtype, torch.float32)
+    return torch.stack([w.norm() if isinstance(w, FrozenWeight) else vector_norm(w, dtype=wide) for w in weights])
+
+
+class _Units(NamedTuple):
+    """The tensors of one stage as its products take them: scaled, cast, with zero units after the down matrix's own."""
+
+    down: torch.Tensor  # [L, k, n]
+    up: torch.Tensor  # [L, m, k]
+    down_bias: torch.Tensor | None  # [k]
+    up_bias: torch.Tensor | None  # [m]
+
+    @classmethod
+    def of(
+        cls,
+        params: GeneratorParameters,
+        stage: str,
+        ratios: tuple[float | torch.Tensor | None, float | torch.Tensor | None],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> _Units:
+        """Those of `stage`, its down and up matrices times `ratios`, which comes before the cast that may round."""
+        tensors = params._asdict()
+        down, up = (tensors[f"{stage}_{end}"] for end in ("down", "up"))
+        down, up = (
+            (matrix if ratio is None else matrix * ratio).to(device, dtype)
+            for matrix, ratio in zip((down, up), ratios, strict=True)
+        )
+        down_bias, up_bias = (
+            None if bias is None else bias.to(device, dtype)
+            for bias in (tensors[f"{stage}_{end}_bias"] for end in ("down", "up"))
+        )
+        return cls(
+            with_zero_units(down, -2), up, None if down_bias is None else with_zero_units(down_bias, -1), up_bias
+        )
+
+    def joined(self, hidden: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(hidden [L, n, k], up [L, m, k]). A bias is one more unit, always one: hidden | 1 and up | bias."""
+        if self.up_bias is None:
+            return hidden, with_zero_units(self.up, -1)
+        ones, biases = hidden.new_ones((*hidden.shape[:2], 1)), self.up_bias[:, None].expand(*self.up.shape[:2], 1)
+        pairs = ([hidden[..., :k], ones], [self.up[..., :k], biases])
+        hidden, up = (with_zero_units(torch.cat(pair, 2), -1) for pair in pairs)
+        return hidden, up
 
 
 def with_zero_units(thin: torch.Tensor, dim: int) -> torch.Tensor:

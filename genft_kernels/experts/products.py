@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..config import is_factored
-from ..ops import compute, differentiable
+from ..operation import Operation
+from ..ops import compute
 
 
 @torch.library.custom_op("genft::expert_linear", mutates_args=())
@@ -175,4 +176,4 @@ def _run(operation: str, *args: Any) -> Any:
     return tuple(args[0].new_empty(0) if result is None else result for result in _OPERATIONS[operation](*args))
 
 
-expert_linear_node = differentiable(expert_linear, expert_linear_backward, _setup, _gradients, _compute)
+expert_linear_node = Operation(expert_linear, expert_linear_backward, _setup, _gradients, _compute)

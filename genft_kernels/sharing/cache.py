@@ -19,9 +19,10 @@ from torch import Tensor
 
 from .. import _torch_private
 from ..update import Factors
-from .node import Generation
+from .node import Generation, Options
 from .snapshot import Snapshot, Watch, compares_at_once, sample
 from .source import Source, Watched
+from .weight_norm import WeightNorms
 
 
 class Layer(Protocol):
@@ -168,6 +169,7 @@ class LayerGroup:
         self.generations = 0
         self.accumulation = None  # an `accumulate.Accumulation` while one is under way
         self._shares: weakref.WeakKeyDictionary[Layer, Share | None] = weakref.WeakKeyDictionary()
+        self._norms = WeightNorms()
         self.lock = threading.Lock()
         _groups.add(self)
 
@@ -184,7 +186,8 @@ class LayerGroup:
         self._shares[layer] = None
 
     def forget(self, layer: Layer) -> None:
-        """Drop the factors of `layer`."""
+        """Drop what is kept of `layer`."""
+        self._norms.forget(layer)
         if layer in self._shares:
             self._shares[layer] = None
 
@@ -253,8 +256,8 @@ class LayerGroup:
                 # give Philox streams that have nothing in common.
                 others = torch.arange(1, 1 + sum(counts[1:]), device=seeds[0].device)
                 seed = torch.cat([*seeds, seeds[0] + others])
-            options = dict(dtype=settings.dtype, dropout=settings.dropout, seed=seed, backend=settings.backend)
-            batch = Batch(Generation(list(sources.values()), **options), sources, values)
+            options = Options(settings.dtype, settings.dropout, seed, settings.backend, self._norms.of(sources))
+            batch = Batch(Generation(list(sources.values()), options), sources, values)
             starts = (sum(counts[:index]) for index in range(len(counts)))
             return {
                 layer: Share(batch, source, settings, start)

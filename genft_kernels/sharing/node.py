@@ -13,17 +13,28 @@ Factors are few and thin, and many layers' outputs hang on them, so the node ask
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..activations import activate
 from ..frozen_weight import FrozenWeight
-from ..ops import first_order
+from ..operation import Operation, first_order
 from ..parameters import GeneratorParameters, for_blocks
-from ..update import Factors, generate_factors, unit_multiple
+from ..update import Factors, Known, computed, generate_factors, unit_multiple
 from .source import Source
+
+
+class Options(NamedTuple):
+    """What a generation takes besides its sources."""
+
+    dtype: torch.dtype  # of the factors
+    dropout: float  # of the column stage
+    seed: Tensor | None  # its, int64 [blocks]; None without dropout
+    backend: str  # an operation backend by name
+    norms: Tensor | None  # of the blocks of W, if they are known
 
 
 class Generation:
@@ -34,18 +45,10 @@ class Generation:
 
     factors: list[Factors] | None
 
-    def __init__(
-        self, sources: Sequence[Source], *, dtype: torch.dtype, dropout: float, seed: Tensor | None, backend: str
-    ) -> None:
-        """Generate; differentiable where gradients are recorded.
-
-        Args:
-            sources: of layers on one device that share a generator.
-            dtype: of the factors.
-            dropout, seed: of the column stage; int64 [blocks], or None without dropout.
-            backend: an operation backend by name.
-        """
-        recipe = _Recipe(sources, dict(dtype=dtype, dropout=dropout, seed=seed, backend=backend))
+    def __init__(self, sources: Sequence[Source], options: Options) -> None:
+        """Generate from `sources`, of layers on one device that share a generator; differentiable where gradients are
+        recorded."""
+        recipe = _Recipe(sources, options)
         parameters = [*sources[0].shared.values(), *(tensor for source in sources for tensor in source.own.values())]
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
             flat = _Generate.apply(recipe, weakref.ref(self), *parameters)  # type: ignore[no-untyped-call]
@@ -60,7 +63,7 @@ class _Recipe:
 
     stream: int  # known after the first call of `factors`
 
-    def __init__(self, sources: Sequence[Source], options: dict) -> None:
+    def __init__(self, sources: Sequence[Source], options: Options) -> None:
         self.config, self.options = sources[0].config, options
         self.weights = [block for source in sources for block in source.blocks]
         self.shared_names, self.specific_names = tuple(sources[0].shared), tuple(sources[0].own)
@@ -78,8 +81,8 @@ class _Recipe:
         owned = position - len(names)
         return names[position] if owned < 0 else self.specific_names[owned % len(self.specific_names)]
 
-    def factors(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """h [in, k] of each block, then b [out, k] of each block."""
+    def factors(self, parameters: Sequence[Tensor], stage: Callable[..., Tensor] = computed) -> list[Tensor]:
+        """h [in, k] of each block, then b [out, k] of each block; `stage` as in `Known`."""
         device, count = self.weights[0].device, len(self.shared_names)
         shared = dict(zip(self.shared_names, parameters, strict=False))
         own = parameters[count:]
@@ -87,9 +90,13 @@ class _Recipe:
         with torch.autocast(device.type, enabled=False):  # it has no stack of float16 tensors on a CPU
             for index, name in enumerate(self.specific_names):
                 specific[name] = self._for_blocks(own[index :: len(self.specific_names)])
-            multiple = unit_multiple(device, self.options["dtype"])
+            dtype, dropout, seed, backend, norms = self.options
+            multiple = unit_multiple(device, dtype)
             stacked = GeneratorParameters.concatenated(shared, specific, device, len(self.weights), multiple)
-            h, b, self.stream = generate_factors(self.weights, stacked, self.config, **self.options)
+            h, b, self.stream = generate_factors(
+                self.weights, stacked, self.config,
+                dtype=dtype, dropout=dropout, seed=seed, backend=backend, known=Known(norms, stage),
+            )  # fmt: skip
         return [h.squeeze(0), b.squeeze(0)] if len(self.weights) == 1 else [*h.unbind(0), *b.unbind(0)]
 
     def _for_blocks(self, of_layers: Sequence[Tensor]) -> Tensor:
@@ -100,19 +107,52 @@ class _Recipe:
         of_blocks = [of_layers[owner] for owner in self.owners]
         return torch.stack(of_blocks) if len(of_blocks) > 1 else of_blocks[0][None]  # not even a copy
 
-    def graph(self, parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """(leaves that stand for the parameters, factors that hang on them)."""
+    def graph(
+        self, parameters: Sequence[Tensor], stage: Callable[..., Tensor], keep: Callable[[Tensor], object]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """(leaves that stand for the parameters, factors that hang on them), in a graph that saves what `keep` gives.
+
+        That must not be the tensor itself: an operation that saves its own output would keep itself alive.
+        """
         leaves = [parameter.detach().requires_grad_(parameter.requires_grad) for parameter in parameters]
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
-            return leaves, self.factors(leaves)
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, Tensor.detach):
+            return leaves, self.factors(leaves, stage)
+
+
+class _Results:
+    """What the stages that go over W, or over tiles of an update, have given; of it their graph is made again."""
+
+    def __init__(self) -> None:
+        self._kept: list[Tensor] = []
+
+    def record(self, operation: Operation, activation: str, *args: Any) -> Tensor:
+        """Run a stage, and keep what its activation was applied to."""
+        results = operation.results(*args)
+        self._kept.append(_kept(results[0] if activation == "identity" else results[1]))
+        return operation.again(results, *args)
+
+    def repeat(self) -> Callable[..., Tensor]:
+        """Takes the stages' arguments in the same order, and gives the same."""
+        kept = iter(self._kept)
+
+        def stage(operation: Operation, activation: str, *args: Any) -> Tensor:
+            before = next(kept)
+            return operation.again((activate(activation, before), before), *args)
+
+        return stage
 
 
 def _version(tensor: Tensor | FrozenWeight) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor.detach()  # an operation that saves its own output would otherwise keep itself alive
+def _kept(tensor: Tensor) -> Tensor:
+    """What is kept of a tensor between forward and backward; a name to count by."""
+    return tensor.detach()
+
+
+def _nothing(tensor: Tensor) -> None:
+    """What is kept for a graph that is made again."""
 
 
 class _Generate(torch.autograd.Function):
@@ -122,9 +162,12 @@ class _Generate(torch.autograd.Function):
     def forward(ctx: Any, recipe: _Recipe, generation: weakref.ref[Generation], *parameters: Tensor) -> Any:
         ctx.recipe, ctx.generation, ctx.parameters = recipe, generation, parameters
         ctx.versions = [[_version(tensor) for tensor in tensors] for tensors in (parameters, recipe.weights)]
-        ctx.graphs = [recipe.graph(parameters)]  # a list, because taking from it is atomic
+        ctx.results = _Results()
+        # The graph of two stages would keep more than twice the factors, and is made again in no time.
+        once = recipe.config.transform != "both"
+        leaves, outputs = recipe.graph(parameters, ctx.results.record, _kept if once else _nothing)
+        ctx.graphs = [(leaves, outputs)] if once else []  # a list, because taking from it is atomic
         ctx.set_materialize_grads(False)
-        _, outputs = ctx.graphs[0]
         results = tuple(output.detach() for output in outputs)
         fixed = [result for result, output in zip(results, outputs, strict=True) if not output.requires_grad]
         ctx.mark_non_differentiable(*fixed)
@@ -143,8 +186,8 @@ class _Generate(torch.autograd.Function):
         _Generate._check_unchanged(ctx, owners)
         try:
             leaves, outputs = ctx.graphs.pop()
-        except IndexError:  # a further backward
-            leaves, outputs = recipe.graph(parameters)
+        except IndexError:  # not kept, or a further backward
+            leaves, outputs = recipe.graph(parameters, ctx.results.repeat(), Tensor.detach)
         used = [i for i in graded if outputs[i].requires_grad]
         wanted = [i for i, leaf in enumerate(leaves) if leaf.requires_grad and used and recipe.owner(i) in owners]
         results: list[Tensor | None] = [None] * len(leaves)

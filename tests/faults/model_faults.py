@@ -3,6 +3,7 @@
 from tests.faults.planting import Fault
 
 GROUPS = ["tests/sharing/test_groups.py", "tests/sharing/test_group_contexts.py"]
+KEPT = ["tests/sharing/test_what_is_kept.py"]
 STALE = ["tests/sharing/test_stale_factors.py"]
 MODES = ["tests/sharing/test_dispatch_modes.py"]
 EVALUATION = ["tests/sharing/test_evaluation.py"]
@@ -14,9 +15,65 @@ FAULTS = [
     Fault(
         "generation: within reach of checkpointing's hooks",
         "genft_kernels/sharing/node.py",
-        "with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):",
+        "with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, Tensor.detach):",
         "with torch.enable_grad():",
         GROUPS,
+    ),
+    Fault(
+        "generation: the graph of two stages is kept",
+        "genft_kernels/sharing/node.py",
+        "_kept if once else _nothing)\n        ctx.graphs = [(leaves, outputs)] if once else []",
+        "_kept)\n        ctx.graphs = [(leaves, outputs)]",
+        KEPT,
+    ),
+    Fault(
+        "generation: a stage's result is taken for its argument",
+        "genft_kernels/sharing/node.py",
+        "operation.again((activate(activation, before), before), *args)",
+        "operation.again((before, before), *args)",
+        KEPT,
+    ),
+    Fault(
+        "generation: tiles are made again for the backward",
+        "genft_kernels/update.py",
+        "stage = computed if is_factored(psi, dropout) else known.stage",
+        "stage = computed",
+        KEPT,
+    ),
+    Fault(
+        "norms: taken in every generation",
+        "genft_kernels/sharing/weight_norm.py",
+        "if kept is None or not kept[0].same((), source.weight):",
+        "if True:",
+        KEPT,
+    ),
+    Fault(
+        "norms: kept when W changes",
+        "genft_kernels/sharing/weight_norm.py",
+        "if kept is None or not kept[0].same((), source.weight):",
+        "if kept is None:",
+        KEPT,
+    ),
+    Fault(
+        "norms: kept where a change of W is not seen at once",
+        "genft_kernels/sharing/weight_norm.py",
+        " or not snapshot.compares_at_once(first.weight.device)",
+        "",
+        KEPT,
+    ),
+    Fault(
+        "norms: no refresh",
+        "genft_kernels/sharing/cache.py",
+        "        self._norms.forget(layer)\n",
+        "",
+        KEPT,
+    ),
+    Fault(
+        "norms: of inference mode",
+        "genft_kernels/sharing/weight_norm.py",
+        "with torch.inference_mode(False), torch.no_grad():",
+        "with torch.no_grad():",
+        KEPT,
     ),
     Fault(
         "generation: never consumed",

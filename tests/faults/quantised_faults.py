@@ -15,11 +15,12 @@ SAME = of("gradient or blocks or compute_dtype or is_the_one and row or rms or c
 STATES = of("disabled or remov or merging or dense or stored_bytes")
 REFUSED = of("refused or registration or quantised_and or is_not_quantised or without_values")
 HANDLE, OPS, LINEAR = "genft_kernels/frozen_weight.py", "genft_kernels/ops.py", "genft_kernels/quantised_linear.py"
+OPERATION = "genft_kernels/operation.py"
 
 FAULTS = [
     Fault(
         "quantised: W is kept for backward",
-        OPS,
+        OPERATION,
         "    ctx.handles = {place: value for place, value in enumerate(values) if isinstance(value, FrozenWeight)}\n",
         "    values = tuple(map(opened, values))\n    ctx.handles = {}\n",
         KEPT,
@@ -33,9 +34,9 @@ FAULTS = [
     ),
     Fault(
         "quantised: FLOP counters see no operations",
-        OPS,
-        "            return backward_op(*map(opened, args))",
-        '            return compute(args[-1], f"{name}_backward", *args[:-1])',
+        OPERATION,
+        "                results: tuple[Any, ...] = backward_op(*map(opened, args))\n",
+        '                results: tuple[Any, ...] = compute(args[-1], f"{self._name}_backward", *args[:-1])\n',
         KEPT,
     ),
     Fault(

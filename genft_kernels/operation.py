@@ -1,0 +1,144 @@
+"""`Operation`: how a custom op and its backward become one node of the autograd graph.
+
+A plain node takes a fraction of a custom op's time to make, and calls the backend itself. Where something listens to
+the dispatcher (compilation, tracing, a dispatch mode), it is the custom op.
+
+In W's place the nodes take a handle of one that is stored quantised (`FrozenWeight`): it is made dense for the
+operation and again for its backward, and the node keeps the handle.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _torch_private
+from .frozen_weight import FrozenWeight, opened
+
+
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """For a node's backward that is not differentiable: RuntimeError under `create_graph=True`.
+
+    PyTorch's `once_differentiable` raises later, and not where the caller takes an unused input for a zero, as
+    `torch.autograd.functional.hvp` does.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError('no second derivatives (create_graph=True): backend="reference" has them')
+        return backward(ctx, *grads)
+
+    return checked
+
+
+class Operation:
+    """A custom op with its gradient. Called, it gives the op's first result, by a plain node of the graph.
+
+    Args:
+        op, backward_op: the custom ops `<name>` and `<name>_backward`.
+        setup: saves in a context what `gradients` will need, given the op's inputs and outputs.
+        gradients: (context, gradient of the first result, `backward_op`) -> the gradient of each input.
+        compute: (backend, `<name>` or `<name>_backward`, its other arguments) -> its results, None where not wanted.
+    """
+
+    def __init__(
+        self,
+        op: Any,
+        backward_op: Callable[..., Any],
+        setup: Callable[..., None],
+        gradients: Callable[..., tuple[Any, ...]],
+        compute: Callable[..., Any],
+    ) -> None:
+        self._op, self._compute = op, compute
+        self._name = _torch_private.name_of_op(op).removeprefix("genft::")
+        count = _torch_private.arguments_of_op(op)
+
+        def of_op(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...]:
+            grads = (None,) * count if grad is None else gradients(ctx, grad, backward_op)
+            # An op wants a list for a list.
+            lists = ([None] * len(need) if isinstance(need, (list, tuple)) else None for need in ctx.needs_input_grad)
+            return tuple(each if grad is None else grad for each, grad in zip(lists, grads, strict=True))
+
+        op.register_autograd(of_op, setup_context=setup)
+
+        def run_backward(*args: Any) -> tuple[Any, ...]:
+            if _torch_private.dispatch_modes_active():
+                results: tuple[Any, ...] = backward_op(*map(opened, args))
+                return results
+            return compute(args[-1], f"{self._name}_backward", *args[:-1])
+
+        class Node(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *args: Any) -> Tensor:
+                *inputs, results = args
+                results = self._run(*inputs) if results is None else results
+                setup(ctx, inputs, results)
+                # `data`, because a view that is made within a node may not be changed in place, as ReLU(inplace=True)
+                # does.
+                return results[0].data
+
+            @staticmethod
+            @first_order
+            def backward(ctx: Any, grad: Tensor | None) -> Any:
+                return *((None,) * count if grad is None else gradients(ctx, grad, run_backward)), None
+
+        self._node: Any = Node
+
+    def __call__(self, *args: Any) -> Tensor:
+        compiling = torch.compiler.is_compiling()
+        if compiling or (_torch_private.dispatch_modes_active() and not any(map(_is_handle, args))):
+            if not compiling:
+                _tell_flop_counters()
+            first: Tensor = self._op(*map(opened, args))[0]
+            return first
+        return self._first(None, *args)
+
+    def results(self, *args: Any) -> tuple[Tensor, Any]:
+        """All results, without gradients."""
+        with torch.no_grad():
+            return self._run(*args)
+
+    def again(self, results: tuple[Tensor, Any], *args: Any) -> Tensor:
+        """What a call gives, where its results are known."""
+        return self._first(results, *args)
+
+    def _first(self, results: tuple[Tensor, Any] | None, *args: Any) -> Tensor:
+        if torch.is_grad_enabled():
+            first: Tensor = self._node.apply(*args, results)
+            return first
+        return (self._run(*args) if results is None else results)[0]
+
+    def _run(self, *args: Any) -> Any:
+        if _torch_private.dispatch_modes_active():  # within a node that keeps a handle: let them see the op
+            _tell_flop_counters()
+            return self._op(*map(opened, args))
+        return self._compute(args[-1], self._name, *args[:-1])
+
+
+def _is_handle(value: object) -> bool:
+    return isinstance(value[0] if isinstance(value, list) else value, FrozenWeight)
+
+
+def keep(ctx: Any, *values: Tensor | FrozenWeight | None) -> None:
+    """Save tensors for backward, and the handles among them beside: what they stand for is not kept."""
+    ctx.handles = {place: value for place, value in enumerate(values) if isinstance(value, FrozenWeight)}
+    ctx.save_for_backward(*(None if place in ctx.handles else value for place, value in enumerate(values)))
+
+
+def kept(ctx: Any) -> list[Any]:
+    """What was kept."""
+    return [ctx.handles.get(place, tensor) for place, tensor in enumerate(ctx.saved_tensors)]
+
+
+def _tell_flop_counters() -> None:
+    """Have a FLOP counter know the operations. Who uses one has imported its module, which brings Triton with it."""
+    if "torch.utils.flop_counter" in sys.modules:
+        from .flops import tell_counters
+
+        tell_counters()
