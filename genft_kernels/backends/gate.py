@@ -13,7 +13,7 @@ import functools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -25,6 +25,7 @@ from . import card
 
 SECONDS = 20.0  # that a first forward may wait
 _PACKAGE = Path(__file__).parents[1]
+_Backend = ModuleType | SimpleNamespace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,30 +39,38 @@ class Case:
     tokens: int
     n_in: int = 150  # rows of any matrix begin anywhere
     n_out: int = 214
-    lies: str = "as it is"  # W in memory, or "transposed", or "apart": its rows further apart than they are long
+    inner: str = "tanh"
+    bias: bool = True  # in every stage; the row stage's is one unit more
+    lies: str = "as it is"  # W in memory, or "transposed", "apart" (rows longer than W is wide), or "far apart"
+    generates: bool = True  # or the token side alone
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')}, k {self.k}, {self.activation}, dropout {self.dropout}"
 
 
 # In 16 bits enough tokens for the wide tiles and for sums to be split, more units than a slice of them, and once sizes
-# whose rows begin where an asynchronous copy may, with blocks enough for the larger ones.
+# whose rows begin where an asynchronous copy may. Then blocks enough for the larger ones, of what Triton has compiled
+# by then, since compiling is what takes long; and addresses that take more than 32 bits.
 CASES = (
     Case(torch.float32, 5, "leaky_relu", 0.3, 77),
-    Case(torch.float16, 37, "gelu", 0.3, 1100, lies="transposed"),
-    Case(torch.bfloat16, 80, "silu", 0.0, 1100, lies="apart"),
-    Case(torch.bfloat16, 32, "identity", 0.3, 200, 1904, 1104),
+    Case(torch.float16, 37, "gelu", 0.3, 1100, inner="relu", lies="transposed"),
+    Case(torch.bfloat16, 80, "silu", 0.0, 1100, inner="gelu", lies="apart"),
+    Case(torch.bfloat16, 32, "identity", 0.3, 200, 160, 224, inner="identity", bias=False),
+    Case(torch.bfloat16, 32, "identity", 0.3, 200, 1904, 1104, bias=False, generates=False),
+    Case(torch.bfloat16, 5, "relu", 0.3, 9, 40, 4, lies="far apart", generates=False),
 )
 _LAYERS = 2
+_FAR = 2**31 // 3 // 16 * 16 + 16  # elements from row to row
 
 
-def examine(backend: ModuleType | SimpleNamespace, device: torch.device) -> str | None:
+def examine(backend: _Backend, device: torch.device) -> str | None:
     """The first way in which a backend's operations fail on a device, in words; None if there is none."""
     for case in CASES:
-        torch.manual_seed(3)
-        results = [list(_results(backend, case, case.dtype, device)) for _ in range(3)]
-        plain, exact = (list(_results(_eager(), case, dtype, device)) for dtype in (case.dtype, torch.float64))
-        for (name, found), (_, plains), (_, true), *others in zip(results[0], plain, exact, *results[1:], strict=True):
+        if case.lies == "far apart" and not _has_room(case, device):
+            continue
+        runs = [_results(backend, case, case.dtype, device) for _ in range(3)]
+        plain, exact = (_results(_eager(), case, dtype, device) for dtype in (case.dtype, torch.float64))
+        for (name, found), (_, plains), (_, true), *others in zip(runs[0], plain, exact, *runs[1:], strict=True):
             # A chain of n additions in float32 is off by about sqrt(n) roundings, whatever a vendor's order gets.
             floor = torch.finfo(case.dtype).eps + torch.finfo(torch.float32).eps * case.tokens**0.5
             error, allowed = _error(found, true), 2 * _error(plains, true) + floor
@@ -84,7 +93,7 @@ def _eager() -> ModuleType:
     return operations
 
 
-def _random(case: Case, dtype: torch.dtype, device: torch.device):
+def _random(case: Case, dtype: torch.dtype, device: torch.device) -> Callable[..., Tensor]:
     """What makes the same random tensors, rounded to the case's dtype, each time."""
     generator = torch.Generator().manual_seed(5)
 
@@ -95,49 +104,80 @@ def _random(case: Case, dtype: torch.dtype, device: torch.device):
     return random
 
 
-def _weight(case: Case, random) -> Tensor:
-    scale = case.n_in**-0.5
+def _bytes_far_apart(case: Case) -> int:
+    return ((case.n_out - 1) * _FAR + case.n_in) * case.dtype.itemsize
+
+
+def _has_room(case: Case, device: torch.device) -> bool:
+    """Whether a card has room for twice a W whose rows lie far apart; on a CPU only what is touched takes any."""
+    return device.type != "cuda" or torch.cuda.mem_get_info(device)[0] > 2 * _bytes_far_apart(case)
+
+
+@functools.lru_cache(maxsize=1)
+def _memory(size: int, device: torch.device) -> torch.UntypedStorage:
+    """Bytes that nothing is written to; the same for all runs."""
+    return torch.UntypedStorage(size, device=device)
+
+
+def _weight(case: Case, random: Callable[..., Tensor]) -> Tensor:
+    weight = random(case.n_out, case.n_in, scale=case.n_in**-0.5)
     if case.lies == "transposed":
-        return random(case.n_in, case.n_out, scale=scale).t()
+        return weight.t().contiguous().t()
     if case.lies == "apart":
-        return random(case.n_out, case.n_in + 10, scale=scale)[:, : case.n_in]
-    return random(case.n_out, case.n_in, scale=scale)
+        return weight.new_zeros(case.n_out, case.n_in + 10)[:, : case.n_in].copy_(weight)
+    if case.lies == "far apart" and weight.dtype == case.dtype:
+        memory = _memory(_bytes_far_apart(case), weight.device)
+        return weight.new_empty(0).set_(memory, 0, weight.shape, (_FAR, 1)).copy_(weight)
+    return weight
 
 
-def _results(backend, case: Case, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+def _results(backend: _Backend, case: Case, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, Tensor]]:
     """The results of every operation, forward and backward, by name."""
-    random, k, layers = _random(case, dtype, device), case.k, range(_LAYERS)
-    n_in, n_out = case.n_in, case.n_out
-    weights, seeds = [_weight(case, random) for _ in layers], torch.tensor([7, -(2**40)], device=device)
-    down, grad, pre = random(_LAYERS, k, n_in), random(_LAYERS, n_out, k), random(_LAYERS, n_out, k)
-    yield "column", backend.column(weights, down, random(k), "tanh")[0]
-    yield "column_backward", backend.column_backward(grad, weights, pre, "tanh", [True, False])[0]
-    left, right = random(_LAYERS, n_out, k + 1), random(_LAYERS, n_in, k + 1, scale=k**-0.5)
-    down, pre, grad = random(_LAYERS, k, n_out, scale=n_out**-0.5), random(_LAYERS, n_in, k), random(_LAYERS, n_in, k)
-    stages = seeds, case.activation, case.dropout, "tanh"
-    yield "row", backend.row(left, right, down, random(k), *stages)[0]
-    grads = backend.row_backward(grad, left, right, down, pre, *stages, [True] * 4)
-    yield from zip(("row_backward, left", "row_backward, right", "row_backward, down"), grads[:3], strict=True)
+    random = _random(case, dtype, device)
+    weights, seeds = [_weight(case, random)], torch.tensor([7, -(2**40)], device=device)
+    if case.generates:
+        weights += [_weight(case, random) for _ in range(1, _LAYERS)]
+        yield from _results_of_generation(backend, case, random, weights, seeds)
+    n_in, n_out, k = case.n_in, case.n_out, case.k
     x, dy = random(case.tokens, n_in), random(case.tokens, n_out)
-    h, b = random(n_in, k), random(n_out, k, scale=k**-0.5)
+    h, b, bias = random(n_in, k), random(n_out, k, scale=k**-0.5), random(n_out) if case.bias else None
     update = seeds[:1], 0.5, case.activation, case.dropout, ROW_STREAM
-    yield "linear", backend.linear(x, weights[0], random(n_out), h, b, *update)[0]
+    yield "linear", backend.linear(x, weights[0], bias, h, b, *update)[0]
+    if case.lies == "far apart":
+        return
     dx, _, dh, db = backend.linear_backward(dy, x, weights[0], h, b, None, *update, [True, False, True, True])
     yield from (("linear_backward, x", dx), ("linear_backward, h", dh), ("linear_backward, b", db))
+
+
+def _results_of_generation(
+    backend: _Backend, case: Case, random: Callable[..., Tensor], weights: list[Tensor], seeds: Tensor
+) -> Iterator[tuple[str, Tensor]]:
+    """Those of the column and the row stage, for `_LAYERS` layers."""
+    n_in, n_out, k, k1 = case.n_in, case.n_out, case.k, case.k + case.bias
+    down, grad, pre = random(_LAYERS, k, n_in), random(_LAYERS, n_out, k), random(_LAYERS, n_out, k)
+    bias = random(k) if case.bias else None
+    yield "column", backend.column(weights, down, bias, case.inner)[0]
+    yield "column_backward", backend.column_backward(grad, weights, pre, case.inner, [True, False])[0]
+    left, right = random(_LAYERS, n_out, k1), random(_LAYERS, n_in, k1, scale=k**-0.5)
+    down, pre, grad = random(_LAYERS, k, n_out, scale=n_out**-0.5), random(_LAYERS, n_in, k), random(_LAYERS, n_in, k)
+    stages = seeds, case.activation, case.dropout, case.inner
+    yield "row", backend.row(left, right, down, bias, *stages)[0]
+    grads = backend.row_backward(grad, left, right, down, pre, *stages, [True] * 4)
+    yield from zip(("row_backward, left", "row_backward, right", "row_backward, down"), grads[:3], strict=True)
 
 
 def _error(found: Tensor, exact: Tensor) -> float:
     return ((found.double() - exact).norm() / exact.norm()).item()
 
 
-def _bias(backend, case: Case, device: torch.device) -> float:
+def _bias(backend: _Backend, case: Case, device: torch.device) -> float:
     """How far the elements of W + dW that dropout keeps are rounded away from zero on the whole, in mean roundings."""
     seed, results = torch.tensor([2**40 + 3], device=device), []
     for operations, dtype in ((backend, case.dtype), (_eager(), torch.float64)):
         random = _random(case, dtype, device)
         weight, h, b = _weight(case, random), random(case.n_in, case.k), random(case.n_out, case.k)
         each = torch.eye(case.n_in, dtype=dtype, device=device)
-        settings = 1e-3, case.activation, 0.5, ROW_STREAM
+        settings = 1e-3, case.activation, case.dropout, ROW_STREAM
         results.append(operations.linear(each, weight, None, h, b, seed, *settings)[0].t())  # [out, in]
     folded, exact = results
     kept = exact != weight
@@ -145,15 +185,16 @@ def _bias(backend, case: Case, device: torch.device) -> float:
     return ((off * exact[kept].sign()).mean() / off.abs().mean()).item()
 
 
-def _gain(backend, case: Case, device: torch.device) -> float:
+def _gain(backend: _Backend, case: Case, device: torch.device) -> float:
     """<y - y0, d> / <d, d> for an update d of a thousandth of y0 (docs/method.md#precision)."""
-    random = _random(case, case.dtype, device)
+    random, seed = _random(case, case.dtype, device), torch.tensor([3], device=device)
     weight, x = _weight(case, random), random(2000, case.n_in)
     h, b = random(case.n_in, case.k), random(case.n_out, case.k)
     wide = [each.double() for each in (x, weight, h, b)]
-    frozen, update = wide[0] @ wide[1].t(), wide[0] @ torch.tanh(wide[3] @ wide[2].t()).t()
+    frozen, settings = wide[0] @ wide[1].t(), (case.activation, case.dropout, ROW_STREAM)
+    update = _eager().linear(*wide[:2], None, *wide[2:], seed, 1.0, *settings)[0] - frozen
     scale = 1e-3 * (frozen.norm() / update.norm()).item()
-    y, _ = backend.linear(x, weight, None, h, b, torch.tensor([3], device=device), scale, "tanh", 0.0, ROW_STREAM)
+    y, _ = backend.linear(x, weight, None, h, b, seed, scale, *settings)
     return ((y.double() - frozen) * update).sum().item() / (scale * update.square().sum().item())
 
 

@@ -67,6 +67,29 @@ def test_gate_sees_a_swallowed_update(monkeypatch):
     assert "of a small update is left" in gate.examine(backend(linear=linear), CPU)
 
 
+def test_gate_stops_at_the_first_failure(few_cases):
+    calls = []
+    noted = {name: lambda *args, name=name: calls.append(name) or getattr(eager, name)(*args) for name in NAMES}
+    reason = gate.examine(backend(**noted | changed("column_backward", lambda z: 2 * z)), CPU)
+    assert reason.startswith("column_backward") and set(calls) == {"column"}
+
+
+def test_gate_sees_addresses_of_32_bits():
+    def linear(x, weight, *args):
+        near = weight.stride(0) * (weight.shape[0] - 1) < 2**31
+        return eager.linear(x, weight if near else torch.zeros_like(weight), *args)
+
+    assert re.search("^linear .*relu.*: an error of", gate.examine(backend(linear=linear), CPU))
+
+
+def test_gate_leaves_out_what_a_card_has_no_room_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 << 30, 80 << 30))
+    case = gate.CASES[-1]
+    assert case.lies == "far apart" and not gate._has_room(case, CARD) and gate._has_room(case, CPU)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (9 << 30, 80 << 30))
+    assert gate._has_room(case, CARD)
+
+
 @pytest.mark.slow
 def test_gate_passes_what_is_right_in_a_process_of_its_own():
     assert gate.run("eager", CPU, 300) == (None, True)
