@@ -223,9 +223,10 @@ def run(backend: str, device: torch.device, seconds: float) -> tuple[str | None,
     """(the reason for which the gate rejects, or None, whether the same would come out again), by a child process."""
     command = [sys.executable, "-m", __name__, backend, str(device)]
     environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # which determinism asks for
-    settings = dict(capture_output=True, text=True, cwd=_PACKAGE.parent, env=environment)
     try:
-        done = subprocess.run(command, timeout=seconds, **settings)
+        done = subprocess.run(
+            command, timeout=seconds, capture_output=True, text=True, cwd=_PACKAGE.parent, env=environment
+        )
     except subprocess.TimeoutExpired:
         return f"its gate takes longer than {seconds:.0f} s; the next process tries again", False
     except OSError as error:
