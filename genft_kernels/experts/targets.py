@@ -62,7 +62,9 @@ def find_expert_targets(
     wanted = config.target_parameters
     if wanted is None:
         return []
-    modules = {path: module for path, module in model.named_modules(remove_duplicate=False) if path}
+    present = {path: module for path, module in model.named_modules(remove_duplicate=False) if path}
+    # Experts with adapters of PEFT's may get another.
+    modules = {path: m.original if isinstance(m, GenFTExperts) else m for path, m in present.items()}
     owners = {f"{path}.{name}": (path, name) for path, module in modules.items() for name in module._parameters}
     names = Names(owners, full_matches)
     excluded = Names(modules, full_matches).matching(config.exclude_modules)

@@ -92,9 +92,9 @@ class ExpertUpdate(GenFTUpdate):
         Args:
             training: whether dropout is active.
         """
-        return self.layout.stored(torch.stack(list(self._deltas(training))))
+        return self.layout.stored(torch.stack(list(self.deltas(training))))
 
-    def _deltas(self, training: bool = False) -> Iterator[Tensor]:
+    def deltas(self, training: bool = False) -> Iterator[Tensor]:
         """dW [out, in] of each expert."""
         layout, params = self.layout, self.parameters_of_generator()
         blocks = layout.blocks(self.stored_weight)
@@ -130,7 +130,7 @@ class ExpertUpdate(GenFTUpdate):
         frozen = self.weight
         merged = torch.empty_like(frozen)
         matrices = zip(self.layout.matrices(frozen), self.layout.matrices(merged), strict=True)
-        for (matrix, out), delta in zip(matrices, self._deltas(), strict=True):  # a float32 stack would be large
+        for (matrix, out), delta in zip(matrices, self.deltas(), strict=True):  # a float32 stack would be large
             out.copy_(matrix.to(delta.dtype) + delta)
         self.__dict__["_unmerged"] = frozen
         setattr(self.experts, self.parameter_name, nn.Parameter(merged, requires_grad=False))
@@ -153,9 +153,18 @@ class ExpertUpdate(GenFTUpdate):
 
     def forward(self, x: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
         """y [S, out] = x (W + dW)^T + bias, each row by its expert: e has rows `offsets[e]` to `offsets[e + 1]`."""
+        (h, b, stream), seed, backend = self.whole_factors(x)
+        config, dtype = self.config, compute_dtype(x)
+        dropout = config.dropout if self.training else 0.0
+        bias = None if bias is None else bias.to(dtype)
+        settings = float(config.scaling), config.outer_activation, dropout, stream, backend
+        matrices = self.layout.matrices(self.stored_weight)
+        return expert_linear_node(x.to(dtype), offsets, matrices, bias, h, b, seed, *settings)
+
+    def whole_factors(self, x: Tensor) -> tuple[Factors, Tensor | None, str]:
+        """Those of the experts' whole matrices for tokens like x [S, in], each expert's seed, and the backend."""
         config, layout = self.config, self.layout
-        matrices = layout.matrices(self.stored_weight)
-        check_linear(x, matrices[0], None)
+        check_linear(x, layout.matrices(self.stored_weight)[0], None)
         dtype = compute_dtype(x)
         dropout = config.dropout if self.training else 0.0
         psi = config.outer_activation
@@ -166,11 +175,8 @@ class ExpertUpdate(GenFTUpdate):
         if forward_seed(None, x.device, self.training, dropout, psi, dtype) is not None:
             count = layout.experts * layout.halves
             seeds = torch.randint(0, 2**63 - 1, (count,), dtype=torch.int64, device=x.device)
-        h, b, stream = layout.join_factors(self._factors(dtype, backend, seeds), self.h_is_one)
-        seed = None if seeds is None else seeds[:: layout.halves]
-        bias = None if bias is None else bias.to(dtype)
-        settings = float(config.scaling), psi, dropout, stream, backend
-        return expert_linear_node(x.to(dtype), offsets, matrices, bias, h, b, seed, *settings)
+        factors = layout.join_factors(self._factors(dtype, backend, seeds), self.h_is_one)
+        return factors, None if seeds is None else seeds[:: layout.halves], backend
 
     @property
     def h_is_one(self) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 MODULES_TO_SAVE = "modules_to_save."
+STACKED = "_update"  # what the path of a stacked parameter's update has after the parameter's
 _GENERATORS = "genft_generators."
 _MODEL, _SHARED, _OWN = "base_model.model.", "base_model.model.genft_shared.", ".genft_own."
 T = TypeVar("T")

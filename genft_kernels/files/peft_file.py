@@ -13,17 +13,17 @@ from typing import Any
 import torch
 
 from ..config import GenFTConfig
+from ..matching import Names, full_matches_in_time
 from . import names
 from .format import CONFIG_FILE, TENSORS_FILE, AdapterFile, check_patterns, parsed_fingerprints
+from .names import STACKED
 from .untrusted import parse_tensors, read_file, read_json
 
 # GenFTConfig's fields whose names PEFT has taken for something else.
 RENAMED = {"bias": "generator_bias"}
 # Those that choose modules, by rules of PEFT's own.
-CHOICES = ("target_modules", "exclude_modules", "modules_to_save")
-# Those of stacked experts, which the tuner does not adapt.
-OF_EXPERTS = ("target_parameters", "expert_specific")
-SETTINGS = tuple(field.name for field in dataclasses.fields(GenFTConfig) if field.name not in CHOICES + OF_EXPERTS)
+CHOICES = ("target_modules", "target_parameters", "exclude_modules", "modules_to_save")
+SETTINGS = tuple(field.name for field in dataclasses.fields(GenFTConfig) if field.name not in CHOICES)
 
 
 def is_of_peft(directory: Path) -> bool:
@@ -67,8 +67,17 @@ def _config(description: Mapping[str, Any], tensors: Mapping[str, torch.Tensor])
             raise ValueError("layers_to_transform with specific_dim=0: no tensor tells which layers are adapted")
         check_patterns(description)
         return GenFTConfig.from_dict({**settings, **{name: description.get(name) for name in CHOICES}})
-    chosen = {"target_modules": layers, "modules_to_save": _saved(description, tensors)}
+    modules, stacks = split_stacks(layers, description.get("target_parameters"))
+    chosen = {"target_modules": modules, "target_parameters": stacks, "modules_to_save": _saved(description, tensors)}
     return GenFTConfig.from_dict({**settings, **chosen})
+
+
+def split_stacks(paths: Iterable[str], wanted: Any) -> tuple[list[str] | None, list[str] | None]:
+    """The layers, and the stacked parameters that `wanted`, the `target_parameters` of a file, names; None for none."""
+    layers = set(paths)
+    updates = {path.removesuffix(STACKED): path for path in layers if path.endswith(STACKED)}
+    stacks = sorted(Names(updates, full_matches_in_time).matching(wanted)) if updates else []
+    return sorted(layers - {updates[name] for name in stacks}) or None, stacks or None
 
 
 def _saved(description: Mapping[str, Any], tensors: Iterable[str]) -> list[str] | None:

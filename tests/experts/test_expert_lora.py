@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from genft_kernels import apply_genft, export_lora, fidelity_report, merge, save_adapter
+from genft_kernels import apply_genft, export_lora, fidelity_report, merge
 from tests.helpers.expert_models import EXPERTS, MODELS, answer, gpt_oss, mixtral, settings, tokens
 
 peft = pytest.importorskip("peft")
@@ -82,13 +82,3 @@ def test_merged_experts_are_not_exported(tmp_path):
 def test_fidelity_is_reported():
     report = str(fidelity_report(apply_genft(mixtral(), settings()), {"input_ids": tokens()}))
     assert "exported" in report and "not exported" not in report
-
-
-def test_adapter_with_experts_is_refused_by_the_tuner(tmp_path):
-    from genft_kernels.integrations.peft import PeftGenFTConfig
-
-    with pytest.raises(ValueError, match="target_parameters is not supported"):
-        PeftGenFTConfig(target_parameters=["experts.down_proj"])
-    save_adapter(apply_genft(mixtral(), settings()), tmp_path)
-    with pytest.raises(ValueError, match="target_parameters"):
-        peft.PeftModel.from_pretrained(mixtral(), tmp_path)

@@ -7,6 +7,7 @@ FIDELITY = ["tests/files/test_fidelity.py"]
 TUNER = [
     f"tests/integrations/test_peft{name}.py" for name in ("", "_several", "_merging", "_refusals", "_transformers")
 ]
+EXPERTS = ["tests/integrations/test_peft_experts.py"]
 SWAP = ["tests/integrations/test_peft_swap.py"]
 FILES = ["tests/integrations/test_peft_files.py"]
 PEFT = "genft_kernels/integrations/peft"
@@ -108,22 +109,22 @@ FAULTS = [
     Fault(
         "peft: merged on top of a merged weight",
         f"{PEFT}/layer.py",
-        "merged = self.stored_weight\n",
-        "merged = self.base_layer.weight\n",
+        "weight = self.stored_weight\n        for",
+        "weight = self.bound_weight\n        for",
         TUNER,
     ),
     Fault(
         "peft: adapters merged before are lost",
         f"{PEFT}/layer.py",
-        "for name in (*self.merged_adapters, *names):",
-        "for name in names:",
+        "self._with_updates([*self.merged_adapters, *names])",
+        "self._with_updates(names)",
         TUNER,
     ),
     Fault(
         "peft: merged in place, into tied weights",
         f"{PEFT}/layer.py",
-        "self.base_layer.weight = nn.Parameter(merged, requires_grad=False)",
-        "self.base_layer.weight.data = merged",
+        "        self.base_layer.weight = weight",
+        "        self.base_layer.weight.data = weight.data",
         TUNER,
     ),
     Fault(
@@ -229,8 +230,8 @@ FAULTS = [
     Fault(
         "peft: layers stay after a failed adapter",
         f"{PEFT}/model.py",
-        "                if path not in adapted:",
-        "                if False:",
+        "                    _put(model, path, layer.base_layer)",
+        "                    pass",
         TUNER,
     ),
     Fault(
@@ -284,5 +285,54 @@ FAULTS = [
         'if description["format_version"] > 1:',
         "if True:",
         FILES,
+    ),
+    Fault(
+        "peft experts: merged adapters are lost",
+        f"{PEFT}/experts.py",
+        "deltas = (self.genft_own[name].deltas() for name in adapters)",
+        "deltas = (self.genft_own[name].deltas() for name in adapters[:1])",
+        EXPERTS,
+    ),
+    Fault(
+        "peft experts: disabled ones stay merged",
+        f"{PEFT}/experts.py",
+        "return self.bound_weight if self._enabled else self.stored_weight",
+        "return self.bound_weight",
+        EXPERTS,
+    ),
+    Fault(
+        "peft experts: scales of several adapters lost",
+        f"{PEFT}/experts.py",
+        "made[i][0].b * update.config.scaling",
+        "made[i][0].b",
+        EXPERTS,
+    ),
+    Fault(
+        "peft experts: they stay after a failed adapter",
+        f"{PEFT}/model.py",
+        "            _release_experts(model, [each for each in _experts(model).values() if not each.updates])",
+        "            pass",
+        EXPERTS,
+    ),
+    Fault(
+        "peft experts: unloaded without their updates",
+        f"{PEFT}/model.py",
+        "            stack.merge(**merging)",
+        "            pass",
+        EXPERTS,
+    ),
+    Fault(
+        "peft experts: batches of several adapters pass",
+        f"{PEFT}/model.py",
+        "        if _experts(self.model):",
+        "        if False:",
+        EXPERTS,
+    ),
+    Fault(
+        "peft file: stacks are taken for layers",
+        "genft_kernels/files/peft_file.py",
+        "    stacks = sorted(Names(updates, full_matches_in_time).matching(wanted)) if updates else []",
+        "    stacks = []",
+        EXPERTS,
     ),
 ]

@@ -13,7 +13,7 @@ from peft import PeftConfig
 from ...config import PRESETS, GenFTConfig
 from ...files.fingerprint import Fingerprint
 from ...files.format import CONFIG_FILE, FORMAT_VERSION, parsed_fingerprints
-from ...files.peft_file import RENAMED, SETTINGS
+from ...files.peft_file import RENAMED, SETTINGS, split_stacks
 from ...update import Frozen
 from .types import GENFT
 
@@ -34,15 +34,15 @@ class PeftGenFTConfig(PeftConfig):
     Args:
         preset: a name that `GenFTConfig.preset` knows, for all settings that are not given (docs/method.md#settings).
         shared_dim, specific_dim, inner_activation, outer_activation, dropout, weight_ratio, ratio_scope, scaling,
-            transform, tie_specific, delta_layout, init_shared, init_specific_down, init_specific_up, zero_delta,
-            fused_blocks: as in `genft_kernels.GenFTConfig`; None is the preset's, or the default there.
+            transform, tie_specific, expert_specific, delta_layout, init_shared, init_specific_down, init_specific_up,
+            zero_delta, fused_blocks: as in `genft_kernels.GenFTConfig`; None is the preset's, or the default there.
         generator_bias: `GenFTConfig`'s `bias`.
         target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as in PEFT's
             `LoraConfig`; None targets the query and value projections of the model types that PEFT knows.
         init_weights: False draws all units, also those that `zero_delta` would start at zero.
         fan_in_fan_out: ignored, because layers tell by themselves (transformers' `Conv1D`).
         bias: "none", or which biases of the model itself train: "all", or "genft_only", those of adapted layers.
-        target_parameters: not supported.
+        target_parameters: stacked experts of transformers, as in `GenFTConfig`; no modules then, unless some are named.
         fingerprints: of the weights that the adapter was trained on, in files; loading it onto others raises.
 
     Raises:
@@ -61,6 +61,7 @@ class PeftGenFTConfig(PeftConfig):
     scaling: float | None = None
     transform: str | None = None
     tie_specific: bool | None = None
+    expert_specific: str | None = None
     delta_layout: str | None = None
     init_shared: str | None = None
     init_specific_down: str | None = None
@@ -75,7 +76,7 @@ class PeftGenFTConfig(PeftConfig):
     init_weights: bool = True
     fan_in_fan_out: bool = False
     bias: str = "none"
-    target_parameters: list[str] | None = None
+    target_parameters: list[str] | str | None = None
     fingerprints: dict[str, Any] | None = dataclasses.field(default=None, repr=False)
     # The rest of a file of save_adapter's.
     config: InitVar[dict[str, Any] | None] = None
@@ -102,11 +103,6 @@ class PeftGenFTConfig(PeftConfig):
             raise ValueError(
                 f"bias must be one of {', '.join(BIASES)}; got {self.bias!r} (generator_bias is GenFT's own)"
             )
-        if self.target_parameters or (config or {}).get("target_parameters"):
-            raise ValueError(
-                "target_parameters is not supported: stacked experts are adapted by genft_kernels.apply_genft, and "
-                "their adapters are loaded by its load_adapter"
-            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern has a meaning only with layers_to_transform")
         if self.preset is not None and self.preset not in PRESETS:
@@ -114,7 +110,9 @@ class PeftGenFTConfig(PeftConfig):
         # Those of a file. A new adapter's are taken as it is saved, and say nothing against other models.
         self.trained_on: dict[str, Fingerprint] = parsed_fingerprints(self.fingerprints or {})
         if config is not None:  # its rules for choosing modules are not PEFT's, but these are what they chose
-            self.target_modules, self.modules_to_save = sorted(self.trained_on), config.get("modules_to_save")
+            parameters = config.get("target_parameters")
+            self.target_modules, self.target_parameters = split_stacks(self.trained_on, parameters)
+            self.modules_to_save = config.get("modules_to_save")
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))

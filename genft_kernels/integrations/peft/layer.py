@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -80,44 +80,47 @@ class AdapterUpdate(GenFTUpdate):
         return f"shared_dim={self.config.shared_dim}, specific_dim={self.config.specific_dim}"
 
 
-class GenFTLayer(nn.Module, BaseTunerLayer):
-    """A frozen `nn.Linear` or transformers `Conv1D` with GenFT adapters.
-
-    Raises:
-        TypeError, ValueError: the layer cannot be adapted; the message says why.
-    """
+class AdapterLayer(nn.Module, BaseTunerLayer):
+    """Adapters' units over one frozen weight."""
 
     # The adapters' units here, and what the model holds for all layers: PEFT switches both on and off.
     adapter_layer_names = ("genft_own", "genft_shared")
     other_param_names = ()
 
-    base_layer: Any  # an nn.Linear or a Conv1D
-    genft_own: Any  # an nn.ModuleDict of AdapterUpdates
+    genft_own: Any  # an nn.ModuleDict of updates, by the adapters' names
     genft_shared: SharedTensors
     # PEFT's, which tells type checkers nothing.
     active_adapters: list[str]
     set_adapter: Callable[..., None]
     _cast_input_dtype: Callable[..., Tensor]
 
-    def __init__(self, base_layer: nn.Module, shared: SharedTensors) -> None:
-        super().__init__()
-        check_adaptable(base_layer)
-        # The same dictionaries, so that hooks on the base layer go on working. Its forward is called, never itself.
-        self.__dict__.update({name: value for name, value in vars(base_layer).items() if "_hooks" in name})
-        self._is_full_backward_hook = base_layer._is_full_backward_hook
-        self.base_layer = base_layer
-        self.fan_in_fan_out = is_conv1d(base_layer)
-        self.out_features, self.in_features = frozen_weight(base_layer).shape
+    def _hold(self, shared: SharedTensors) -> None:
+        """Begin with no adapter."""
         self.genft_own = nn.ModuleDict()
         self.__dict__["genft_shared"] = shared  # not registered: one key in a state dict, and it is the model's
         self._frozen: dict[str, nn.Parameter] = {}  # "weight" while it is merged; a dict, so that it is not registered
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self.train(base_layer.training)
 
-    def update_layer(self, adapter_name: str, generator: GenFTGenerator, blocks: RowBlocks | None = None) -> None:
-        """Add an adapter."""
-        update = AdapterUpdate(self, generator, blocks)
+    @property
+    def bound_weight(self) -> nn.Parameter:
+        """W as the base layer stores it, or W + dW while merged."""
+        raise NotImplementedError
+
+    def _bind(self, weight: nn.Parameter) -> None:
+        """Make `weight` the present one."""
+        raise NotImplementedError
+
+    def _with_updates(self, adapters: Sequence[str]) -> Tensor:
+        """W with these adapters' updates, stored as W is; of its dtype or a wider one."""
+        raise NotImplementedError
+
+    @property
+    def stored_weight(self) -> Tensor:
+        """W as the base layer stores it, merged or not."""
+        return self._frozen["weight"] if self._frozen else self.bound_weight
+
+    def _add(self, adapter_name: str, update: GenFTUpdate) -> None:
         self.genft_own[adapter_name] = update.train(self.training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
@@ -134,10 +137,69 @@ class GenFTLayer(nn.Module, BaseTunerLayer):
         for container in (self.genft_own, self.genft_shared):
             container[adapter_name].to(adapter_dtype(dtype) if autocast else dtype)
 
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Rebind the base layer's weight to W with the adapters' updates, rounded once; W itself is kept.
+
+        Raises:
+            ValueError: `safe_merge`, and the merged weight would hold NaN or infinity.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.genft_own]
+        if not names:
+            return
+        merged = self._with_updates([*self.merged_adapters, *names])
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
+        self._frozen.setdefault("weight", self.bound_weight)
+        self._bind(nn.Parameter(merged.to(self.stored_weight.dtype).contiguous(), requires_grad=False))
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Give the base layer the very W that it had."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self._bind(self._frozen.pop("weight"))
+        self.merged_adapters.clear()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> AdapterLayer:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for frozen in self._frozen.values():  # not registered, so it is moved by hand
+            frozen.data = fn(frozen.data)
+        return self
+
+
+class GenFTLayer(AdapterLayer):
+    """A frozen `nn.Linear` or transformers `Conv1D` with GenFT adapters.
+
+    Raises:
+        TypeError, ValueError: the layer cannot be adapted; the message says why.
+    """
+
+    base_layer: Any  # an nn.Linear or a Conv1D
+
+    def __init__(self, base_layer: nn.Module, shared: SharedTensors) -> None:
+        super().__init__()
+        check_adaptable(base_layer)
+        # The same dictionaries, so that hooks on the base layer go on working. Its forward is called, never itself.
+        self.__dict__.update({name: value for name, value in vars(base_layer).items() if "_hooks" in name})
+        self._is_full_backward_hook = base_layer._is_full_backward_hook
+        self.base_layer = base_layer
+        self.fan_in_fan_out = is_conv1d(base_layer)
+        self.out_features, self.in_features = frozen_weight(base_layer).shape
+        self._hold(shared)
+        self.train(base_layer.training)
+
+    def update_layer(self, adapter_name: str, generator: GenFTGenerator, blocks: RowBlocks | None = None) -> None:
+        """Add an adapter."""
+        self._add(adapter_name, AdapterUpdate(self, generator, blocks))
+
     @property
-    def stored_weight(self) -> Tensor:
-        """W as the base layer stores it, merged or not."""
-        return self._frozen["weight"] if self._frozen else self.base_layer.weight
+    def bound_weight(self) -> nn.Parameter:
+        return self.base_layer.weight
+
+    def _bind(self, weight: nn.Parameter) -> None:
+        self.base_layer.weight = weight
 
     @property
     def frozen_weight(self) -> Tensor:
@@ -149,33 +211,11 @@ class GenFTLayer(nn.Module, BaseTunerLayer):
         delta = self.genft_own[adapter].delta_weight()
         return delta.t() if self.fan_in_fan_out else delta
 
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Rebind the base layer's weight to W with the adapters' updates, rounded once; W itself is kept.
-
-        Raises:
-            ValueError: `safe_merge`, and the merged weight would hold NaN or infinity.
-        """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.genft_own]
-        if not names:
-            return
-        merged = self.stored_weight
-        for name in (*self.merged_adapters, *names):
-            merged = merged + self.get_delta_weight(name)
-        if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
-        self._frozen.setdefault("weight", self.base_layer.weight)
-        merged = merged.to(self.stored_weight.dtype).contiguous()
-        self.base_layer.weight = nn.Parameter(merged, requires_grad=False)
-        self.merged_adapters.extend(names)
-
-    def unmerge(self) -> None:
-        """Give the base layer the very W that it had."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        self.base_layer.weight = self._frozen.pop("weight")
-        self.merged_adapters.clear()
+    def _with_updates(self, adapters: Sequence[str]) -> Tensor:
+        weight = self.stored_weight
+        for name in adapters:
+            weight = weight + self.get_delta_weight(name)
+        return weight
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         if adapter_names is not None:
@@ -218,12 +258,6 @@ class GenFTLayer(nn.Module, BaseTunerLayer):
             outputs.append(self._updated(x[samples], [name]))
         order = torch.tensor(places, device=x.device).argsort()
         return torch.cat(outputs)[order]
-
-    def _apply(self, fn: Any, recurse: bool = True) -> GenFTLayer:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for frozen in self._frozen.values():  # not registered, so it is moved by hand
-            frozen.data = fn(frozen.data)
-        return self
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the update is an addition to W (genft_kernels/integrations/peft/conversion.py)."""

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, cast
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.integrations import init_empty_weights
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ...arguments import about
 from ...config import GenFTConfig
+from ...experts.targets import find_expert_targets
 from ...files.fingerprint import Fingerprint
+from ...files.names import STACKED
 from ...frozen_weight import kind_of
 from ...generator import GenFTGenerator
 from ...matching import ends
@@ -24,7 +29,8 @@ from ...sharing.source import is_tensor_subclass
 from ...targets import check_called, check_gradients_pass, frozen_weight
 from ...units import adapter_dtype
 from .config import PREFIX, PeftGenFTConfig
-from .layer import BASE, SHARED, GenFTLayer, SharedTensors, StoredGenerator
+from .experts import AdapterExperts, ExpertStack
+from .layer import BASE, SHARED, AdapterLayer, GenFTLayer, SharedTensors, StoredGenerator
 from .quantised import layer_over
 
 
@@ -38,7 +44,7 @@ class PeftGenFTModel(BaseTuner):
     genft_shared: Any  # the model's SharedTensors
 
     prefix = PREFIX
-    tuner_layer_cls = GenFTLayer
+    tuner_layer_cls = AdapterLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -60,15 +66,19 @@ class PeftGenFTModel(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             _check_blocks(config, model, adapter_name)
             check_gradients_pass(
-                model, {layer: path for path, layer in _layers(model).items() if adapter_name in layer.genft_own}
+                model, {model.get_submodule(path): path for path in adapted_paths(model, adapter_name)}
             )
         except BaseException:
             for path, layer in _layers(model).items():
                 if adapter_name in layer.genft_own:
                     del layer.genft_own[adapter_name]
-                if path not in adapted:
-                    parent, _, name = path.rpartition(".")
-                    setattr(model.get_submodule(parent), name, layer.base_layer)
+                if path in adapted:
+                    continue
+                if isinstance(layer, ExpertStack):
+                    del layer.experts._modules[path.rpartition(".")[2]]
+                else:
+                    _put(model, path, layer.base_layer)
+            _release_experts(model, [each for each in _experts(model).values() if not each.updates])
             del self.genft_shared[adapter_name]
             if not adapted:
                 del model._modules[SHARED]
@@ -109,10 +119,45 @@ class PeftGenFTModel(BaseTuner):
         if adapter_name in self.genft_shared:  # else its last layer has taken it away
             del self.genft_shared[adapter_name]
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        experts = _experts(self.model)
+        merging = {name: kwargs[name] for name in ("safe_merge", "adapter_names") if name in kwargs}
+        for stack in (stack for each in experts.values() for stack in each.updates.values() if merge):
+            stack.merge(**merging)
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        _release_experts(model, list(experts.values()))
         del model._modules[SHARED]
         return model
+
+    def _prepare_adapter_config(self, peft_config: PeftGenFTConfig, model_config: dict[str, Any]) -> PeftGenFTConfig:
+        """As ever; but experts alone are adapted where they alone are named."""
+        if peft_config.target_parameters and peft_config.target_modules is None:
+            return peft_config
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _inject_parameters(
+        self, peft_config: PeftGenFTConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """The parameters that got the adapter: each a stack of experts, as `GenFTConfig.target_parameters` says."""
+        native, named = peft_config.native(), peft_config.target_parameters
+        chosen = dataclasses.replace(native, target_parameters=named, exclude_modules=peft_config.exclude_modules)
+        targets = find_expert_targets(model, chosen)
+        for target in targets:
+            if len(target.paths) > 1:
+                raise ValueError(f"{target.paths[0]!r} and {target.paths[1]!r} are one module: PEFT knows only one")
+        for target in targets:
+            (path,) = target.paths
+            experts = model.get_submodule(path)
+            if not isinstance(experts, AdapterExperts):
+                experts = AdapterExperts(experts)
+                _put(model, path, experts)
+            stack = experts.stack(target.parameter, target.layout, self.genft_shared)
+            with init_empty_weights() if low_cpu_mem_usage else contextlib.nullcontext():
+                generator = self._generator(adapter_name, native, target.layout.block_shape, target.weight.dtype)
+                stack.update_layer(adapter_name, generator)
+            if adapter_name not in self.active_adapters:
+                stack.requires_grad_(False)
+        return [target.name.removesuffix(STACKED) for target in targets]
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """NotImplementedError: a sum of updates is no update that one generator makes."""
@@ -146,7 +191,8 @@ class PeftGenFTModel(BaseTuner):
                 raise type(error)(f"Target module {current_key!r} is not supported. {error}") from None
         native = peft_config.native()
         blocks = _blocks(native, current_key, layer.out_features)
-        generator = self._generator(adapter_name, native, layer, blocks)
+        shape = layer.in_features, next(iter((blocks or RowBlocks()).by_rows(layer.out_features)))
+        generator = self._generator(adapter_name, native, shape, layer.frozen_weight.dtype)
         layer.update_layer(adapter_name, generator, blocks)
         if layer is not target:
             if adapter_name not in self.active_adapters:
@@ -154,13 +200,12 @@ class PeftGenFTModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def _generator(
-        self, adapter_name: str, native: GenFTConfig, layer: GenFTLayer, blocks: RowBlocks | None
+        self, adapter_name: str, native: GenFTConfig, shape: tuple[int, int], dtype: torch.dtype
     ) -> GenFTGenerator:
-        """The adapter's generator for the layer's shape, made if this is the first such layer."""
-        shape = layer.in_features, next(iter((blocks or RowBlocks()).by_rows(layer.out_features)))
+        """The adapter's generator for weights of a shape (in, out) and dtype, made for the first of them."""
         if shape not in self._generators:
-            dtype = adapter_dtype(layer.frozen_weight.dtype)
-            self._generators[shape] = StoredGenerator(shape, native, self.genft_shared[adapter_name], dtype)
+            container = self.genft_shared[adapter_name]
+            self._generators[shape] = StoredGenerator(shape, native, container, adapter_dtype(dtype))
         return self._generators[shape]
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -177,6 +222,8 @@ class PeftGenFTModel(BaseTuner):
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        if _experts(self.model):
+            raise ValueError("Cannot pass `adapter_names` with adapted experts, which see tokens of no sample.")
         known = {name for layer in _layers(self).values() for name in layer.genft_own}
         unknown = sorted(set(names) - known - {BASE})
         if unknown:
@@ -201,8 +248,24 @@ class PeftGenFTModel(BaseTuner):
                 handle.remove()
 
 
-def _layers(model: nn.Module) -> dict[str, GenFTLayer]:
-    return {path: module for path, module in model.named_modules() if isinstance(module, GenFTLayer)}
+def _layers(model: nn.Module) -> dict[str, GenFTLayer | ExpertStack]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, (GenFTLayer, ExpertStack))}
+
+
+def _experts(model: nn.Module) -> dict[str, AdapterExperts]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, AdapterExperts)}
+
+
+def _release_experts(model: nn.Module, released: list[AdapterExperts]) -> None:
+    """Give some experts modules their places back."""
+    for path, experts in _experts(model).items():
+        if experts in released:
+            _put(model, path, experts.release())
+
+
+def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    model.get_submodule(parent)._modules[name] = module  # not setattr: the name keeps its place
 
 
 def adapted_paths(model: nn.Module, adapter_name: str) -> set[str]:
@@ -215,9 +278,13 @@ def check_base(config: PeftGenFTConfig, model: nn.Module) -> None:
     modules = dict(model.named_modules())
     for path in config.trained_on:
         module = modules.get(path)
-        if module is None:
+        owner, _, parameter = path.removesuffix(STACKED).rpartition(".")
+        stacked = getattr(modules.get(owner), parameter, None)
+        if module is None and path.endswith(STACKED) and isinstance(stacked, Tensor):
+            config.check_base(path, stacked.flatten(0, -2))
+        elif module is None:
             raise ValueError(f"the adapter belongs to another base model: there is no module {path!r}")
-        if isinstance(module, GenFTLayer):
+        elif isinstance(module, (GenFTLayer, ExpertStack)):
             config.check_base(path, module.frozen_weight)
         elif isinstance(module, nn.Linear) or is_conv1d(module) or kind_of(module) is not None:
             config.check_base(path, frozen_weight(module))
