@@ -6,7 +6,7 @@ import torch
 
 from genft_kernels import GenFTConfig, GenFTLinear
 from genft_kernels.backends.cuda import extension
-from genft_kernels.backends.cuda import kernels as cuda_kernels
+from genft_kernels.backends.cuda.launch import raise_for
 
 expected = sys.argv[1]  # "cached" or "prebuilt"
 kernels = extension.load()
@@ -17,9 +17,9 @@ if torch.cuda.is_available():
     layer(torch.randn(5, 48, device="cuda")).sum().backward()
     print(f"installed kernels: {expected}; forward and backward ran")
 else:
-    code = kernels.fold(0, 48, False, 0, 0, 0, 0, 48, 48, 8, 0, 1.0, 0, 1.0, 0, 1, 0)
+    code = kernels.fold((0, 48, False), (0, 0, 0, 1, 48, 48, 8, 0, 1.0, 0, 0), 1.0, 0, 1, 0)
     try:
-        cuda_kernels.raise_for(code, "fold", kernels)
+        raise_for(code, "fold", kernels)
     except RuntimeError as error:
         print(f"installed kernels: {expected}; without a GPU: {error}")
     else:

@@ -1,9 +1,10 @@
-// The Python module genft_cuda: the launchers of genft.h with pointers and streams as integers, lists of matrices as
-// lists of integers. Arguments are checked in genft_kernels/backends/cuda/kernels.py.
+// The Python module genft_cuda: the launchers of genft.h with pointers and streams as integers, structures and lists of
+// matrices as tuples. Arguments are checked in genft_kernels/backends/plan.py.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <tuple>
 #include <vector>
 
 #include "genft.h"
@@ -23,13 +24,39 @@ struct Argument<T*> {
 };
 template <>
 struct Argument<const void* const*> {
-    using Python = const std::vector<std::uintptr_t>&;
-    static const void* const* get(Python addresses) { return reinterpret_cast<const void* const*>(addresses.data()); }
+    using Python = std::vector<std::uintptr_t>;
+    static const void* const* get(const Python& list) { return reinterpret_cast<const void* const*>(list.data()); }
 };
+
+// A structure comes as a tuple of its fields.
+template <class T, class... Fields>
+struct Structure {
+    using Python = std::tuple<typename Argument<Fields>::Python...>;
+    static T get(const Python& tuple) {
+        return std::apply([](const auto&... field) { return T{Argument<Fields>::get(field)...}; }, tuple);
+    }
+};
+template <class T>
+struct Argument<const T&> : Argument<T> {};
+template <>
+struct Argument<genft::BigMatrix> : Structure<genft::BigMatrix, const void*, std::int64_t, bool> {};
+template <>
+struct Argument<genft::BigMatrices>
+    : Structure<genft::BigMatrices, const void* const*, std::int64_t, bool, int, int, int> {};
+template <>
+struct Argument<genft::Update> : Structure<genft::Update, const void*, const void*, const std::int64_t*, int, int, int,
+                                           int, std::uint32_t, float, std::uint32_t, int> {};
+template <>
+struct Argument<genft::Outcome> : Structure<genft::Outcome, void*, const void*, int, void*> {};
+template <>
+struct Argument<genft::Tokens>
+    : Structure<genft::Tokens, const void*, std::int64_t, const void*, std::int64_t, int, int> {};
+template <>
+struct Argument<genft::Sum> : Structure<genft::Sum, const float*, int, std::int64_t, genft::Outcome> {};
 
 template <class... Arguments>
 auto from_integers(int (*launcher)(Arguments...)) {
-    return [launcher](typename Argument<Arguments>::Python... arguments) {
+    return [launcher](const typename Argument<Arguments>::Python&... arguments) {
         return launcher(Argument<Arguments>::get(arguments)...);
     };
 }
@@ -46,4 +73,5 @@ PYBIND11_MODULE(genft_cuda, m) {
     m.def("row_backward_in", from_integers(&genft::row_backward_in));
     m.def("fold", from_integers(&genft::fold));
     m.def("contract", from_integers(&genft::contract));
+    m.def("sum_parts", from_integers(&genft::sum_parts));
 }

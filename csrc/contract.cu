@@ -16,25 +16,28 @@ struct ContractShared {
     static_assert(sizeof(Stage) <= sizeof(Operand<T>[2]));
 };
 
-// Partial sums, added up afterwards in a fixed order: dbs [in tile, out, k], dhs [out tile, in, k].
+// G is linear in the tokens, so each split has its own. Partial sums, added up afterwards in a fixed order:
+// dbs [split, in tile, out, k], dhs [split, out tile, in, k].
 template <int kSide, class T>
 __global__ void __launch_bounds__(kThreads)
-    contract_kernel(Matrix<T> dy, Matrix<T> x, Matrix<T> b, Matrix<T> h, Dropout dropout, float* dhs, float* dbs,
-                    float scale, int activation) {
+    contract_kernel(Matrix<T> dy, Matrix<T> x, int per_split, Matrix<T> b, Matrix<T> h, Dropout dropout, float* dhs,
+                    float* dbs, float scale, int activation) {
     auto& shared = shared_memory<ContractShared<T, kSide>>();
     auto& operand = shared.operand;
     const int out_tile = blockIdx.x * kSide, in_tile = blockIdx.y * kSide;  // the first ones of this block
     const int n_out = b.rows, n_in = h.rows, k = b.columns;
+    const int first = blockIdx.z * per_split;
     const uint64_t key = dropout.key();
 
     Accumulator g[kSide * kSide];  // [out, in] each
     pipelined(
-        ceil_divide(dy.rows, kDepth),
+        ceil_divide(min(per_split, dy.rows - first), kDepth),
         [&](int step, int buffer) {
+            const int depth = first + step * kDepth;
             for (int i = 0; i < kSide; ++i) {
                 const int row = (out_tile + i) * kEdge, column = (in_tile + i) * kEdge;
-                load_operand<true>(operand[buffer][i], dy, row, step * kDepth);
-                load_operand<true>(operand[buffer][kSide + i], x, column, step * kDepth);
+                load_operand<true>(operand[buffer][i], dy, row, depth);
+                load_operand<true>(operand[buffer][kSide + i], x, column, depth);
             }
         },
         [&](int buffer) {
@@ -77,7 +80,8 @@ __global__ void __launch_bounds__(kThreads)
                 multiply<false, true>(db, shared.p, operand[0][0], kDepth, k - unit);
                 db.for_each([&](int r, int c, float element) {
                     if (row + r >= n_out || unit + c >= k) return;
-                    write(dbs + (static_cast<int64_t>(column / kEdge) * n_out + row + r) * k + unit + c, element);
+                    const int64_t part = blockIdx.z * ceil_divide(n_in, kEdge) + column / kEdge;
+                    write(dbs + (part * n_out + row + r) * k + unit + c, element);
                 });
             }
             if (dhs != nullptr) {
@@ -85,7 +89,8 @@ __global__ void __launch_bounds__(kThreads)
                 multiply<true, true>(dh, shared.p, operand[0][1], kDepth, k - unit);
                 dh.for_each([&](int r, int c, float element) {
                     if (column + r >= n_in || unit + c >= k) return;
-                    write(dhs + (static_cast<int64_t>(row / kEdge) * n_in + column + r) * k + unit + c, element);
+                    const int64_t part = blockIdx.z * ceil_divide(n_out, kEdge) + row / kEdge;
+                    write(dhs + (part * n_in + column + r) * k + unit + c, element);
                 });
             }
         }
@@ -95,18 +100,19 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-int contract(const void* dy, int64_t dy_stride, const void* x, int64_t x_stride, const void* b, const void* h,
-             const int64_t* seed, float* dh, float* db, int t, int n_out, int n_in, int k, uint32_t threshold,
-             float keep_scale, uint32_t random_stream, float scale, int activation, int dtype, void* stream) {
+int contract(const Tokens& tokens, const Update& update, float scale, float* dh, float* db, int dtype, void* stream) {
     return with_type(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
+        const int n_out = update.n_out, n_in = update.n_in, k = update.k;
+        const int splits = tokens.count > tokens.per_split ? ceil_divide(tokens.count, tokens.per_split) : 1;
         const auto start = [&](auto side) {
             constexpr int kSide = decltype(side)::value, kBlock = kSide * kEdge;
             return launch<ContractShared<T, kSide>>(
-                contract_kernel<kSide, T>, dim3(ceil_divide(n_out, kBlock), ceil_divide(n_in, kBlock)), kThreads,
-                stream, stored<T>(dy, dy_stride, false, t, n_out), stored<T>(x, x_stride, false, t, n_in),
-                stored<T>(b, k, false, n_out, k), stored<T>(h, k, false, n_in, k),
-                Dropout{seed, threshold, keep_scale, random_stream}, dh, db, scale, activation);
+                contract_kernel<kSide, T>, dim3(ceil_divide(n_out, kBlock), ceil_divide(n_in, kBlock), splits), kThreads,
+                stream, stored<T>(tokens.dy, tokens.dy_stride, false, tokens.count, n_out),
+                stored<T>(tokens.x, tokens.x_stride, false, tokens.count, n_in), tokens.per_split,
+                stored<T>(update.left, k, false, n_out, k), stored<T>(update.right, k, false, n_in, k),
+                dropout_of(update), dh, db, scale, update.activation);
         };
         if constexpr (sizeof(T) == 2) {  // larger blocks read less, if there are enough of them for a large card
             constexpr int kEnough = 128;

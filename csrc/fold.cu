@@ -41,16 +41,15 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-int fold(const void* weight, int64_t stride, bool transposed, const void* b, const void* h, const int64_t* seed,
-         void* out, int n_out, int n_in, int k, uint32_t threshold, float keep_scale, uint32_t random_stream,
-         float scale, int activation, int dtype, void* stream) {
+int fold(const BigMatrix& weight, const Update& update, float scale, void* out, int dtype, void* stream) {
     return with_type(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
+        const int n_out = update.n_out, n_in = update.n_in, k = update.k;
         return launch<FoldShared<T>>(
             fold_kernel<T>, dim3(ceil_divide(n_out, kEdge), ceil_divide(n_in, kEdge)), kThreads, stream,
-            stored<T>(weight, stride, transposed, n_out, n_in), transposed, stored<T>(b, k, false, n_out, k),
-            stored<T>(h, k, false, n_in, k), Dropout{seed, threshold, keep_scale, random_stream},
-            static_cast<T*>(out), scale, activation);
+            stored<T>(weight.data, weight.stride, weight.transposed, n_out, n_in), weight.transposed,
+            stored<T>(update.left, k, false, n_out, k), stored<T>(update.right, k, false, n_in, k), dropout_of(update),
+            static_cast<T*>(out), scale, update.activation);
     });
 }
 

@@ -32,7 +32,7 @@ struct RowShared {
 // h [in, k] = inner(Y^T A^T + a): a block has its columns of Y and some units.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    row_forward_kernel(Row<T> given, const T* bias, T* hs, T* pres, int inner) {
+    row_forward_kernel(Row<T> given, Outcome outcome) {
     const int n_out = given.n_out, n_in = given.n_in, k = given.k;
     auto& shared = shared_memory<RowShared<T>>();
     const int column = blockIdx.x * kEdge, unit = blockIdx.y * kEdge, layer = blockIdx.z;
@@ -64,14 +64,8 @@ __global__ void __launch_bounds__(kThreads)
     for_each_element([&](int r, int c) {
         if (column + r >= n_in || unit + c >= k) return;
         const int64_t at = (static_cast<int64_t>(layer) * n_in + column + r) * k + unit + c;
-        float argument = shared.stage[0].at(r, c);
-        if (bias != nullptr) argument += static_cast<float>(read(bias + unit + c));
-        if (inner != kIdentity) {
-            const T rounded = T(argument);
-            write(pres + at, rounded);
-            argument = activate(static_cast<float>(rounded), inner);
-        }
-        write(hs + at, T(argument));
+        finish(static_cast<T*>(outcome.out), static_cast<T*>(outcome.pre), static_cast<const T*>(outcome.bias), at,
+               unit + c, shared.stage[0].at(r, c), outcome.activation);
     });
 }
 
@@ -168,50 +162,39 @@ __global__ void __launch_bounds__(kThreads) row_backward_in_kernel(Row<T> given,
 }
 
 template <class T>
-Row<T> row_of(const void* left, const void* right, const void* down, const void* dz, const int64_t* seed,
-                     int n_out, int n_in, int k1, int k, uint32_t threshold, float keep_scale, int outer) {
-    return {static_cast<const T*>(left), static_cast<const T*>(right), static_cast<const T*>(down),
-            static_cast<const T*>(dz),   {seed, threshold, keep_scale, kColumnStream},
-            n_out, n_in, k1, k, outer};
+Row<T> row_of(const Update& y, const void* down, const void* dz, int k) {
+    return {static_cast<const T*>(y.left), static_cast<const T*>(y.right), static_cast<const T*>(down),
+            static_cast<const T*>(dz),     dropout_of(y),                  y.n_out,
+            y.n_in,                        y.k,                            k,
+            y.activation};
 }
 
 }  // namespace
 
-int row_forward(const void* left, const void* right, const void* down, const void* bias, const int64_t* seed, void* h,
-                void* pre, int layers, int n_out, int n_in, int k1, int k, uint32_t threshold, float keep_scale,
-                int outer, int inner, int dtype, void* stream) {
+int row_forward(const Update& y, const void* down, int k, const Outcome& outcome, int dtype, void* stream) {
     return with_type(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        const auto given = row_of<T>(left, right, down, nullptr, seed, n_out, n_in, k1, k, threshold,
-                                                keep_scale, outer);
-        const dim3 grid(ceil_divide(n_in, kEdge), ceil_divide(k, kEdge), layers);
-        return launch<RowShared<T>>(row_forward_kernel<T>, grid, kThreads, stream, given,
-                                    static_cast<const T*>(bias), static_cast<T*>(h), static_cast<T*>(pre), inner);
+        const dim3 grid(ceil_divide(y.n_in, kEdge), ceil_divide(k, kEdge), y.layers);
+        return launch<RowShared<T>>(row_forward_kernel<T>, grid, kThreads, stream, row_of<T>(y, down, nullptr, k),
+                                    outcome);
     });
 }
 
-int row_backward_out(const void* left, const void* right, const void* down, const void* dz, const int64_t* seed,
-                     void* dleft, void* ddown, int layers, int n_out, int n_in, int k1, int k, uint32_t threshold,
-                     float keep_scale, int outer, int dtype, void* stream) {
+int row_backward_out(const Update& y, const void* down, const void* dz, int k, void* dleft, void* ddown, int dtype,
+                     void* stream) {
     return with_type(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        const auto given = row_of<T>(left, right, down, dz, seed, n_out, n_in, k1, k, threshold,
-                                                keep_scale, outer);
-        const dim3 grid(ceil_divide(n_out, kEdge), ceil_divide(k > k1 ? k : k1, kEdge), layers);
-        return launch<RowShared<T>>(row_backward_out_kernel<T>, grid, kThreads, stream, given,
+        const dim3 grid(ceil_divide(y.n_out, kEdge), ceil_divide(k > y.k ? k : y.k, kEdge), y.layers);
+        return launch<RowShared<T>>(row_backward_out_kernel<T>, grid, kThreads, stream, row_of<T>(y, down, dz, k),
                                     static_cast<T*>(dleft), static_cast<T*>(ddown));
     });
 }
 
-int row_backward_in(const void* left, const void* right, const void* down, const void* dz, const int64_t* seed,
-                    void* dright, int layers, int n_out, int n_in, int k1, int k, uint32_t threshold, float keep_scale,
-                    int outer, int dtype, void* stream) {
+int row_backward_in(const Update& y, const void* down, const void* dz, int k, void* dright, int dtype, void* stream) {
     return with_type(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        const auto given = row_of<T>(left, right, down, dz, seed, n_out, n_in, k1, k, threshold,
-                                                keep_scale, outer);
-        const dim3 grid(ceil_divide(n_in, kEdge), ceil_divide(k1, kEdge), layers);
-        return launch<RowShared<T>>(row_backward_in_kernel<T>, grid, kThreads, stream, given,
+        const dim3 grid(ceil_divide(y.n_in, kEdge), ceil_divide(y.k, kEdge), y.layers);
+        return launch<RowShared<T>>(row_backward_in_kernel<T>, grid, kThreads, stream, row_of<T>(y, down, dz, k),
                                     static_cast<T*>(dright));
     });
 }

@@ -12,29 +12,51 @@ struct MatrixList {
     const void* data[kMaxLayers];
 };
 
-MatrixList list_of(const void* const* matrices, int layers) {
-    MatrixList list = {};
-    std::copy(matrices, matrices + layers, list.data);
-    return list;
+// start(list, its first layer, their number) for each list of layers; the first error, if there is one.
+template <class F>
+int for_each_list(const BigMatrices& matrices, F start) {
+    for (int first = 0; first < matrices.layers; first += kMaxLayers) {
+        const int count = std::min(kMaxLayers, matrices.layers - first);
+        MatrixList list = {};
+        std::copy(matrices.data + first, matrices.data + first + count, list.data);
+        if (const int code = start(list, first, count); code != cudaSuccess) return code;
+    }
+    return cudaSuccess;
 }
 
-// out [m, k] = activation(matrix [m, n] thin[k, n]^T + bias), and pre what the activation is applied to.
+int splits_of(int length, int per_split) { return std::max(1, ceil_divide(length, per_split)); }
+
+// What lies `elements` further on; null stays null.
+template <class T>
+T* moved(void* pointer, int64_t elements) {
+    return pointer == nullptr ? nullptr : static_cast<T*>(pointer) + elements;
+}
+
+// Sizes of a product; the sum is cut into splits of `per_split`. `stack` is the number of all layers.
+struct Sizes {
+    int m, n, k, per_split, splits, stack;
+};
+
+// matrix [m, n] thin[k, n]^T: to outcome [layer, m, k], or the split's part to parts [split, layer, m, k].
 template <bool kTransposed, class T>
 __global__ void __launch_bounds__(kThreads)
-    thin_product_kernel(const __grid_constant__ MatrixList matrices, int64_t stride, const T* thins, const T* bias,
-                        T* outs, T* pres, int m, int n, int k, int activation) {
+    thin_product_kernel(const __grid_constant__ MatrixList matrices, int64_t stride, const T* thins, Outcome outcome,
+                        float* parts, Sizes sizes) {
     auto& shared = shared_memory<Buffers<T>>();
-    const int row = blockIdx.x * kEdge, unit = blockIdx.y * kEdge, layer = blockIdx.z;
+    const int m = sizes.m, n = sizes.n, k = sizes.k;
+    const int row = blockIdx.x * kEdge, unit = blockIdx.y * kEdge;
+    const int layer = blockIdx.z / sizes.splits, split = blockIdx.z % sizes.splits, first = split * sizes.per_split;
     const auto* data = static_cast<const T*>(matrices.data[layer]);
     const Matrix<T> matrix = {data, stride, kTransposed ? n : m, kTransposed ? m : n};
     const Matrix<T> thin = of_stack(thins, layer, k, n);
 
     Accumulator z;
     pipelined(
-        ceil_divide(n, kDepth),
+        ceil_divide(min(sizes.per_split, n - first), kDepth),
         [&](int step, int buffer) {
-            load_operand<kTransposed>(shared.operand[buffer][0], matrix, row, step * kDepth);
-            load_operand<false>(shared.operand[buffer][1], thin, unit, step * kDepth);
+            const int depth = first + step * kDepth;
+            load_operand<kTransposed>(shared.operand[buffer][0], matrix, row, depth);
+            load_operand<false>(shared.operand[buffer][1], thin, unit, depth);
         },
         [&](int buffer) {
             multiply<kTransposed, false>(z, shared.operand[buffer][0], shared.operand[buffer][1], kDepth, k - unit);
@@ -44,33 +66,34 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     for_each_element([&](int r, int c) {
         if (row + r >= m || unit + c >= k) return;
-        const int64_t at = (static_cast<int64_t>(layer) * m + row + r) * k + unit + c;
-        float argument = shared.stage.at(r, c);
-        if (bias != nullptr) argument += static_cast<float>(read(bias + unit + c));
-        if (activation != kIdentity) {
-            const T rounded = T(argument);  // the gradient will see the rounded one, so the activation does too
-            write(pres + at, rounded);
-            argument = activate(static_cast<float>(rounded), activation);
+        const int64_t stacked = parts == nullptr ? layer : static_cast<int64_t>(split) * sizes.stack + layer;
+        const int64_t at = (stacked * m + row + r) * k + unit + c;
+        const float z = shared.stage.at(r, c);
+        if (parts != nullptr) {
+            write(parts + at, z);
+        } else {
+            finish(static_cast<T*>(outcome.out), static_cast<T*>(outcome.pre), static_cast<const T*>(outcome.bias), at,
+                   unit + c, z, outcome.activation);
         }
-        write(outs + at, T(argument));
     });
 }
 
-// out [layer, split, k, n] = thin[m, k]^T matrix [m, n] over the split's rows.
+// thin[m, k]^T matrix [m, n]: to outs [layer, k, n], or the split's part to parts [split, layer, k, n].
 template <bool kTransposed, class T>
 __global__ void __launch_bounds__(kThreads)
-    thin_transposed_kernel(const __grid_constant__ MatrixList matrices, int64_t stride, const T* thins, float* outs,
-                           int m, int n, int k, int rows_per_split, int splits) {
+    thin_transposed_kernel(const __grid_constant__ MatrixList matrices, int64_t stride, const T* thins, T* outs,
+                           float* parts, Sizes sizes) {
     auto& shared = shared_memory<Buffers<T>>();
+    const int m = sizes.m, n = sizes.n, k = sizes.k;
     const int column = blockIdx.x * kEdge, unit = blockIdx.y * kEdge;
-    const int layer = blockIdx.z / splits, first = blockIdx.z % splits * rows_per_split;
+    const int layer = blockIdx.z / sizes.splits, split = blockIdx.z % sizes.splits, first = split * sizes.per_split;
     const auto* data = static_cast<const T*>(matrices.data[layer]);
     const Matrix<T> matrix = {data, stride, kTransposed ? n : m, kTransposed ? m : n};
     const Matrix<T> thin = of_stack(thins, layer, m, k);
 
     Accumulator total;  // [unit, column]
     pipelined(
-        ceil_divide(min(rows_per_split, m - first), kDepth),
+        ceil_divide(min(sizes.per_split, m - first), kDepth),
         [&](int step, int buffer) {
             const int depth = first + step * kDepth;
             load_operand<true>(shared.operand[buffer][0], thin, unit, depth);
@@ -84,7 +107,13 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     for_each_element([&](int r, int c) {
         if (unit + r >= k || column + c >= n) return;
-        write(outs + (static_cast<int64_t>(blockIdx.z) * k + unit + r) * n + column + c, shared.stage.at(r, c));
+        const int64_t stacked = parts == nullptr ? layer : static_cast<int64_t>(split) * sizes.stack + layer;
+        const int64_t at = (stacked * k + unit + r) * n + column + c;
+        if (parts != nullptr) {
+            write(parts + at, shared.stage.at(r, c));
+        } else {
+            write(outs + at, T(shared.stage.at(r, c)));
+        }
     });
 }
 
@@ -92,39 +121,38 @@ __global__ void __launch_bounds__(kThreads)
 
 const char* error_string(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
 
-int thin_product(const void* const* matrices, int64_t stride, bool transposed, const void* thin, const void* bias,
-                 void* out, void* pre, int layers, int m, int n, int k, int activation, int dtype, void* stream) {
+int thin_product(const BigMatrices& matrices, const void* thin, int k, const Outcome& outcome, float* parts,
+                 int columns_per_split, int dtype, void* stream) {
     return with_type(dtype, [&](auto* type) -> int {
         using T = std::remove_pointer_t<decltype(type)>;
-        const auto kernel = transposed ? thin_product_kernel<true, T> : thin_product_kernel<false, T>;
-        for (int64_t first = 0; first < layers; first += kMaxLayers) {
-            const int count = static_cast<int>(std::min<int64_t>(kMaxLayers, layers - first));
-            const int code = launch<Buffers<T>>(
-                kernel, dim3(ceil_divide(m, kEdge), ceil_divide(k, kEdge), count), kThreads, stream,
-                list_of(matrices + first, count), stride, static_cast<const T*>(thin) + first * k * n,
-                static_cast<const T*>(bias), static_cast<T*>(out) + first * m * k,
-                pre == nullptr ? nullptr : static_cast<T*>(pre) + first * m * k, m, n, k, activation);
-            if (code != cudaSuccess) return code;
-        }
-        return cudaSuccess;
+        const auto kernel = matrices.transposed ? thin_product_kernel<true, T> : thin_product_kernel<false, T>;
+        const int m = matrices.rows, n = matrices.columns, splits = splits_of(n, columns_per_split);
+        const Sizes sizes = {m, n, k, columns_per_split, splits, matrices.layers};
+        return for_each_list(matrices, [&](const MatrixList& list, int first, int count) {
+            const int64_t skipped = static_cast<int64_t>(first) * m * k;
+            return launch<Buffers<T>>(
+                kernel, dim3(ceil_divide(m, kEdge), ceil_divide(k, kEdge), count * splits), kThreads, stream, list,
+                matrices.stride, static_cast<const T*>(thin) + static_cast<int64_t>(first) * k * n,
+                Outcome{moved<T>(outcome.out, skipped), outcome.bias, outcome.activation, moved<T>(outcome.pre, skipped)},
+                moved<float>(parts, skipped), sizes);
+        });
     });
 }
 
-int thin_transposed(const void* thin, const void* const* matrices, int64_t stride, bool transposed, float* out,
-                    int layers, int m, int n, int k, int rows_per_split, int dtype, void* stream) {
+int thin_transposed(const void* thin, const BigMatrices& matrices, int k, void* out, float* parts, int rows_per_split,
+                    int dtype, void* stream) {
     return with_type(dtype, [&](auto* type) -> int {
         using T = std::remove_pointer_t<decltype(type)>;
-        const auto kernel = transposed ? thin_transposed_kernel<true, T> : thin_transposed_kernel<false, T>;
-        const int splits = std::max(1, ceil_divide(m, rows_per_split));
-        for (int64_t first = 0; first < layers; first += kMaxLayers) {
-            const int count = static_cast<int>(std::min<int64_t>(kMaxLayers, layers - first));
-            const int code = launch<Buffers<T>>(
-                kernel, dim3(ceil_divide(n, kEdge), ceil_divide(k, kEdge), count * splits), kThreads,
-                stream, list_of(matrices + first, count), stride, static_cast<const T*>(thin) + first * m * k,
-                out + first * splits * k * n, m, n, k, rows_per_split, splits);
-            if (code != cudaSuccess) return code;
-        }
-        return cudaSuccess;
+        const auto kernel = matrices.transposed ? thin_transposed_kernel<true, T> : thin_transposed_kernel<false, T>;
+        const int m = matrices.rows, n = matrices.columns, splits = splits_of(m, rows_per_split);
+        const Sizes sizes = {m, n, k, rows_per_split, splits, matrices.layers};
+        return for_each_list(matrices, [&](const MatrixList& list, int first, int count) {
+            const int64_t skipped = static_cast<int64_t>(first) * k * n;
+            return launch<Buffers<T>>(
+                kernel, dim3(ceil_divide(n, kEdge), ceil_divide(k, kEdge), count * splits), kThreads, stream, list,
+                matrices.stride, static_cast<const T*>(thin) + static_cast<int64_t>(first) * m * k,
+                moved<T>(out, skipped), moved<float>(parts, skipped), sizes);
+        });
     });
 }
 

@@ -40,6 +40,18 @@ __device__ __forceinline__ float slope(float z, int activation) {
     }
 }
 
+// activation(z + bias) to outs, and what the activation is applied to to pres; `at` is the place, `unit` that in a row.
+template <class T>
+__device__ __forceinline__ void finish(T* outs, T* pres, const T* bias, int64_t at, int unit, float z, int activation) {
+    if (bias != nullptr) z += static_cast<float>(read(bias + unit));
+    if (activation != kIdentity) {
+        const T rounded = T(z);  // the gradient will see the rounded one, so the activation does too
+        write(pres + at, rounded);
+        z = activate(static_cast<float>(rounded), activation);
+    }
+    write(outs + at, T(z));
+}
+
 // Dropout's settings, and the seeds, one a layer; no seeds are seeds of zero.
 struct Dropout {
     const int64_t* seeds;
@@ -51,6 +63,10 @@ struct Dropout {
         return seeds == nullptr ? 0 : static_cast<uint64_t>(read(seeds + layer));
     }
 };
+
+inline Dropout dropout_of(const Update& update) {
+    return {update.seed, update.threshold, update.keep_scale, update.stream};
+}
 
 struct Four {
     float value[4];

@@ -3,14 +3,15 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.layer.cases import FORMS, Layer
-from genft_kernels.philox import ROW_STREAM
+from genft_kernels.backends.eager.update_tile import Update
+from genft_kernels.backends.plan import Kernels
+from genft_kernels.philox import COLUMN_STREAM, ROW_STREAM
 
 TILED = ("tiled", "dropout")  # the factored form's products are a vendor's
 
@@ -42,7 +43,7 @@ class Call:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def weight_side(kernels: ModuleType, layer: Layer, k: int, dtype: torch.dtype, device: torch.device) -> Iterator[Call]:
+def weight_side(kernels: Kernels, layer: Layer, k: int, dtype: torch.dtype, device: torch.device) -> Iterator[Call]:
     """The kernels that do not see x; those that take several layers take all of the model's, at most 24."""
     random, n_in, n_out = _random(device, dtype), layer.in_features, layer.out_features
     count, work = min(layer.count, 24), layer.in_features * layer.out_features * k
@@ -57,13 +58,13 @@ def weight_side(kernels: ModuleType, layer: Layer, k: int, dtype: torch.dtype, d
     seeds = torch.arange(count, device=device)
     h, b = random(n_in, k), random(n_out, k)
     for form in TILED:
-        activation, dropout = _update(form)
-        fold = functools.partial(kernels.fold, weights[0], h, b, seeds[:1], 0.5, activation, dropout, ROW_STREAM)
+        update = Update(b, h, *_form(form), seeds[:1], ROW_STREAM)
+        fold = functools.partial(kernels.fold, weights[0], update, 0.5)
         yield Call("fold", fold, (weights[0], h, b), work, form=form)
-        settings = None, seeds, activation, dropout, "identity"
-        forward = functools.partial(kernels.row_forward, *row, *settings)
+        y = Update(left, right, *_form(form), seeds, COLUMN_STREAM)
+        forward = functools.partial(kernels.row_forward, y, row_down, None, "identity")
         yield Call("row_forward", forward, row, 2 * count * work, form=form)
-        backward = functools.partial(kernels.row_backward, dz, *row, *settings, [True, True, True, False])
+        backward = functools.partial(kernels.row_backward, dz, y, row_down, None, "identity", [True, True, True, False])
         yield Call("row_backward", backward, (dz, *row), 5 * count * work, form=form)
 
 
@@ -82,7 +83,7 @@ def vendor(
 
 
 def token_side(
-    kernels: ModuleType, layer: Layer, tokens: int, k: int, dtype: torch.dtype, device: torch.device
+    kernels: Kernels, layer: Layer, tokens: int, k: int, dtype: torch.dtype, device: torch.device
 ) -> Iterator[Call]:
     """The kernels that see x."""
     random, n_in, n_out = _random(device, dtype), layer.in_features, layer.out_features
@@ -94,12 +95,12 @@ def token_side(
     transposed = functools.partial(kernels.thin_transposed, xh[None], [dy])
     yield Call("thin_transposed", transposed, (xh, dy), tokens * n_out * k, tokens)
     for form in TILED:
-        update = seed, 0.5, *_update(form), ROW_STREAM
-        contract = functools.partial(kernels.contract, dy, x, h, b, *update, True, True)
+        update = Update(b, h, *_form(form), seed, ROW_STREAM)
+        contract = functools.partial(kernels.contract, dy, x, update, 0.5, [True, True])
         yield Call("contract", contract, (dy, x, h, b), big + 3 * thin_work, tokens, form)
 
 
-def _update(form: str) -> tuple[str, float]:
+def _form(form: str) -> tuple[str, float]:
     """(psi, dropout)."""
     return FORMS[form].get("outer_activation", "identity"), FORMS[form].get("dropout", 0.0)
 

@@ -14,6 +14,7 @@ from genft_kernels.backends import KERNEL_DTYPES
 from genft_kernels.backends.cuda import operations as cuda
 from genft_kernels.backends.cuda.operations import kernels as cuda_kernels
 from genft_kernels.backends.eager import operations as eager
+from genft_kernels.backends.eager.update_tile import Update
 from genft_kernels.functional import genft_linear
 from tests import cuda_host
 from tests.helpers.accuracy import allowed_error
@@ -109,6 +110,8 @@ def test_column_of_three_layers(layout, k, dtype, device):
 def test_long_sums_are_split(dtype, device):
     small, tokens = random(dtype, device, 1, 1500, 5), random(dtype, device, 1500, 70)
     judge("column_backward", small, [tokens], None, "identity", [True, False])
+    weights = [random(dtype, device, 70, 1500) for _ in range(2)]
+    judge("column", weights, random(dtype, device, 2, 5, 1500), random(dtype, device, 5), "gelu")
 
 
 def test_column_of_more_layers_than_travel_with_a_launch(device):
@@ -153,6 +156,15 @@ def test_contraction_in_larger_blocks(device):
     judge("linear_backward", grad, x, weight, h, b, None, *settings)
 
 
+@DTYPES
+def test_contraction_of_many_tokens_is_split(dtype, device):
+    grad, x = random(dtype, device, 1630, 70), random(dtype, device, 1630, 75)
+    h, b, weight = random(dtype, device, 75, 5), random(dtype, device, 70, 5), torch.empty(0)
+    settings = torch.tensor([5], device=device), 0.5, "silu", 0.2, philox.ROW_STREAM
+    for needs in ([False, False, True, True], [False, False, False, True]):
+        judge("linear_backward", grad, x, weight, h, b, None, *settings, needs)
+
+
 @pytest.mark.parametrize("layout", ["columns", "unaligned", "every other", "padded"])
 def test_tokens_of_any_strides(layout, device):
     x, grad = (laid_out(random(torch.bfloat16, device, 70, n), layout) for n in (N_IN, N_OUT))
@@ -183,12 +195,12 @@ def test_addresses_beyond_two_to_the_31(activation, tmp_path):
         torch.randn(5, 3).bfloat16(),
         (torch.tensor([3]), 0.5, activation, 0.0, 1),
     )
-    results = []
+    update, results = Update(b, h, activation, 0.0, settings[0], 1), []
     for x, weight, dy in (close, far):
         y, xh = cuda.linear(x, weight, None, h, b, *settings)
         grads = cuda.linear_backward(dy, x, weight, h, b, xh, *settings, [True, False, True, True])
         column = cuda.column([weight], torch.ones(1, 2, 24).bfloat16(), None, "identity")[0]
-        results.append((y, column, cuda_kernels.fold(weight, h, b, *settings), *grads))
+        results.append((y, column, cuda_kernels.fold(weight, update, 0.5), *grads))
     for one, other in zip(*results, strict=True):
         assert one is other is None or torch.equal(one, other)
 
@@ -255,14 +267,14 @@ def test_masks_of_the_token_side_are_the_specifications(seed, stream, dtype, dev
     expected = keep_masks(seed, stream, n_in, n_out, dropout)[0]  # [out, in]
     ones = {rows: torch.ones(rows, 1, device=device, dtype=dtype) for rows in (n_in, n_out)}
     weight = torch.zeros(n_out, n_in, device=device, dtype=dtype)
-    settings = seed, 1.0, "identity", dropout, stream
-    assert torch.equal(cuda_kernels.fold(weight, ones[n_in], ones[n_out], *settings).cpu() != 0, expected)
+    update = Update(ones[n_out], ones[n_in], "identity", dropout, seed, stream)
+    assert torch.equal(cuda_kernels.fold(weight, update, 1.0).cpu() != 0, expected)
     transposed = weight.t().contiguous().t()
-    assert torch.equal(cuda_kernels.fold(transposed, ones[n_in], ones[n_out], *settings).cpu() != 0, expected)
+    assert torch.equal(cuda_kernels.fold(transposed, update, 1.0).cpu() != 0, expected)
     # P is the mask where dy^T x is 1 and the slope is; its product with the identity is P itself.
     dy, x = (torch.ones(1, n, device=device, dtype=dtype) for n in (n_out, n_in))
-    factors = torch.zeros(n_in, n_out, device=device, dtype=dtype), torch.eye(n_out, device=device, dtype=dtype)
-    dh, _ = cuda_kernels.contract(dy, x, *factors, *settings, True, False)
+    h, b = torch.zeros(n_in, n_out, device=device, dtype=dtype), torch.eye(n_out, device=device, dtype=dtype)
+    dh, _ = cuda_kernels.contract(dy, x, update._replace(left=b, right=h), 1.0, [True, False])
     assert torch.equal(dh.cpu() != 0, expected.t())
 
 
@@ -272,8 +284,7 @@ def test_fold_rounds_by_the_words_of_stream_2(layout, dtype, bits, device):
     n_out, n_in, seed = 70, 37, torch.tensor([2**40 + 3])
     weight = laid_out(random(dtype, device, n_out, n_in), layout)
     h, b = random(dtype, device, n_in, 1), random(dtype, device, n_out, 1)
-    update = 0.125, "identity", 0.0, philox.ROW_STREAM
-    folded = cuda_kernels.fold(weight, h, b, seed.to(device), *update)
+    folded = cuda_kernels.fold(weight, Update(b, h, "identity", 0.0, seed.to(device), philox.ROW_STREAM), 0.125)
     exact = (weight.float() + 0.125 * (b.float() @ h.float().T)).cpu()
     counters = torch.arange(n_in)[:, None] * -(-n_out // 4) + torch.arange(n_out) // 4  # [in, out]
     words = philox.words(counters.reshape(-1), seed, philox.ROUNDING_STREAM).view(n_in, n_out, 4)
@@ -291,7 +302,7 @@ def test_nan_and_infinities_stay(dtype, device):
     weight = random(dtype, device, 70, 80)
     weight[3, 5], weight[66, 70], weight[1, 1] = float("nan"), float("inf"), -float("inf")
     h, b = random(dtype, device, 80, 3), random(dtype, device, 70, 3)
-    folded = cuda_kernels.fold(weight, h, b, None, 0.5, "tanh", 0.0, philox.ROW_STREAM)
+    folded = cuda_kernels.fold(weight, Update(b, h, "tanh", 0.0, None, philox.ROW_STREAM), 0.5)
     special = ~weight.isfinite()
     assert torch.equal(folded[special].isnan(), weight[special].isnan()) and folded[66, 70] > 0 > folded[1, 1]
     assert folded[~special].isfinite().all()
@@ -307,12 +318,13 @@ def test_nan_and_infinities_stay(dtype, device):
 def test_values_and_slopes_of_every_activation(activation, device):
     z = torch.linspace(-9, 9, 256, device=device).view(-1, 1)  # b h^T with h = 1
     one, dy, x = (torch.ones(shape, device=device) for shape in ((1, 1), (1, 256), (1, 1)))
-    folded = cuda_kernels.fold(torch.zeros(256, 1, device=device), one, z, None, 1.0, activation, 0.0, 1)
+    update = Update(z, one, activation, 0.0, None, philox.ROW_STREAM)
+    folded = cuda_kernels.fold(torch.zeros(256, 1, device=device), update, 1.0)
     leaf = z.double().requires_grad_()
     value = activate(activation, leaf)
     (slope,) = torch.autograd.grad(value.sum(), leaf)
     torch.testing.assert_close(folded.double(), value.detach(), rtol=1e-6, atol=1e-6)
-    _, db = cuda_kernels.contract(dy, x, one, z, None, 1.0, activation, 0.0, 1, False, True)
+    _, db = cuda_kernels.contract(dy, x, update, 1.0, [False, True])
     torch.testing.assert_close(db.double(), slope, rtol=1e-6, atol=1e-6)
 
 

@@ -13,6 +13,7 @@ import torch
 
 from genft_kernels import philox
 from genft_kernels.activations import ACTIVATIONS, activate, activation_backward
+from genft_kernels.backends.eager.update_tile import Update
 from genft_kernels.functional import genft_linear
 from tests.helpers.cases import case_of, check_every_op, make_data, run
 
@@ -129,7 +130,7 @@ def test_fold_rounds_by_the_words_of_stream_2(dtype, bits):
     n_out, n_in, k, seed = 70, 37, 5, torch.tensor([2**40 + 3])
     weight = torch.randn(n_out, n_in).to(dtype)
     h, b = torch.randn(n_in, k).to(dtype), torch.randn(n_out, k).to(dtype)
-    folded = kernels.fold(weight, h, b, seed, 0.01, "identity", 0.0, philox.ROW_STREAM)
+    folded = kernels.fold(weight, Update(b, h, "identity", 0.0, seed, philox.ROW_STREAM), 0.01)
     exact = weight.float() + 0.01 * (b.float() @ h.float().T)
     counters = torch.arange(n_in)[:, None] * -(-n_out // 4) + torch.arange(n_out) // 4  # [in, out]
     words = philox.words(counters.reshape(-1), seed, philox.ROUNDING_STREAM).view(n_in, n_out, 4)
@@ -157,6 +158,21 @@ def test_contraction_of_many_tokens_is_split():
     expected = eager.linear_backward(dy, x, weight, h, b, *settings)
     for actual, true in zip(backend.linear_backward(dy, x, weight, h, b, *settings)[2:], expected[2:], strict=True):
         torch.testing.assert_close(actual, true, rtol=1e-4, atol=1e-4)
+
+
+@interpreted
+def test_long_sums_over_weights_are_split():
+    from genft_kernels.backends.eager import operations as eager
+    from genft_kernels.backends.triton import operations as backend
+
+    weights = [torch.randn(12, 3000), torch.randn(12, 3000)]  # ten parts
+    down, bias = torch.randn(2, 5, 3000), torch.randn(5)
+    for call, arguments in (
+        ("column", (weights, down, bias, "gelu")),
+        ("column_backward", (torch.randn(2, 3000, 5), [w.t() for w in weights], None, "identity", [True, False])),
+    ):
+        for actual, true in zip(*(getattr(module, call)(*arguments) for module in (backend, eager)), strict=True):
+            assert actual is true is None or torch.allclose(actual, true, rtol=1e-4, atol=1e-4)
 
 
 @interpreted

@@ -16,19 +16,30 @@ ROOT = pathlib.Path(__file__).parents[2]
 # Each launcher of genft.h once, with null pointers and the first of each choice.
 LAUNCH_EVERYTHING = r"""
 import pathlib, re, sys
-from genft_kernels.backends.cuda import extension, kernels as cuda_kernels
+from genft_kernels.backends.cuda import extension
+from genft_kernels.backends.cuda.launch import raise_for
+
+header = re.sub(r"//.*", "", pathlib.Path("csrc/genft.h").read_text())
+structures = dict(re.findall(r"^struct (\w+) \{(.*?)^\};", header, re.MULTILINE | re.DOTALL))
 
 def value(parameter):
     kind, name = parameter.strip().rsplit(maxsplit=1)
+    if (structure := re.fullmatch(r"(?:const )?(\w+)&?", kind)) and structure[1] in structures:
+        return tuple(value(field) for field in fields_of(structures[structure[1]]))
     if "*" in kind:
         return [0] if kind.endswith("const*") else 0
-    choice = kind == "bool" or name in ("dtype", "activation", "outer", "inner", "random_stream")
+    choice = kind == "bool" or name in ("dtype", "activation", "stream")
     return 0 if choice else 0.5 if kind == "float" else 1 if name == "layers" else 64
 
+def fields_of(text):
+    for declaration in filter(None, map(str.strip, text.split(";"))):
+        kind, name = declaration.split(",")[0].rsplit(maxsplit=1)
+        yield from (f"{kind} {each.strip()}" for each in (name, *declaration.split(",")[1:]))
+
 kernels = extension.import_build(pathlib.Path(sys.argv[1]))
-for name, parameters in re.findall(r"^int (\w+)\(([^)]*)\);", pathlib.Path("csrc/genft.h").read_text(), re.MULTILINE):
+for name, parameters in re.findall(r"^int (\w+)\(([^)]*)\);", header, re.MULTILINE):
     try:
-        cuda_kernels.raise_for(getattr(kernels, name)(*map(value, parameters.split(","))), name, kernels)
+        raise_for(getattr(kernels, name)(*map(value, parameters.split(","))), name, kernels)
     except RuntimeError as error:
         print(name, error, sep="|")
 """

@@ -25,7 +25,7 @@ import torch
 from filelock import FileLock
 
 from genft_kernels import backends
-from genft_kernels.backends.cuda import kernels as cuda_kernels
+from genft_kernels.backends.cuda import launch as cuda_launch
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -106,17 +106,17 @@ class Emulator:
         loader.exec_module(self.module)
         self._memory = ctypes.CDLL(str(path))
 
-    def launch(self, kernel: str, *arguments) -> None:
-        """`cuda_kernels.launch` on CPU tensors."""
+    def start(self, kernel: str, arguments: tuple) -> None:
+        """`cuda_launch.start` on CPU tensors."""
         self._memory.cuda_host_forget_buffers()
-        for tensor in cuda_kernels.tensors_of(arguments):
+        for tensor in cuda_launch.tensors_of(arguments):
             begin, elements = tensor.data_ptr(), _extent(tensor)
             self._memory.cuda_host_register_buffer(
                 ctypes.c_void_p(begin), ctypes.c_size_t(elements * tensor.element_size())
             )
         no_stream = 0
-        code = getattr(self.module, kernel)(*map(cuda_kernels.encoded, arguments), no_stream)
-        cuda_kernels.raise_for(code, kernel, self.module)
+        code = getattr(self.module, kernel)(*map(cuda_launch.encoded, arguments), no_stream)
+        cuda_launch.raise_for(code, kernel, self.module)
 
 
 def _extent(tensor: torch.Tensor) -> int:
@@ -134,13 +134,15 @@ def emulator() -> Emulator:
 
 def install() -> None:
     """Let backend "cuda" compute on CPU tensors in this process; those of a CUDA device still go there."""
-    launch_there, reason_there = cuda_kernels.launch, backends._device_reason
+    start_there, reason_there = cuda_launch.start, backends._device_reason
 
-    def launch(kernel: str, *arguments) -> None:
-        here = cuda_kernels.device_of(arguments).type == "cpu"
-        (emulator().launch if here else launch_there)(kernel, *arguments)
+    def start(device: torch.device, kernel: str, arguments: tuple) -> None:
+        if device.type == "cpu":
+            emulator().start(kernel, arguments)
+        else:
+            start_there(device, kernel, arguments)
 
-    cuda_kernels.launch = launch
+    cuda_launch.start = start
     backends._device_reason = lambda name, device: (
         unavailable_reason() if (name, device.type) == ("cuda", "cpu") else reason_there(name, device)
     )

@@ -23,6 +23,7 @@ KERNELS = "tests/backends/test_cuda_kernels.py"
 TESTS = {
     "thin.cu": [KERNELS, "-k", "column or split or more_layers"],
     "row.cu": [KERNELS, "-k", "row_of_three or row_stage"],
+    "sum.cu": [KERNELS, "-k", "split"],
     "fold.cu": [KERNELS, "-k", "fold or token_side or nan or test_linear"],
     "contract.cu": [KERNELS, "-k", "token_side or activation or contraction or test_linear"],
     "tile.cuh": [KERNELS],
@@ -160,8 +161,12 @@ WRONG = [
     planned("update.cuh", "gelu's slope without its density", "+ z * 0.39894228f * expf(-0.5f * z * z)", ""),
     planned("update.cuh", "leaky slope of relu", "z <= 0.0f ? kLeakySlope : 1.0f", "z <= 0.0f ? 0.0f : 1.0f"),
     *removed("thin.cu", "every layer with the first one's matrix", r"matrices\.data\[layer\]", "matrices.data[0]"),
-    planned("thin.cu", "activation forgotten", "argument = activate(static_cast<float>(rounded), activation);", ""),
-    planned("thin.cu", "every split from the first row", "blockIdx.z % splits * rows_per_split", "0"),
+    planned("update.cuh", "activation forgotten", "z = activate(static_cast<float>(rounded), activation);", ""),
+    *removed("thin.cu", "every split from the first slice", r"first = split \* sizes\.per_split;", "first = 0;"),
+    *removed("thin.cu", "splits' parts in one place", r"split\) \* sizes\.stack", "0) * sizes.stack"),
+    planned("sum.cu", "last part not added", "part < count;", "part < count - 1;"),
+    planned("sum.cu", "first sum's parts twice", "sum_of<T>(second.parts", "sum_of<T>(first.parts"),
+    planned("sum.cu", "elements beyond the sum", "    if (at >= size) return;\n", ""),
     planned(
         "row.cu", "Q lacks the mask", "slope(argument, given.outer) * keep.value[e]", "slope(argument, given.outer)"
     ),
@@ -181,9 +186,11 @@ WRONG = [
     planned(
         "contract.cu",
         "parts of db in one place",
-        "static_cast<int64_t>(column / kEdge) * n_out",
-        "static_cast<int64_t>(0) * n_out",
+        "blockIdx.z * ceil_divide(n_in, kEdge) + column / kEdge;",
+        "blockIdx.z * ceil_divide(n_in, kEdge);",
     ),
+    planned("contract.cu", "every split from the first token", "first = blockIdx.z * per_split;", "first = 0;"),
+    planned("contract.cu", "splits' parts of dh in one place", "blockIdx.z * ceil_divide(n_out, kEdge) + row", "row"),
 ]
 
 

@@ -59,6 +59,27 @@ FAULTS = [
         ["tests/backends/test_triton.py", *QUICK, "-k", "triton and split"],
     ),
     Fault(
+        "thin product: every split from the first column",
+        BACKENDS + "triton/thin.py",
+        "split * columns_per_split + start",
+        "start",
+        ["tests/backends/test_triton.py", *QUICK, "-k", "triton and split"],
+    ),
+    Fault(
+        "sum of parts: all but eight forgotten",
+        BACKENDS + "triton/sum.py",
+        "range(0, count, 8)",
+        "range(0, 8, 8)",
+        ["tests/backends/test_triton.py", *QUICK, "-k", "triton and split"],
+    ),
+    Fault(
+        "sum of parts: dh and db exchanged",
+        BACKENDS + "triton/sum.py",
+        "_sum_of(other_parts, other_outs,",
+        "_sum_of(parts, other_outs,",
+        ["tests/backends/test_triton.py", *QUICK, "-k", "triton and split"],
+    ),
+    Fault(
         "factored: a bias of 16 bits before the big product",
         BACKENDS + "eager/linear.py",
         "scale).addmm_(tokens, weight.t())",

@@ -77,7 +77,9 @@ def import_build(folder: Path) -> ModuleType:
 
 def _import(name: str, path: Path) -> ModuleType:
     loader = importlib.machinery.ExtensionFileLoader(name, str(path))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
+    spec = importlib.util.spec_from_loader(name, loader)
+    assert spec is not None  # for a loader there is one
+    module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     return module
 

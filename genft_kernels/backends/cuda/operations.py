@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from ..plan import KernelOperations, Kernels
-from . import extension
-from . import kernels as launchers
+from . import extension, launchers
 
 kernels = Kernels(launchers)
 _operations = KernelOperations(kernels)

@@ -4,7 +4,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import dropout_arguments, edge, precision, slices, stages, unit_block
+from ..eager.update_tile import Update
+from ..launchers import Pair
+from .launch import dropout_arguments, edge, named, precision, slices, stages, unit_block
 from .math import (
     activation_slope,
     add_product,
@@ -61,12 +63,11 @@ def _contract(
             tl.store(dh + at, part, mask=(columns[:, None] < n_in) & (units[None, :] < k))
 
 
-SPLITS_TOKENS = True
-
-
-def contract(dy, x, h, b, seed, scale, activation, dropout, stream, dh, db, tokens: int) -> None:
+@named
+def contract(dy: Tensor, x: Tensor, update: Update, scale: float, parts: Pair, tokens: int) -> None:
     """Write the parts of dh [split and out tile, in, k] and db [split and in tile, out, k], those that are not None."""
-    (t, n_out), n_in, k = dy.shape, x.shape[1], h.shape[1]
+    (b, h, activation, dropout, seed, stream), (dh, db) = update, parts
+    (t, n_out), (n_in, k) = dy.shape, h.shape
     block_out, block_in = tile_of_contract(dy, k, activation, dropout)
     block_t, block_k = edge(dy), min(32, unit_block(k, h))
     tiles = triton.cdiv(n_out, block_out) * triton.cdiv(n_in, block_in)

@@ -6,7 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...philox import ROUNDING_STREAM
-from .launch import dropout_arguments, edge, precision, slices
+from ..eager.update_tile import Update
+from .launch import dropout_arguments, edge, named, precision, slices
 from .math import key_of_layer, matrix_tile, round_up_or_down, update_tile, word_tile
 
 
@@ -39,8 +40,10 @@ def _fold(
 _DROPPED_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
 
 
-def fold(weight, h, b, seed, scale, activation, dropout, stream, out: Tensor) -> None:
+@named
+def fold(weight: Tensor, update: Update, scale: float, out: Tensor) -> None:
     """Write W + scale * drop(psi(b h^T)) to `out` [out, in]."""
+    b, h, activation, dropout, seed, stream = update
     (n_out, n_in), k = weight.shape, h.shape[1]
     block = edge(h)
     _fold[(triton.cdiv(n_out, block), triton.cdiv(n_in, block))](

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import ParamSpec
 
 import torch
 import triton
@@ -10,14 +11,16 @@ from torch import Tensor
 from .. import LaunchError
 from .math import SLICE
 
+_Parameters = ParamSpec("_Parameters")
 
-def named(launcher: Callable) -> Callable:
+
+def named(launcher: Callable[_Parameters, None]) -> Callable[_Parameters, None]:
     """A launcher whose failure tells the kernel: LaunchError. Memory that runs out is no fault of the kernel's."""
 
     @functools.wraps(launcher)
-    def launch(*args) -> None:
+    def launch(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> None:
         try:
-            launcher(*args)
+            launcher(*args, **kwargs)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:

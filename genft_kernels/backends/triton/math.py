@@ -103,12 +103,15 @@ def add_product(total, left, right, PRECISION: tl.constexpr):
 
 @triton.jit
 def rank_k_tile(left, right, rows, columns, n_rows, n_columns, k, SLICES: tl.constexpr, PRECISION: tl.constexpr,
-                BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
-    """left [n_rows, k] right[n_columns, k]^T at (rows, columns), float32."""
+                BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, LEFT_TRANSPOSED: tl.constexpr = False):  # fmt: skip
+    """left [n_rows, k] right[n_columns, k]^T at (rows, columns), float32; `left` lies as it is or transposed."""
     tile = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
     for index in tl.static_range(SLICES):
         units = index * 16 + tl.arange(0, 16)
-        a = thin_rows(left, rows, units, n_rows, k)
+        if LEFT_TRANSPOSED:
+            a = matrix_tile(left, rows, units, n_rows, k, 1, n_rows)
+        else:
+            a = thin_rows(left, rows, units, n_rows, k)
         b = thin_rows(right, columns, units, n_columns, k)
         tile = tl.dot(a, tl.trans(b), tile, input_precision=PRECISION)
     return tile

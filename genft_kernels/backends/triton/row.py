@@ -1,20 +1,22 @@
 """The row stage in its tiled form, flash style: h = phi(Y^T A^T + a), Y = drop(psi(left right^T)), never stored.
 
-`left` [n_out, k1] and `right` [n_in, k1] make a tile of Y [out, in]; `down` is A [k, n_out] and comes transposed.
+`left` [n_out, k1] and `right` [n_in, k1] make a tile of Y [out, in]; `down` is A [k, n_out].
 One launch serves L layers: each of these is stacked, and a program belongs to one layer.
 """
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ...philox import COLUMN_STREAM
-from .launch import dropout_arguments, edge, precision, slices, unit_block
-from .math import activate, activation_slope, add_product, keep_tile, key_of_layer, rank_k_tile, thin_rows
+from ..eager.update_tile import Update
+from ..launchers import Outcome
+from .launch import dropout_arguments, edge, named, precision, slices, unit_block
+from .math import activate, activation_slope, add_product, keep_tile, key_of_layer, matrix_tile, rank_k_tile, thin_rows
 
 
 @triton.jit
 def _row_forward(
-    left, right, down_t, bias, seed, out, pre, n_out, n_in, k1, k, threshold, keep_scale, stream,
+    left, right, down, bias, seed, out, pre, n_out, n_in, k1, k, threshold, keep_scale, stream,
     OUTER: tl.constexpr, INNER: tl.constexpr, DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr, SLICES_1: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
@@ -23,7 +25,7 @@ def _row_forward(
     units = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     layer = tl.program_id(2).to(tl.int64)
     key = key_of_layer(seed, layer)
-    left, right, down_t = left + layer * n_out * k1, right + layer * n_in * k1, down_t + layer * n_out * k
+    left, right, down = left + layer * n_out * k1, right + layer * n_in * k1, down + layer * n_out * k
     z = tl.zeros((BLOCK_IN, BLOCK_K), dtype=tl.float32)
     tl.assume(n_out > 0)  # a loop that may have no step makes ptxas wait for each matrix instruction (C7515)
     for start in range(0, n_out, BLOCK_OUT):
@@ -32,7 +34,7 @@ def _row_forward(
         y = activate(s, OUTER)  # [out, in]
         if DROPOUT:
             y *= keep_tile(key, stream, rows, columns, n_out, threshold, keep_scale, BLOCK_OUT, BLOCK_IN)
-        a = thin_rows(down_t, rows, units, n_out, k)  # [out, k]
+        a = matrix_tile(down, rows, units, n_out, k, 1, n_out)  # [out, k]
         z = add_product(z, tl.trans(y.to(a.dtype)), a, PRECISION)
     if HAS_BIAS:
         z += tl.load(bias + units, mask=units < k, other=0.0).to(tl.float32)[None, :]
@@ -47,13 +49,13 @@ def _row_forward(
 
 @triton.jit
 def _row_tile(
-    left, right, down_t, dz, key, rows, columns, n_out, n_in, k1, k, threshold, keep_scale, stream,
+    left, right, down, dz, key, rows, columns, n_out, n_in, k1, k, threshold, keep_scale, stream,
     OUTER: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, SLICES_1: tl.constexpr, SLICES: tl.constexpr,
     BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
     """A tile of Y and of Q = dY * mask * psi'(left right^T), dY = A^T dZ^T; both [out, in], float32."""
     s = rank_k_tile(left, right, rows, columns, n_out, n_in, k1, SLICES_1, PRECISION, BLOCK_OUT, BLOCK_IN)
-    dy = rank_k_tile(down_t, dz, rows, columns, n_out, n_in, k, SLICES, PRECISION, BLOCK_OUT, BLOCK_IN)
+    dy = rank_k_tile(down, dz, rows, columns, n_out, n_in, k, SLICES, PRECISION, BLOCK_OUT, BLOCK_IN, True)
     y, q = activate(s, OUTER), dy * activation_slope(s, OUTER)
     if DROPOUT:
         keep = keep_tile(key, stream, rows, columns, n_out, threshold, keep_scale, BLOCK_OUT, BLOCK_IN)
@@ -63,7 +65,7 @@ def _row_tile(
 
 @triton.jit
 def _row_backward_out(
-    left, right, down_t, dz, seed, dleft, ddown, n_out, n_in, k1, k, threshold, keep_scale, stream,
+    left, right, down, dz, seed, dleft, ddown, n_out, n_in, k1, k, threshold, keep_scale, stream,
     OUTER: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, SLICES_1: tl.constexpr, SLICES: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
@@ -73,7 +75,7 @@ def _row_backward_out(
     units = units_1
     layer = tl.program_id(2).to(tl.int64)
     key = key_of_layer(seed, layer)
-    left, right, down_t = left + layer * n_out * k1, right + layer * n_in * k1, down_t + layer * n_out * k
+    left, right, down = left + layer * n_out * k1, right + layer * n_in * k1, down + layer * n_out * k
     dz += layer * n_in * k
     to_left = tl.zeros((BLOCK_OUT, BLOCK_K), dtype=tl.float32)
     to_down = tl.zeros((BLOCK_OUT, BLOCK_K), dtype=tl.float32)
@@ -81,7 +83,7 @@ def _row_backward_out(
     for start in range(0, n_in, BLOCK_IN):
         columns = start + tl.arange(0, BLOCK_IN)
         y, q = _row_tile(
-            left, right, down_t, dz, key, rows, columns, n_out, n_in, k1, k, threshold, keep_scale, stream,
+            left, right, down, dz, key, rows, columns, n_out, n_in, k1, k, threshold, keep_scale, stream,
             OUTER, DROPOUT, PRECISION, SLICES_1, SLICES, BLOCK_OUT, BLOCK_IN,
         )  # fmt: skip
         r = thin_rows(right, columns, units_1, n_in, k1)  # [in, k1]
@@ -99,7 +101,7 @@ def _row_backward_out(
 
 @triton.jit
 def _row_backward_in(
-    left, right, down_t, dz, seed, dright, n_out, n_in, k1, k, threshold, keep_scale, stream,
+    left, right, down, dz, seed, dright, n_out, n_in, k1, k, threshold, keep_scale, stream,
     OUTER: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, SLICES_1: tl.constexpr, SLICES: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
@@ -108,14 +110,14 @@ def _row_backward_in(
     units_1 = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     layer = tl.program_id(2).to(tl.int64)
     key = key_of_layer(seed, layer)
-    left, right, down_t = left + layer * n_out * k1, right + layer * n_in * k1, down_t + layer * n_out * k
+    left, right, down = left + layer * n_out * k1, right + layer * n_in * k1, down + layer * n_out * k
     dz += layer * n_in * k
     total = tl.zeros((BLOCK_IN, BLOCK_K), dtype=tl.float32)
     tl.assume(n_out > 0)  # a loop that may have no step makes ptxas wait for each matrix instruction (C7515)
     for start in range(0, n_out, BLOCK_OUT):
         rows = start + tl.arange(0, BLOCK_OUT)
         _, q = _row_tile(
-            left, right, down_t, dz, key, rows, columns, n_out, n_in, k1, k, threshold, keep_scale, stream,
+            left, right, down, dz, key, rows, columns, n_out, n_in, k1, k, threshold, keep_scale, stream,
             OUTER, DROPOUT, PRECISION, SLICES_1, SLICES, BLOCK_OUT, BLOCK_IN,
         )  # fmt: skip
         a = thin_rows(left, rows, units_1, n_out, k1)  # [out, k1]
@@ -125,23 +127,29 @@ def _row_backward_in(
     tl.store(dright + at, total.to(dright.dtype.element_ty), mask=mask)
 
 
-def row_forward(left, right, down, bias, seed, outer: str, dropout: float, inner: str, out, pre) -> None:
-    """Write h = phi(Y^T A^T + a), and phi's argument, to `out` and `pre` [L, in, k]."""
+@named
+def row_forward(y: Update, down: Tensor, outcome: Outcome) -> None:
+    """Write h = phi(Y^T A^T + a)  [L, in, k]."""
+    (left, right, outer, dropout, seed, stream), (out, bias, inner, pre) = y, outcome
     (layers, n_out, k1), n_in, k = left.shape, right.shape[1], down.shape[1]
     block_k, block = unit_block(k, left), edge(left)
     _row_forward[(triton.cdiv(n_in, block), triton.cdiv(k, block_k), layers)](
-        left, right, down.mT.contiguous(), bias, seed, out, pre,
-        n_out, n_in, k1, k, *dropout_arguments(dropout), COLUMN_STREAM,
+        left, right, down, bias, seed, out, pre,
+        n_out, n_in, k1, k, *dropout_arguments(dropout), stream,
         OUTER=outer, INNER=inner, DROPOUT=dropout > 0, HAS_BIAS=bias is not None, PRECISION=precision(left),
         SLICES_1=slices(k1), BLOCK_K=block_k, BLOCK_OUT=block, BLOCK_IN=block, num_warps=4, num_stages=2,
     )  # fmt: skip
 
 
-def row_backward(left, right, down, dz, seed, outer: str, dropout: float, dleft, dright, ddown) -> None:
+@named
+def row_backward(
+    y: Update, down: Tensor, dz: Tensor, dleft: Tensor | None, dright: Tensor | None, ddown: Tensor | None
+) -> None:
     """Write the gradients of left, right and down to `dleft`, `dright` and `ddown`, those that are not None."""
+    left, right, outer, dropout, seed, stream = y
     (layers, n_out, k1), n_in, k = left.shape, right.shape[1], down.shape[1]
-    thin = (left, right, down.mT.contiguous(), dz, seed)
-    numbers = (n_out, n_in, k1, k, *dropout_arguments(dropout), COLUMN_STREAM)
+    thin = (left, right, down, dz, seed)
+    numbers = (n_out, n_in, k1, k, *dropout_arguments(dropout), stream)
     block_k, block = unit_block(max(k, k1), left), edge(left)
     chunks = triton.cdiv(max(k, k1), block_k)
     settings = dict(

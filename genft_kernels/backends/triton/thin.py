@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import precision, stages, unit_block
+from ..launchers import Outcome
+from .launch import named, precision, stages, unit_block
 from .math import activate, add_product, matrix_tile
 
 
@@ -26,32 +27,37 @@ def _matrix_of_layer(first, offsets, layer, DIVISIBILITY: tl.constexpr):
 
 @triton.jit
 def _thin_product(
-    first, offsets, thins, bias, outs, pres, m, n, k, stride_m, stride_n, stride_tl, stride_tk, stride_tn,
+    first, offsets, thins, bias, outs, pres, layers, m, n, k, stride_m, stride_n, columns_per_split,
     DIVISIBILITY: tl.constexpr,
     ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out [m, k] = activation(matrix [m, n] thin[k, n]^T + bias), and what the activation was applied to."""
+    """out [split, m, k] = activation(matrix [m, n] thin[k, n]^T + bias), and what the activation was applied to.
+
+    Each split has its own columns; where there are several, `outs` gets float32 parts, without bias and activation.
+    """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     units = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    layer = tl.program_id(2)
+    split, layer = tl.program_id(2) // layers, tl.program_id(2) % layers
     matrix = _matrix_of_layer(first, offsets, layer, DIVISIBILITY)
-    thin = thins + layer.to(tl.int64) * stride_tl
+    thin = thins + layer.to(tl.int64) * k * n
     z = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
-    tl.assume(n > 0)  # a loop that may have no step makes ptxas wait for each matrix instruction (C7515)
-    for start in range(0, n, BLOCK_N):
-        inner = start + tl.arange(0, BLOCK_N)
+    tl.assume(
+        columns_per_split > 0
+    )  # a loop that may have no step makes ptxas wait for each matrix instruction (C7515)
+    for start in range(0, columns_per_split, BLOCK_N):
+        inner = split * columns_per_split + start + tl.arange(0, BLOCK_N)
         matrix_mask = (rows[:, None] < m) & (inner[None, :] < n)
         matrix_at = rows[:, None].to(tl.int64) * stride_m + inner[None, :].to(tl.int64) * stride_n
         tile = tl.load(matrix + matrix_at, mask=matrix_mask, other=0.0)
         thin_mask = (units[:, None] < k) & (inner[None, :] < n)
-        thin_at = units[:, None].to(tl.int64) * stride_tk + inner[None, :].to(tl.int64) * stride_tn
+        thin_at = units[:, None].to(tl.int64) * n + inner[None, :]
         thin_tile = tl.load(thin + thin_at, mask=thin_mask, other=0.0)
         z = add_product(z, tile.to(thin_tile.dtype), tl.trans(thin_tile), PRECISION)
     if HAS_BIAS:
         z += tl.load(bias + units, mask=units < k, other=0.0).to(tl.float32)[None, :]
     mask = (rows[:, None] < m) & (units[None, :] < k)
-    at = (layer.to(tl.int64) * m + rows[:, None]) * k + units[None, :]
+    at = (tl.program_id(2).to(tl.int64) * m + rows[:, None]) * k + units[None, :]
     if ACTIVATION != "identity":
         z = z.to(pres.dtype.element_ty)  # the gradient will see the rounded z, so the activation does too
         tl.store(pres + at, z, mask=mask)
@@ -61,14 +67,14 @@ def _thin_product(
 
 @triton.jit
 def _thin_transposed(
-    dzs, first, offsets, outs, m, n, k, stride_m, stride_n, rows_per_split, splits,
+    dzs, first, offsets, outs, layers, m, n, k, stride_m, stride_n, rows_per_split,
     DIVISIBILITY: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out [split, k, n] = dz[m, k]^T matrix [m, n], each split over its own rows."""
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     units = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    layer, split = tl.program_id(2) // splits, tl.program_id(2) % splits
+    split, layer = tl.program_id(2) // layers, tl.program_id(2) % layers
     matrix = _matrix_of_layer(first, offsets, layer, DIVISIBILITY)
     dz = dzs + layer.to(tl.int64) * m * k
     total = tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.float32)
@@ -85,27 +91,29 @@ def _thin_transposed(
     tl.store(outs + at, total.to(outs.dtype.element_ty), mask=mask)
 
 
-def thin_product(matrices: list[Tensor], thin: Tensor, bias, activation: str, out: Tensor, pre) -> None:
-    """Write activation(matrix [m, n] thin[k, n]^T + bias), and its argument, to `out` and `pre` [L, m, k]."""
-    matrices = _alike(matrices)
+@named
+def thin_product(matrices: list[Tensor], thin: Tensor, outcome: Outcome, columns: int) -> None:
+    """Write activation(matrix [m, n] thin[k, n]^T + bias), a part for each `columns` columns: [part x L, m, k]."""
+    matrices, (out, bias, activation, pre) = _alike(matrices), outcome
     (m, n), (layers, k, _) = matrices[0].shape, thin.shape
     block_k = unit_block(k, thin)
     offsets, divisibility = _offsets(matrices)
-    _thin_product[(triton.cdiv(m, 64), triton.cdiv(k, block_k), layers)](
-        matrices[0], offsets, thin, bias, out, pre, m, n, k, *matrices[0].stride(), *thin.stride(),
+    _thin_product[(triton.cdiv(m, 64), triton.cdiv(k, block_k), layers * triton.cdiv(n, columns))](
+        matrices[0], offsets, thin, bias, out, pre, layers, m, n, k, *matrices[0].stride(), columns,
         DIVISIBILITY=divisibility, ACTIVATION=activation, HAS_BIAS=bias is not None, PRECISION=precision(thin),
         BLOCK_M=64, BLOCK_N=64, BLOCK_K=block_k, num_warps=8, num_stages=stages(thin, 5, 64 * (64 + block_k)),
     )  # fmt: skip
 
 
+@named
 def thin_transposed(dz: Tensor, matrices: list[Tensor], out: Tensor, rows: int) -> None:
-    """Write dz [L, m, k]^T matrix [m, n], in parts of `rows` rows, to `out` [L, part, k, n]."""
+    """Write dz [L, m, k]^T matrix [m, n], a part for each `rows` rows, to `out` [part x L, k, n]."""
     matrices = _alike(matrices)
-    (m, n), (layers, splits, k, _) = matrices[0].shape, out.shape
+    (m, n), (layers, _, k) = matrices[0].shape, dz.shape
     block_k = unit_block(k, dz)
     offsets, divisibility = _offsets(matrices)
-    _thin_transposed[(triton.cdiv(n, 64), triton.cdiv(k, block_k), layers * splits)](
-        dz, matrices[0], offsets, out, m, n, k, *matrices[0].stride(), rows, splits,
+    _thin_transposed[(triton.cdiv(n, 64), triton.cdiv(k, block_k), layers * max(1, triton.cdiv(m, rows)))](
+        dz, matrices[0], offsets, out, layers, m, n, k, *matrices[0].stride(), rows,
         DIVISIBILITY=divisibility, PRECISION=precision(dz),
         BLOCK_M=64, BLOCK_N=64, BLOCK_K=block_k, num_warps=8, num_stages=stages(dz, 4, 64 * (64 + block_k)),
     )  # fmt: skip

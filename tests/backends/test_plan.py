@@ -1,0 +1,81 @@
+"""The plan of the kernel backends: how long sums are cut, and what it launches, counted."""
+
+import os
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from genft_kernels import philox
+from genft_kernels.backends import plan
+
+H100, A100 = 132, 108  # multiprocessors
+
+
+@pytest.mark.parametrize(
+    "length, programs, at_once, shortest, most, parts",
+    [
+        (8192, 72, H100, 512, 4, 3),  # contract at 768 x 768, tiles of 128 x 64: two rounds of a third each
+        (8192, 36, H100, 512, 4, 3),  # and of 128 x 128: one round
+        (8192, 72, A100, 512, 4, 3),
+        (8192, 1024, H100, 512, 4, 1),  # 4096 x 4096
+        (1023, 72, H100, 512, 4, 1),  # too few tokens
+        (4096, 64, 2 * H100, 256, 16, 4),  # a thin product at 4096 x 4096
+        (768, 12, 2 * H100, 256, 16, 3),  # and at 768 x 768, of one layer
+        (768, 288, 2 * H100, 256, 16, 1),  # and of 24
+        (0, 1, H100, 512, 4, 1),
+    ],
+)
+def test_a_sum_is_cut_where_multiprocessors_would_idle(length, programs, at_once, shortest, most, parts):
+    each, found = plan._split(length, programs, at_once, shortest, most)
+    assert found == parts and each % 64 == 0 and (parts - 1) * each < max(1, length) <= parts * each
+
+
+class AtenCalls(TorchDispatchMode):
+    """The names of PyTorch's operations that start a kernel on a GPU."""
+
+    _FREE = ("empty", "view", "alias", "detach", "slice", "transpose", "aten.t.", "expand", "select")
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        if not any(free in name for free in self._FREE):
+            self.names.append(name.split(".")[1])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter launches nothing")
+@pytest.mark.parametrize("features, layers", [(768, 1), (4096, 1), (64, 300)], ids=["small", "large", "many"])
+def test_launches_are_as_few_as_they_can_be(features, layers):
+    """No copy, cast or sum of PyTorch's stands beside a kernel."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from genft_kernels.backends.triton import operations as triton
+    from tests.helpers.fake_triton_driver import launches
+
+    def empty(*shape):
+        return torch.empty(shape, dtype=torch.bfloat16)
+
+    weights, k = [empty(features, features)] * layers, 32
+    thin, down, seeds = empty(layers, features, k), empty(layers, k, features), torch.zeros(layers, dtype=torch.int64)
+    x, h = empty(2048, features), empty(features, k)
+    update = seeds[:1], 1.0, "leaky_relu", 0.1, philox.ROW_STREAM
+    row, one = (thin, thin, down, None, seeds, "leaky_relu", 0.1, "identity"), [True, False]
+    sums = ["sum_parts"] if layers == 1 else []
+    with launches() as names, AtenCalls() as calls:
+        for expected, call in (
+            (["thin_product", *sums], lambda: triton.column(weights, down, empty(k), "tanh")),
+            (["thin_transposed", *sums], lambda: triton.column_backward(thin, weights, None, "identity", one)),
+            (["row_forward"], lambda: triton.row(*row)),
+            (["row_backward_out", "row_backward_in"],
+             lambda: triton.row_backward(thin, *row[:3], None, *row[4:], [True, True, True, False])),
+            (["contract", "sum_parts"],
+             lambda: triton.linear_backward(x, x, weights[0], h, h, None, *update, [False, False, True, True])),
+        ):  # fmt: skip
+            call()  # makes the table of the layers' places
+            names.clear()
+            calls.names.clear()
+            call()
+            assert (names, calls.names) == (expected, [])
