@@ -97,12 +97,24 @@ def modules_have_global_hooks() -> bool:
     return bool(pre or _private("torch.nn.modules.module", "_global_forward_hooks"))
 
 
+# --- sharding --------------------------------------------------------------------------------------------------------
+
+# An attribute that both kinds of FSDP set on the modules that they are about to wrap. False is FSDP1's default alone.
+USES_ORIGINAL_PARAMETERS = "_fsdp_use_orig_params"
+
+
 # --- dispatch modes -------------------------------------------------------------------------------------------------
 
 
 def dispatch_modes_active() -> bool:
     """Whether something listens to the dispatcher: counters, fake tensors, selective checkpointing."""
     return _private("torch._C", "_len_torch_dispatch_stack")() > 0
+
+
+def flop_formulas_in_use() -> list[dict[Any, Any]]:
+    """The formulas of the FLOP counters at work, each of which has those that were registered when it was made."""
+    counters = [getattr(mode, "counter", None) for mode in _mode_stack()]
+    return [counter.flop_registry for counter in counters if hasattr(counter, "flop_registry")]
 
 
 def listens() -> bool:

@@ -21,7 +21,7 @@ from .adapted_model import (
     check_enabled,
     is_adapted,
     layers_of_an_adapted_model,
-    warn_if_tied_again,
+    look_once,
 )
 from .arguments import about, check_flag, check_type
 from .config import GenFTConfig, check_config
@@ -132,7 +132,7 @@ def adapt_as_planned(model: nn.Module, config: GenFTConfig, plan: Plan, backend:
     by_name = {target.name: layer for target, layer in zip(targets, layers, strict=True)} | updates
     # Of experts that are disabled the module alone is called.
     called: dict[str, nn.Module] = {**by_name, **{name: update.experts for name, update in updates.items()}}
-    watch = FirstForward(model, called, warn_if_tied_again)
+    watch = FirstForward(model, called, look_once)
     setattr(model, STATE, AdapterState(config, required_grad, saved, tuple(by_name), watch))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 from torch import nn
 
 from . import backends
@@ -12,7 +13,8 @@ from .config import GenFTConfig
 from .experts.update import ExpertUpdate
 from .first_forward import FirstForward
 from .modules import GenFTLinear, MoreBlocks
-from .saved_modules import tied_again
+from .saved_modules import check_not_quantised, tied_again
+from .targets import check_gradients_pass
 from .units import GenFTUpdate
 
 GENERATORS = "genft_generators"
@@ -92,6 +94,20 @@ def warn_if_tied_again(model: nn.Module) -> None:
     """Warn of trained modules whose parameters have been replaced by frozen ones, in whatever way."""
     for name, other in tied_again(model, adapter_state(model).saved_modules).items():
         warn(f"modules_to_save: {name!r} is tied to {other!r} again, so what was trained is gone, and it is frozen")
+
+
+def look_once(model: nn.Module) -> None:
+    """Look, after its first forward, at what may have been done to a model since it was adapted.
+
+    Raises, in training:
+        TypeError: a layer has been quantised that no gradient passes, or that is to train.
+    """
+    warn_if_tied_again(model)
+    if not (torch.is_grad_enabled() and model.training):
+        return
+    for path in adapter_state(model).saved_modules:
+        check_not_quantised(path, model.get_submodule(path))
+    check_gradients_pass(model, {layer: name for name, layer in adapted_layers(model).items()})
 
 
 def explain(model: nn.Module) -> str:

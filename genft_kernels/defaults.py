@@ -25,24 +25,26 @@ def _grouped(config: Any) -> RowBlocks:
     return RowBlocks((config.num_attention_heads * size, keys * size, keys * size), (0, 2))
 
 
-def _of_bigcode(config: Any) -> RowBlocks:
-    """All heads of q share the one of k and v; without `multi_query` q, k and v alternate from head to head."""
+def _multi_query(config: Any) -> RowBlocks:
+    """All heads of q share the one of k and v; otherwise q, k and v alternate from head to head, or group to group."""
     size = config.hidden_size // config.num_attention_heads
-    return RowBlocks((config.hidden_size, size, size), (0, 2)) if config.multi_query else RowBlocks()
+    one = config.multi_query and not getattr(config, "new_decoder_architecture", False)
+    return RowBlocks((config.hidden_size, size, size), (0, 2)) if one else RowBlocks()
 
 
 # By model_type, where query and value have names of their own: PEFT's table, its fused weights cut into blocks where
 # these are consecutive. In the others (RowBlocks()) q, k and v alternate, and the whole weight is adapted.
 BY_MODEL_TYPE: dict[str, dict[str, RowBlocks | Callable[[Any], RowBlocks]]] = {
     **dict.fromkeys(("gpt2", "imagegpt", "openai-gpt", "decision_transformer"), {"attn.c_attn": _Q_AND_V}),
-    "gpt_bigcode": {"attn.c_attn": _of_bigcode},
+    "gpt_bigcode": {"attn.c_attn": _multi_query},
+    "falcon": {"query_key_value": _multi_query},
     **dict.fromkeys(
         ("t5", "mt5", "umt5", "longt5", "switch_transformers", "pop2piano", "udop"),
         {"q": RowBlocks(), "v": RowBlocks()},
     ),
     **dict.fromkeys(("phi3", "phi4_multimodal"), {"qkv_proj": _grouped}),
     **dict.fromkeys(
-        ("gpt_neox", "bloom", "falcon", "RefinedWeb", "RefinedWebModel", "chatglm", "persimmon"),
+        ("gpt_neox", "bloom", "RefinedWeb", "RefinedWebModel", "chatglm", "persimmon"),
         {"query_key_value": RowBlocks()},
     ),
     "codegen": {"qkv_proj": RowBlocks()},

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from .arguments import warn
+from .arguments import about, warn
+from .quantised_linear import check_stored
 
 _NAMED = 3  # in a warning
 
@@ -20,11 +21,11 @@ class FirstForward:
     """Watches until the model's forward has run once outside of `torch.compile`; then it is gone."""
 
     def __init__(
-        self, model: nn.Module, layers: Mapping[str, nn.Module], warn_of_ties: Callable[[nn.Module], None]
+        self, model: nn.Module, layers: Mapping[str, nn.Module], look_once: Callable[[nn.Module], None]
     ) -> None:
         self._waiting = {name: layer.register_forward_pre_hook(_Note(self, name)) for name, layer in layers.items()}
         self._handle = model.register_forward_hook(self)
-        self._warn_of_ties = warn_of_ties
+        self._look_once = look_once
 
     def __call__(self, model: nn.Module, args: object, output: object) -> None:
         """The model's forward has run."""
@@ -38,7 +39,7 @@ class FirstForward:
                 f"adapted, but not called in the model's first forward: {listed}. If the model reads a layer's weight "
                 "past the layer, its update is ignored there and does not train: leave it out by exclude_modules"
             )
-        self._warn_of_ties(model)
+        self._look_once(model)
 
     def stop(self) -> None:
         """Watch no more."""
@@ -61,6 +62,8 @@ class _Note:
 
     def __call__(self, layer: nn.Module, args: object) -> None:
         if not torch.compiler.is_compiling():
+            with about(repr(self._name)):
+                check_stored(layer)
             self._watch.note(self._name)
 
 

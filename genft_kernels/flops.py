@@ -5,20 +5,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from . import ops  # noqa: F401  (defines the operations)
+from . import _torch_private, ops  # noqa: F401  (defines the operations)
 from .config import is_factored
 from .experts import products  # noqa: F401
 
 _genft = torch.ops.genft
+Shape = Sequence[int]
+
+
+def tell_counters() -> None:
+    """Have the counters at work know the formulas: one that was made before this module was imported does not."""
+    for formulas in _torch_private.flop_formulas_in_use():
+        formulas.update({op: formula for op, formula in flop_registry.items() if op not in formulas})
 
 
 @register_flop_formula([_genft.column, _genft.column_backward])
-def _column(first, second, *args, **kwargs) -> int:
+def _column(first: Any, second: Any, *args: Any, **kwargs: Any) -> int:
     """Of (weights, down), or of (grad, weights): W times a thin matrix for each layer."""
     weights, thin = (first, second) if isinstance(first[0], (list, tuple, torch.Size)) else (second, first)
     k = thin[1] if thin is second else thin[2]
@@ -26,7 +34,9 @@ def _column(first, second, *args, **kwargs) -> int:
 
 
 @register_flop_formula(_genft.row)
-def _row(left, right, down, bias, seed, outer, dropout, *args, **kwargs) -> int:
+def _row(
+    left: Shape, right: Shape, down: Shape, bias: Any, seed: Any, outer: str, dropout: float, *args: Any, **kwargs: Any
+) -> int:
     (layers, out_features, k1), (_, in_features, _), (_, k, _) = left, right, down
     if is_factored(outer, dropout):  # by a core k x k1
         return 2 * layers * k * k1 * (out_features + in_features)
@@ -34,7 +44,10 @@ def _row(left, right, down, bias, seed, outer, dropout, *args, **kwargs) -> int:
 
 
 @register_flop_formula(_genft.row_backward)
-def _row_backward(grad, left, right, down, pre, seed, outer, dropout, *args, **kwargs) -> int:
+def _row_backward(
+    grad: Any, left: Shape, right: Shape, down: Shape, pre: Any, seed: Any, outer: str, dropout: float, *args: Any,
+    **kwargs: Any,
+) -> int:  # fmt: skip
     (layers, out_features, k1), (_, in_features, _), (_, k, _) = left, right, down
     if is_factored(outer, dropout):
         return 4 * layers * k * k1 * (out_features + in_features)
@@ -42,7 +55,10 @@ def _row_backward(grad, left, right, down, pre, seed, outer, dropout, *args, **k
 
 
 @register_flop_formula(_genft.linear)
-def _linear(x, weight, bias, h, b, seed, scale, activation, dropout, *args, **kwargs) -> int:
+def _linear(
+    x: Shape, weight: Shape, bias: Any, h: Any, b: Shape, seed: Any, scale: float, activation: str, dropout: float,
+    *args: Any, **kwargs: Any,
+) -> int:  # fmt: skip
     tokens, big = math.prod(x[:-1]), math.prod(weight)
     small = tokens * sum(weight) if is_factored(activation, dropout) else big
     return 2 * tokens * big + 2 * small * b[1]
@@ -50,8 +66,9 @@ def _linear(x, weight, bias, h, b, seed, scale, activation, dropout, *args, **kw
 
 @register_flop_formula(_genft.linear_backward)
 def _linear_backward(
-    grad, x, weight, h, b, xh, seed, scale, activation, dropout, stream, needs, *args, **kwargs
-) -> int:
+    grad: Shape, x: Any, weight: Any, h: Any, b: Any, xh: Any, seed: Any, scale: float, activation: str,
+    dropout: float, stream: int, needs: Sequence[bool], *args: Any, **kwargs: Any,
+) -> int:  # fmt: skip
     need_x, _, need_h, need_b = needs
     tokens, out_features = math.prod(grad[:-1]), grad[-1]
     in_features = next(shape[-1] if shape is not h else shape[0] for shape in (weight, x, h) if shape is not None)

@@ -304,6 +304,8 @@ def check_adaptable(linear: nn.Module) -> None:
 
     Whether a quantised weight can be made dense is not tried yet.
     """
+    if any(type(parameter).__name__ == "DTensor" for parameter in linear.parameters(recurse=False)):
+        raise TypeError("its weight is sharded (FSDP2): call apply_genft or load_adapter before fully_shard")
     if is_kind_of_layer(linear):
         _check_quantised(linear)
         return
@@ -313,7 +315,9 @@ def check_adaptable(linear: nn.Module) -> None:
             "dense (if you can, register_frozen_weight)"
         )
     # A subclass with a forward of its own, or one whose owner reads the weight past forward, would bypass the update.
-    plain = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
+    # Falcon's has that of nn.Linear, written out.
+    computes = type(linear).forward is nn.Linear.forward or type(linear).__name__ == "FalconLinear"
+    plain = isinstance(linear, nn.Linear) and computes
     if isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear) or not (plain or is_conv1d(linear)):
         raise TypeError(f"{type(linear).__name__} cannot be adapted: only nn.Linear and transformers' Conv1D can")
     if linear._parameters.get("weight") is None:
@@ -326,8 +330,6 @@ def check_adaptable(linear: nn.Module) -> None:
             f"{kind_name(linear)} cannot be adapted: how its weight becomes a dense matrix is not known "
             "(register_frozen_weight)"
         )
-    if type(linear.weight).__name__ == "DTensor":
-        raise TypeError("its weight is sharded (FSDP2): call apply_genft or load_adapter before fully_shard")
     check_instance_forward(linear)
     check_frozen_weight(linear.weight.detach())
     check_bias(linear.bias, linear.weight.shape[0 if isinstance(linear, nn.Linear) else 1])

@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .arguments import about
 from .checks import autocasts
-from .frozen_weight import FrozenWeight
+from .frozen_weight import FrozenWeight, packed_tensors
 from .instance_forward import carry_instance_forward
 from .modules import GenFTLinear
 from .sharing.source import is_tensor_subclass
@@ -113,6 +114,13 @@ def updated_quantised(x: Tensor, weight: FrozenWeight, bias: Tensor | None, upda
         return updated_linear(x, weight, bias, updates)
     dtype = weight.compute_dtype or x.dtype
     return updated_linear(x.to(dtype), weight, None if bias is None else bias.to(dtype), updates).to(x.dtype)
+
+
+def check_stored(layer: nn.Module) -> None:
+    """Raise ValueError if the layer's W is quantised, and what it is made of is no longer all there."""
+    if isinstance(layer, QuantisedGenFTLinear):
+        with about(layer.frozen_weight.kind):
+            packed_tensors(layer.base_layer)
 
 
 def mergeable_layers(layers: Mapping[str, Layer], *, leave_out: bool = False) -> list[Layer]:

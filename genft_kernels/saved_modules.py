@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from .arguments import warn
+from .frozen_weight import kind_name, kind_of
 from .matching import upwards
 
 
@@ -17,19 +18,27 @@ def trained_copies(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Modul
     Warns of what will not be as before: a tie to another module ends, and a state that is no tensor cannot be saved.
 
     Raises:
-        ValueError: a parameter cannot train.
+        ValueError, TypeError: a parameter cannot train, or is quantised.
     """
     originals = {path: model.get_submodule(path) for path in paths}
     for path, original in originals.items():
         for name, parameter in original.named_parameters():
             if not (parameter.is_floating_point() or parameter.is_complex()):
                 raise ValueError(f"modules_to_save: '{path}.{name}' has dtype {parameter.dtype} and cannot train")
+        check_not_quantised(path, original)
         for name, kind in unsavable(original).items():
             warn(f"modules_to_save: {path}.{name} is of type {kind}, and only tensors can be saved by save_adapter")
     for name, other in _ties(model, originals).items():
         warn(f"modules_to_save: {name!r} is tied to {other!r}, and its trained copy is not: they go separate ways")
     memo: dict[int, object] = {}
     return {path: copy.deepcopy(original, memo).requires_grad_(True) for path, original in originals.items()}
+
+
+def check_not_quantised(path: str, trained: nn.Module) -> None:
+    """Raise TypeError if a module that is to train in full, or a part of it, is quantised."""
+    for name, module in trained.named_modules(prefix=path):
+        if kind_of(module) is not None:
+            raise TypeError(f"modules_to_save: {name!r} is quantised ({kind_name(module)}) and cannot train")
 
 
 def unsavable(module: nn.Module) -> dict[str, str]:

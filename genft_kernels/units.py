@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import backends, reference
+from . import _torch_private, backends, reference
 from .arguments import check_type
 from .config import GenFTConfig
 from .frozen_weight import FrozenWeight
@@ -83,6 +83,11 @@ class GenFTUpdate(nn.Module):
         self._join_group()  # a copied layer that of its copied generator
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == _torch_private.USES_ORIGINAL_PARAMETERS and not value:  # FSDP1 says so of all that it will wrap
+            raise ValueError(
+                "GenFT does not run under FullyShardedDataParallel (FSDP1), which flattens frozen and trained "
+                "parameters into one: use fully_shard (FSDP2; fsdp_version: 2 in accelerate) or DistributedDataParallel"
+            )
         super().__setattr__(name, value)
         if isinstance(value, Tensor):  # FSDP shards so, and in a forward the parameters are plain ones
             self.__dict__["_sharded"] = self._sharded or is_tensor_subclass(value)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from ..frozen_weight import FrozenWeight, packed_tensors
+from .sharded import resident
 
 _SAMPLES = 64
 
@@ -27,7 +28,8 @@ class Fingerprint(NamedTuple):
     def of(cls, weight: torch.Tensor | FrozenWeight) -> Fingerprint:
         """The fingerprint of `weight` [out, in]: Frobenius norm and 64 evenly strided elements, and stored bytes."""
         if isinstance(weight, FrozenWeight):
-            return cls.of(weight.dense())._replace(packed=_digest(packed_tensors(weight.module)))
+            with resident(weight.module):
+                return cls.of(weight.dense())._replace(packed=_digest(packed_tensors(weight.module)))
         indices = torch.linspace(0, weight.numel() - 1, min(_SAMPLES, weight.numel()), dtype=torch.float64).long()
         rows, columns = indices // weight.shape[1], indices % weight.shape[1]
         samples = weight[rows.to(weight.device), columns.to(weight.device)].double().tolist()

@@ -5,11 +5,12 @@ All processes call, and one reads and writes. What happens to it happens to all,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import torch.distributed
-from torch import Tensor
+from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -27,6 +28,18 @@ def is_sharded(tensor: object) -> bool:
 def whole(tensor: T) -> T:
     """All of a tensor, on each process; itself where it is not sharded."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def resident(module: nn.Module) -> Iterator[None]:
+    """Within the context the module's own parameters are whole, on each process."""
+    sharded = {name: parameter for name, parameter in module._parameters.items() if is_sharded(parameter)}
+    for name, parameter in sharded.items():
+        module._parameters[name] = nn.Parameter(whole(parameter), requires_grad=False)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        module._parameters.update(sharded)
 
 
 def like(values: Tensor, mine: Tensor) -> Tensor:

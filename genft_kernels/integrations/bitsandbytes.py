@@ -13,9 +13,15 @@ from ..frozen_weight import Kind
 def _unpacked(module: Any) -> tuple[Tensor, Any]:
     """Codes and state of a 4-bit weight, as they are everywhere but in `Linear4bit.forward` on some CPUs."""
     weight = module.weight
-    data, state = weight.data, weight.quant_state
+    # Where FSDP2 has put a plain parameter in its place the layer has the state, as for its own forward.
+    data, state = weight.data, getattr(weight, "quant_state", None) or module.quant_state
     if state is None:
         raise ValueError("it is not quantised yet: move it to its device first")
+    if data.dtype != (stored := getattr(weight, "quant_storage", module.quant_storage)):
+        raise ValueError(
+            f"its codes have been cast from {stored} to {data.dtype} (mixed precision): load it with "
+            f"bnb_4bit_quant_storage={data.dtype}"
+        )
     if getattr(state, "packing_format_for_cpu", False):  # an evaluation has packed it for its product
         from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
@@ -41,9 +47,12 @@ def _codes_and_scales(module: Any) -> tuple[Tensor, Tensor]:
     if state.has_fp16_weights:
         raise ValueError("it keeps W in 16 bits (has_fp16_weights=True): load it with has_fp16_weights=False")
     codes = weight.data if state.CB is None else state.CB
-    scales = weight.SCB if state.SCB is None else state.SCB
+    scales = getattr(weight, "SCB", None) if state.SCB is None else state.SCB
     if scales is None:
-        raise ValueError("it is not quantised yet: move it to its device first")
+        raise ValueError(
+            "it has no scales: it is not quantised yet (move it to its device first), or FSDP has sharded it, where "
+            "bitsandbytes loses them (load it in 4 bits, or use DistributedDataParallel)"
+        )
     return codes, scales
 
 

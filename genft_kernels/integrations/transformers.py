@@ -9,6 +9,7 @@ import torch
 from accelerate.state import GradientState
 from torch import nn
 from torch.utils import _pytree
+from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback
 
 from .. import _torch_private
@@ -34,27 +35,30 @@ class AccumulateCallback(TrainerCallback):
     def __init__(self) -> None:
         self._accumulation: Accumulation | None = None
         self._queued = False
-        self._hook = None
+        self._hook: RemovableHandle | None = None
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        """Attach to the model."""
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Attach to the model; errors as the class says."""
         self._detach()  # from a run that was interrupted
         _check_distributed(args)
         self._accumulation = Accumulation(model)
         self._hook = model.register_forward_hook(self._after_forward)
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """From here to the end of the last backward there is one generation."""
-        if not self._accumulation.active:
+        if self._accumulation is not None and not self._accumulation.active:
             self._accumulation.start()
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the model as it was."""
         self._detach()
 
-    def _after_forward(self, model, inputs, output) -> None:
-        """Have the last micro-batch's backward call `_flush` when it ends."""
-        if not (self._accumulation.active and torch.is_grad_enabled() and GradientState().sync_gradients):
+    def _after_forward(self, model: nn.Module, inputs: Any, output: Any) -> None:
+        """Have the last micro-batch's backward end the accumulation when it ends itself."""
+        accumulation = self._accumulation
+        if accumulation is None or not (
+            accumulation.active and torch.is_grad_enabled() and GradientState().sync_gradients
+        ):
             return
         self._queued = False
         for leaf in _pytree.tree_leaves(output):
@@ -63,18 +67,18 @@ class AccumulateCallback(TrainerCallback):
                 leaf.register_hook(self._queue_flush)
 
     def _queue_flush(self, grad: torch.Tensor) -> None:
-        if not self._queued:
+        if self._accumulation is not None and not self._queued:
             self._queued = True
             _torch_private.when_backward_ends(self._accumulation.flush)
 
     def _detach(self) -> None:
-        if self._hook is not None:
+        if self._hook is not None and self._accumulation is not None:
             self._hook.remove()
             self._accumulation.stop()
         self._accumulation = self._hook = None
 
 
-def _check_distributed(args) -> None:
+def _check_distributed(args: Any) -> None:
     find_unused = args.ddp_find_unused_parameters
     if find_unused is None:  # the Trainer's own default
         find_unused = not args.gradient_checkpointing
@@ -89,11 +93,11 @@ class AdapterCheckpoints:
         class AdapterTrainer(AdapterCheckpoints, Trainer): ...
 
     Training resumes from such checkpoints, `load_best_model_at_end` reads them, and so does `load_adapter`. The model
-    has to be adapted beforehand, as for every `Trainer`; DeepSpeed and FSDP1 are not supported.
+    has to be adapted beforehand, as for every `Trainer`.
 
-    Raises, before anything is written or read:
+    Raises, when the Trainer is made:
         RuntimeError: the model has no adapter.
-        NotImplementedError: under DeepSpeed.
+        NotImplementedError: under DeepSpeed or FSDP1; the message says what to set.
     """
 
     args: Any  # of the Trainer, as all that follows
@@ -101,6 +105,10 @@ class AdapterCheckpoints:
     state: Any
     accelerator: Any
     processing_class: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._adapted_model()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter, the tokenizer or processor and the training arguments."""
@@ -122,7 +130,16 @@ class AdapterCheckpoints:
 
     def _adapted_model(self) -> nn.Module:
         if getattr(self, "is_deepspeed_enabled", False):
-            raise NotImplementedError("AdapterCheckpoints does not gather what DeepSpeed has partitioned")
+            raise NotImplementedError(
+                "AdapterCheckpoints does not gather what DeepSpeed has partitioned: leave out deepspeed= of the "
+                "TrainingArguments, and shard with fsdp=True (FSDP2)"
+            )
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.fsdp_version == 1:
+            raise NotImplementedError(
+                "GenFT does not run under FSDP1: have FSDP2 by fsdp_config={'version': 2} of the TrainingArguments "
+                "(fsdp_version: 2 in accelerate's configuration)"
+            )
         model: nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if not is_adapted(model):
             raise RuntimeError("AdapterCheckpoints: the Trainer's model has no adapter: call apply_genft first")

@@ -106,7 +106,7 @@ FAULTS = [
     Fault(
         "sharded: adapted after it",
         "genft_kernels/modules.py",
-        'if type(linear.weight).__name__ == "DTensor":',
+        'if any(type(parameter).__name__ == "DTensor" for parameter in linear.parameters(recurse=False)):',
         "if False:",
         SHARDED,
     ),

@@ -31,15 +31,13 @@ def _replaced(model: nn.Module, make) -> nn.Module:
     return model
 
 
-def bitsandbytes_4bit(dtype: torch.dtype, nested: bool = True) -> nn.Module:
+def bitsandbytes_4bit(dtype: torch.dtype, nested: bool = True, storage: torch.dtype = torch.uint8) -> nn.Module:
     import bitsandbytes as bnb
 
     def make(linear):
-        options = {"compute_dtype": dtype, "quant_type": "nf4", "compress_statistics": nested}
-        layer = bnb.nn.Linear4bit(linear.in_features, linear.out_features, linear.bias is not None, **options)
-        layer.weight = bnb.nn.Params4bit(
-            linear.weight.data.clone(), requires_grad=False, quant_type="nf4", compress_statistics=nested, module=layer
-        )
+        options = {"quant_type": "nf4", "compress_statistics": nested, "quant_storage": storage}
+        layer = bnb.nn.Linear4bit(linear.in_features, linear.out_features, linear.bias is not None, dtype, **options)
+        layer.weight = bnb.nn.Params4bit(linear.weight.data.clone(), requires_grad=False, module=layer, **options)
         layer.bias = linear.bias
         return layer.to("cpu")
 

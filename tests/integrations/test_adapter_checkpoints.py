@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,13 +120,30 @@ def test_another_base_is_refused_when_training_resumes(tmp_path):
         trainer(other, tmp_path).train(resume_from_checkpoint=True)
 
 
-def test_model_without_an_adapter_is_refused(tmp_path):
+def test_model_without_an_adapter_is_refused_before_training(tmp_path):
     with pytest.raises(RuntimeError, match="AdapterCheckpoints: the Trainer's model has no adapter: call apply_genft"):
-        trainer(base(), tmp_path).save_model()
-    deepspeed = trainer(adapted(), tmp_path)
-    deepspeed.is_deepspeed_enabled = True
-    with pytest.raises(NotImplementedError, match="DeepSpeed"):
-        deepspeed.save_model()
+        trainer(base(), tmp_path)
+
+
+class Sharding(transformers.Trainer):
+    """Says that it runs under DeepSpeed, or FSDP1, which need more than one process."""
+
+    under_deepspeed = False
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        self.is_deepspeed_enabled = self.under_deepspeed
+        plugin = None if self.under_deepspeed else SimpleNamespace(fsdp_version=1)
+        self.accelerator.state = SimpleNamespace(fsdp_plugin=plugin)
+
+
+@pytest.mark.parametrize(
+    ("deepspeed", "message"), [(True, r"DeepSpeed .* fsdp=True"), (False, r"FSDP1: .*fsdp_config=\{'version': 2\}")]
+)
+def test_sharding_that_does_not_work_is_refused_before_training(tmp_path, deepspeed, message):
+    kind = type("Kind", (AdapterCheckpoints, Sharding), {"under_deepspeed": deepspeed})
+    with pytest.raises(NotImplementedError, match=message):
+        trainer(adapted(), tmp_path, kind)
 
 
 def test_whole_models_are_explained(tmp_path):

@@ -22,6 +22,7 @@ NAMES = dict(hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=HEADS, 
 GPT2 = dict(n_embd=WIDTH, n_layer=1, n_head=HEADS, n_positions=16, vocab_size=20)
 T5 = dict(d_model=WIDTH, d_kv=4, d_ff=16, num_layers=1, num_heads=HEADS, vocab_size=20)
 SWIN = dict(embed_dim=8, depths=[1], num_heads=[2], image_size=16, window_size=2)
+FALCON = dict(hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=HEADS, vocab_size=20, bias=True)
 PHI3 = NAMES | dict(num_key_value_heads=2, pad_token_id=0)
 
 
@@ -38,6 +39,9 @@ MODELS = {
     "gpt2": ("GPT2", GPT2, {"c_attn"}, (3, (0, 2))),
     "gpt_bigcode": ("GPTBigCode", GPT2, {"c_attn"}, ((16, 4, 4), (0, 2))),
     "gpt_bigcode-heads": ("GPTBigCode", GPT2 | dict(multi_query=False), {"c_attn"}, WHOLE),
+    "falcon": ("Falcon", FALCON, {"query_key_value"}, ((16, 4, 4), (0, 2))),
+    "falcon-heads": ("Falcon", FALCON | dict(multi_query=False), {"query_key_value"}, WHOLE),
+    "falcon-groups": ("Falcon", FALCON | dict(new_decoder_architecture=True), {"query_key_value"}, WHOLE),
     "t5": ("T5", T5, {"q", "v"}, WHOLE),
     "phi3": ("Phi3", PHI3, {"qkv_proj"}, ((16, 8, 8), (0, 2))),
     "gpt_neox": ("GPTNeoX", NAMES, {"query_key_value"}, WHOLE),
@@ -73,6 +77,7 @@ def test_every_type_of_pefts_table_is_covered():
 VALUES_LAST = {
     "gpt2": ("h.0.attn.c_attn", "h.0.attn.c_proj"),
     "gpt_bigcode": ("h.0.attn.c_attn", "h.0.attn.c_proj"),
+    "falcon": ("h.0.self_attention.query_key_value", "h.0.self_attention.dense"),
     "phi3": ("layers.0.self_attn.qkv_proj", "layers.0.self_attn.o_proj"),
     "mpt": ("blocks.0.attn.Wqkv", "blocks.0.attn.out_proj"),
     "modernbert": ("layers.0.attn.Wqkv", "layers.0.attn.Wo"),

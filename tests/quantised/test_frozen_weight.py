@@ -183,8 +183,6 @@ def test_checkpointed_quantised_layers_have_the_same_gradients(reentrant, dequan
 def test_flop_counters_see_quantised_layers():
     from torch.utils.flop_counter import FlopCounterMode
 
-    import genft_kernels.flops  # noqa: F401  # a counter knows what was known when it was made
-
     model, twin = pair(config())
     counts = []
     for each in (model, twin):

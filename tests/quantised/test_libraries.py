@@ -209,6 +209,54 @@ def test_quantising_an_adapted_model_is_refused():
     step(model)
 
 
+def quantised_afterwards(name: str, part: str, **settings) -> nn.Module:
+    """A model of whose adapted layers none is quantised, but another part is, by torchao, after `apply_genft`."""
+    from torchao import quantization
+
+    model = apply_genft(tiny_llama(), config(**settings))
+    share_units(model, model)
+    quantization.quantize_(model, getattr(quantization, name)(), filter_fn=lambda module, path: path.endswith(part))
+    return model
+
+
+@pytest.mark.parametrize("part", ["k_proj", "mlp.down_proj", "lm_head"])
+@pytest.mark.parametrize("name", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig", "IntxWeightOnlyConfig"])
+def test_layers_that_are_not_adapted_may_be_quantised_afterwards(name, part):
+    model = quantised_afterwards(name, part)
+    twin = apply_genft(tiny_llama(), config())
+    share_units(model, twin)
+    for path, module in twin.named_modules():
+        if path.endswith(part):
+            module.weight = nn.Parameter(model.get_submodule(path).weight.dequantize(), requires_grad=False)
+    (logits, mine), (expected, theirs) = step(model), step(twin)
+    exact = 0 if name != "Int8WeightOnlyConfig" else 1e-6  # torchao's own product of int8 scales what comes out of it
+    assert (logits - expected).abs().max() <= exact and set(mine) == set(theirs)
+    assert all((mine[key] - gradient).abs().max() <= exact for key, gradient in theirs.items())
+
+
+@pytest.mark.parametrize("part", ["k_proj", "mlp.down_proj", "lm_head"])
+@pytest.mark.parametrize("name", ["Int8DynamicActivationInt8WeightConfig", "Int8DynamicActivationIntxWeightConfig"])
+def test_layers_quantised_afterwards_must_let_gradients_through(name, part):
+    model = quantised_afterwards(name, part)
+    with torch.no_grad():
+        model.eval()(IDS)  # without gradients there is nothing against it
+    model = quantised_afterwards(name, part)
+    with pytest.raises(TypeError, match=rf"{part}' \(Linear of .* comes after the target .*dynamic activations"):
+        step(model)
+
+
+def test_modules_to_save_are_not_quantised():
+    with pytest.raises(TypeError, match=r"modules_to_save: 'lm_head' is quantised .* and cannot train"):
+        step(quantised_afterwards("Int8WeightOnlyConfig", "lm_head", modules_to_save=["lm_head"]))
+    from torchao import quantization
+
+    model = tiny_llama()
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig(), filter_fn=lambda _, path: path == "lm_head")
+    with pytest.raises(TypeError, match=r"modules_to_save: 'lm_head' is quantised .* and cannot train"):
+        apply_genft(model, config(modules_to_save=["lm_head"]))
+    assert not any(isinstance(module, GenFTLinear) for module in model.modules())
+
+
 # --- PEFT ------------------------------------------------------------------------------------------------------------
 
 
