@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from ..philox import ROW_STREAM
 from . import card
 
 SECONDS = 20.0  # that a first forward may wait
+TRIES = 3  # by as many processes, before a gate that takes longer counts as a hang
 _PACKAGE = Path(__file__).parents[1]
 _Backend = ModuleType | SimpleNamespace
 
@@ -78,11 +80,13 @@ def examine(backend: _Backend, device: torch.device) -> str | None:
                 return f"{name} ({case}): an error of {error:.2g}, where {allowed:.2g} is allowed"
             if not all(torch.equal(found, other) for _, other in others):
                 return f"{name} ({case}): three runs give different bits"
+        if case.dropout and case.generates and not _masks_are_equal(backend, case, device):
+            return f"linear ({case}): dropout keeps other elements"
         if case.dtype.itemsize == 4 or case.tokens < 1000:
             continue
         if not abs(bias := _bias(backend, case, device)) <= 0.1:
             return f"linear ({case}): W + dW is rounded away from zero by {bias:.2g} of a rounding"
-        if not abs((gain := _gain(backend, case, device)) - 1) <= 0.1:
+        if not abs((gain := _gain(backend, case, device)) - 1) <= 0.03:
             return f"linear ({case}): {gain:.2f} of a small update is left, where all of it should be"
     return None
 
@@ -170,6 +174,16 @@ def _error(found: Tensor, exact: Tensor) -> float:
     return ((found.double() - exact).norm() / exact.norm()).item()
 
 
+def _masks_are_equal(backend: _Backend, case: Case, device: torch.device) -> bool:
+    """Whether an update of equal elements, of which no rounding makes zero, loses those that eager's loses."""
+    random, seed = _random(case, case.dtype, device), torch.tensor([-3], device=device)
+    h, b = torch.ones_like(random(case.n_in, case.k)), torch.ones_like(random(case.n_out, case.k))
+    each, weight = torch.eye(case.n_in, dtype=case.dtype, device=device), _weight(case, random).zero_()
+    settings = None, h, b, seed, 1.0, case.activation, case.dropout, ROW_STREAM
+    found, expected = (operations.linear(each, weight, *settings)[0] != 0 for operations in (backend, _eager()))
+    return torch.equal(found, expected)
+
+
 def _bias(backend: _Backend, case: Case, device: torch.device) -> float:
     """How far the elements of W + dW that dropout keeps are rounded away from zero on the whole, in mean roundings."""
     seed, results = torch.tensor([2**40 + 3], device=device), []
@@ -208,14 +222,22 @@ def rejection(backend: str, device: torch.device) -> str | None:
         path = card.file(f"gate-{backend}", device)
     except (OSError, RuntimeError):
         return run(backend, device, SECONDS)[0]  # there is no folder to keep it in
+    known: dict[str, Any] = {}
     with contextlib.suppress(ValueError):  # damaged, another user's, or not there yet
         known = card.read(path)
-        if "rejected" in known:
-            return known["rejected"]
+    if "rejected" in known:
+        rejected: str | None = known["rejected"]
+        return rejected
     reason, final = run(backend, device, SECONDS)
+    verdict = {"backend": backend, **card.identity(device)}
     if final:
-        with contextlib.suppress(OSError):  # the next process asks again
-            card.write(path, {"backend": backend, **card.identity(device), "rejected": reason})
+        verdict["rejected"] = reason
+    else:  # compiling may have taken so long, of which the next process finds a part done; a hang never ends
+        verdict["tries"] = tries = known.get("tries", 0) + 1 if isinstance(known.get("tries", 0), int) else 1
+        if tries == TRIES:
+            verdict["rejected"] = reason = f"{reason}; the last of {TRIES} tries"
+    with contextlib.suppress(OSError):  # the next process asks again
+        card.write(path, verdict)
     return reason
 
 
@@ -228,7 +250,7 @@ def run(backend: str, device: torch.device, seconds: float) -> tuple[str | None,
             command, timeout=seconds, capture_output=True, text=True, cwd=_PACKAGE.parent, env=environment
         )
     except subprocess.TimeoutExpired:
-        return f"its gate takes longer than {seconds:.0f} s; the next process tries again", False
+        return f"its gate takes longer than {seconds:.0f} s", False
     except OSError as error:
         return f"its gate cannot be run: {error}", False
     if done.returncode == 0:

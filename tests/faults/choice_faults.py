@@ -1,4 +1,4 @@
-"""Faults in how "auto" chooses: the table of what was measured, its trust, and backends that fail."""
+"""Faults in how "auto" chooses: the table of what was measured, its trust, backends that fail, and the gate."""
 
 from tests.faults.planting import Fault
 
@@ -6,7 +6,9 @@ CHOICES = "genft_kernels/backends/choices.py"
 BACKENDS = "genft_kernels/backends/__init__.py"
 OPS = "genft_kernels/ops.py"
 TUNING = "genft_kernels/tuning.py"
+GATE = "genft_kernels/backends/gate.py"
 TESTS = ["tests/backends/test_choices.py"]
+TESTS_OF_GATE = ["tests/backends/test_gate.py", "-m", "not slow"]
 
 FAULTS = [
     Fault("choices: what was measured is not asked", BACKENDS, "if name is not None and may_choose", "if False", TESTS),
@@ -33,4 +35,10 @@ FAULTS = [
         TESTS,
     ),
     Fault("tune: keeps the slowest", TUNING, "min(self.milliseconds", "max(self.milliseconds", TESTS),
+    Fault("gate: a hang is tried for ever", GATE, "if tries == TRIES:", "if False:", TESTS_OF_GATE),
+    Fault("gate: for each process anew", GATE, 'if "rejected" in known:', "if False:", TESTS_OF_GATE),
+    Fault("gate: NaN is small enough", GATE, "if not error <= allowed:", "if error > allowed:", TESTS_OF_GATE),
+    Fault("gate: races unseen", GATE, "if not all(torch.equal(found, other)", "if any(False", TESTS_OF_GATE),
+    Fault("gate: masks not compared", GATE, "if case.dropout and case.generates and", "if False and", TESTS_OF_GATE),
+    Fault("gate: memory that a card may lack", GATE, "[0] > 2 * _bytes", "[0] > 0 * _bytes", TESTS_OF_GATE),
 ]
