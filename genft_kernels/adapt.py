@@ -67,7 +67,7 @@ def apply_genft(model: nn.Module, config: GenFTConfig, *, backend: str = "auto")
 
 
 class Plan(NamedTuple):
-    """What `apply_genft` will do to a model: the layers it adapts, and the paths of the modules it trains in full."""
+    """The layers that `apply_genft` will adapt, and the paths of the modules that it will train in full."""
 
     targets: list[Target]
     experts: list[ExpertTarget]
@@ -247,18 +247,17 @@ def _make_generators(
     targets: list[Target], stacks: list[ExpertTarget], config: GenFTConfig
 ) -> dict[tuple[int, int], GenFTGenerator]:
     """One generator for each shape, on the device and in the adapter dtype of its first layer."""
+    users: list[tuple[str, tuple[int, int], Tensor | FrozenWeight]] = [
+        (f"target module {target.name!r}", shape, frozen_weight(target.module))
+        for target in targets
+        for shape in target.blocks_by_shape()
+    ]
+    users += [(f"target parameter {stack.name!r}", stack.layout.block_shape, stack.weight) for stack in stacks]
     generators: dict[tuple[int, int], GenFTGenerator] = {}
-
-    def make(subject: str, shape: tuple[int, int], weight: Tensor | FrozenWeight) -> None:
+    for subject, shape, weight in users:
         if shape not in generators:
             with about(subject):
                 generators[shape] = GenFTGenerator(*shape, config, weight.device, adapter_dtype(weight.dtype))
-
-    for target in targets:
-        for shape in target.blocks_by_shape():
-            make(f"target module {target.name!r}", shape, frozen_weight(target.module))
-    for stack in stacks:
-        make(f"target parameter {stack.name!r}", stack.layout.block_shape, stack.weight)
     return generators
 
 

@@ -39,26 +39,26 @@ def check_device(device: Any) -> None:
         raise ValueError(f"device {shown(device)}: {str(error).splitlines()[0]}") from None
 
 
-def check_frozen_weight(weight: torch.Tensor, name: str = "weight") -> None:
+def check_frozen_weight(weight: torch.Tensor) -> None:
     """Raise unless `weight` is a dense, resident, frozen floating-point matrix."""
-    check_type(name, weight, torch.Tensor)
+    check_type("weight", weight, torch.Tensor)
     if weight.dim() != 2 or 0 in weight.shape:
-        raise ValueError(f"{name} must be a matrix [out, in], neither of them 0, got shape {tuple(weight.shape)}")
+        raise ValueError(f"weight must be a matrix [out, in], neither of them 0, got shape {tuple(weight.shape)}")
     if weight.device.type == "meta":
-        raise ValueError(f"{name} is on the meta device: the update is generated from its values, so load them first")
+        raise ValueError("weight is on the meta device: the update is generated from its values, so load them first")
     if weight.dtype not in SUPPORTED_DTYPES:
         raise TypeError(
-            f"{name} has dtype {weight.dtype}: quantised weights are not supported, only {_names(SUPPORTED_DTYPES)}"
+            f"weight has dtype {weight.dtype}: quantised weights are not supported, only {_names(SUPPORTED_DTYPES)}"
         )
     if weight.layout != torch.strided:
-        raise TypeError(f"{name} has layout {weight.layout}; only dense (strided) weights are supported")
+        raise TypeError(f"weight has layout {weight.layout}; only dense (strided) weights are supported")
     if weight.requires_grad and not weight.is_leaf:
         raise ValueError(
-            f"{name} requires grad and is a view of something else, as FullyShardedDataParallel (FSDP1) makes them, "
+            "weight requires grad and is a view of something else, as FullyShardedDataParallel (FSDP1) makes them, "
             "which GenFT does not run under: use fully_shard (FSDP2) or DistributedDataParallel"
         )
     if weight.requires_grad:
-        raise ValueError(f"{name} requires grad, but GenFT keeps it frozen: call {name}.requires_grad_(False)")
+        raise ValueError("weight requires grad, but GenFT keeps it frozen: call weight.requires_grad_(False)")
 
 
 def check_linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> None:

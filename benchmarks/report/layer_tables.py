@@ -70,10 +70,10 @@ def by_case(rows: Iterable[Row]) -> dict[tuple, dict[str, Row]]:
     return tables.by_case(rows, KEY, PROVIDERS)
 
 
-def telling(cases: Iterable[tuple], most: int = 12) -> list[tuple]:
-    """All cases where they are few; else of each (layer, dtype, form) the one nearest to 8,192 tokens, smallest k."""
+def telling(cases: Iterable[tuple]) -> list[tuple]:
+    """All of up to 12 cases; else of each (layer, dtype, form) the one nearest to 8,192 tokens, with the smallest k."""
     cases = list(cases)
-    if len(cases) <= most:
+    if len(cases) <= 12:
         return cases
     chosen: dict[tuple, tuple] = {}
     for case in sorted(cases, key=lambda case: (abs(case[3] - 8192), case[5])):
