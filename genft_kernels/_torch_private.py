@@ -91,10 +91,11 @@ def differentiates_forward() -> bool:
 # --- modules --------------------------------------------------------------------------------------------------------
 
 
-def modules_have_global_hooks() -> bool:
-    """Whether hooks are registered that run in the forward of every module."""
-    pre = _private("torch.nn.modules.module", "_global_forward_pre_hooks")
-    return bool(pre or _private("torch.nn.modules.module", "_global_forward_hooks"))
+@functools.cache
+def global_hooks() -> tuple[dict[int, Any], dict[int, Any]]:
+    """The hooks that run before and after the forward of every module."""
+    names = "_global_forward_pre_hooks", "_global_forward_hooks"
+    return _private("torch.nn.modules.module", names[0]), _private("torch.nn.modules.module", names[1])
 
 
 # --- sharding --------------------------------------------------------------------------------------------------------
@@ -117,14 +118,11 @@ def flop_formulas_in_use() -> list[dict[Any, Any]]:
     return [counter.flop_registry for counter in counters if hasattr(counter, "flop_registry")]
 
 
-def listens() -> bool:
-    """Whether anything sees operations or takes derivatives forward: a dispatch mode, a level, a transform, tracing."""
-    modes, transforms, tracing, forward_ad = _listeners()
-    return modes() > 0 or transforms() or tracing() or forward_ad._current_level >= 0
-
-
 @functools.cache
-def _listeners() -> tuple[Any, ...]:
+def listeners() -> tuple[Any, ...]:
+    """What tells who sees operations or takes derivatives forward: how many dispatch modes there are, whether there are
+    transforms, whether something traces (three functions); the module whose `_current_level` is 0 or more in a level.
+    """
     _private("torch.autograd.forward_ad", "_current_level")
     names = "_len_torch_dispatch_stack", "_are_functorch_transforms_active", "_is_tracing"
     return *(_private("torch._C", name) for name in names), torch.autograd.forward_ad

@@ -19,37 +19,39 @@ from .update import Frozen, apply_factors, compute_dtype
 Asked = tuple[object, ...]
 
 
-def asked(x: Tensor, bias: Tensor | None, updates: Sequence[GenFTUpdate]) -> Asked | None:
-    """All that checks, dtypes and the choice of a backend depend on, beside what is watched; None on the long road.
+def evaluated(
+    x: Tensor, weight: Frozen, bias: Tensor | None, updates: Sequence[GenFTUpdate]
+) -> tuple[Tensor | None, Asked | None]:
+    """(y, or None on the long road; all that it depends on beside what is watched, or None where that road is a must).
 
-    That is taken in training, with gradients, for several updates or blocks of a weight, and where something listens.
+    It is in training, with gradients, for several updates or blocks of a weight, and where something listens. One
+    function, since each call costs more than what it does: between two layers their weights go through the cache.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling() or len(updates) > 1:
-        return None
     update = updates[0]
-    if update.training or update.blocks.cut != 1 or type(x) is not Tensor:
-        return None
-    if _torch_private.listens():
-        return None
+    if torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling() or update.training or len(updates) > 1:
+        return None, None
+    modes, transforms, tracing, forward_ad = _torch_private.listeners()
+    listened = modes() > 0 or transforms() or tracing() or forward_ad._current_level >= 0
+    if listened or update._blocks.cut != 1 or type(x) is not Tensor:
+        return None, None
     device = x.device
+    kind = device.type
+    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+    of_modes = autocast, torch.is_inference_mode_enabled(), None if kind == "cpu" else current_stream(device)
     of_bias = None if bias is None else (bias.dtype, bias.device, bias.shape)
-    autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
-    modes = autocast, torch.is_inference_mode_enabled(), current_stream(device)
-    return x.dtype, device, x.layout, x.shape[-1:], of_bias, update.backend, modes
-
-
-def evaluated(x: Tensor, weight: Frozen, bias: Tensor | None, update: GenFTUpdate, asked: Asked) -> Tensor | None:
-    """y with the factors that are at hand, or None if the layer has none that hold."""
-    generator = update.generator
-    factors = generator.group.at_hand(update, asked)
+    asked = x.dtype, device, x.layout, x.shape[-1:], of_bias, update.backend, of_modes
+    share, generator = update.share, update.generator
+    if share is None or share.asked != asked:
+        return None, asked
+    with generator.group.lock:
+        factors = share.held(update.watched(), generator.tensors())
     if factors is None:
-        return None
+        return None, asked
     config = generator.config
-    if x.device.type == "cpu" and update.backend in ("auto", "eager") and not torch.is_autocast_enabled("cpu"):
-        # Nothing is left to choose or to cast.
+    if kind == "cpu" and not autocast and update.backend in ("auto", "eager"):  # nothing is left to choose or to cast
         h, b, stream = factors[0]
         settings = None, config.scaling, config.outer_activation, 0.0, stream
-        return backends.load("eager").linear(x, weight, bias, h, b, *settings)[0]
+        return backends.load("eager").linear(x, weight, bias, h, b, *settings)[0], asked
     dtype, psi = compute_dtype(x), config.outer_activation
-    backend = backends.choose(update.backend, x.device, dtype, not is_factored(psi, 0.0))
-    return apply_factors(x, weight, bias, factors[0], config.scaling, psi, 0.0, None, backend)
+    backend = backends.choose(update.backend, device, dtype, not is_factored(psi, 0.0))
+    return apply_factors(x, weight, bias, factors[0], config.scaling, psi, 0.0, None, backend), asked

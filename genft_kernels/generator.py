@@ -88,7 +88,8 @@ class GenFTGenerator(nn.Module):
     def tensors(self) -> Collection[torch.Tensor]:
         """The values of a call; without one where nobody would notice."""
         own = type(self) is not GenFTGenerator or "forward" in vars(self)
-        if own or self._forward_pre_hooks or self._forward_hooks or _torch_private.modules_have_global_hooks():
+        before, after = _torch_private.global_hooks()
+        if own or self._forward_pre_hooks or self._forward_hooks or before or after:
             return self().values()
         return registered(self, self.tensor_names)
 

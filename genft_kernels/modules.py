@@ -20,7 +20,7 @@ from .checks import (
 )
 from .config import GenFTConfig
 from .frozen_weight import blocks_gradients, is_kind_of_layer, kind_name, kind_of, kind_of_classes, without_dense
-from .generator import GenFTGenerator
+from .generator import GenFTGenerator, registered
 from .instance_forward import carry_instance_forward, check_instance_forward
 from .merged_state import MarksMerged
 from .sharing.source import is_tensor_subclass
@@ -178,7 +178,10 @@ class GenFTLinear(MarksMerged, GenFTUpdate, nn.Linear):
 
     @property
     def stored_weight(self) -> Tensor:
-        return self.weight if self._unmerged is None else self._unmerged
+        if self._unmerged is not None:
+            return self._unmerged
+        weight = self._parameters.get("weight")  # without the detour of an attribute
+        return self.weight if weight is None else weight
 
     @property
     def merged(self) -> bool:  # type: ignore[override]
@@ -230,6 +233,11 @@ class GenFTLinear(MarksMerged, GenFTUpdate, nn.Linear):
         self.weight = self.__dict__.pop("_unmerged")
 
     def forward(self, x: Tensor) -> Tensor:
+        """y [..., out] of x [..., in], in x's dtype or autocast's (docs/architecture.md#life-of-x).
+
+        Raises:
+            RuntimeError: in training while merged; or as `functional.genft_linear`, as are ValueError and TypeError.
+        """
         if not self._enabled:
             return F.linear(x, self.frozen_weight, self.bias)
         if self._unmerged is not None:
@@ -239,7 +247,8 @@ class GenFTLinear(MarksMerged, GenFTUpdate, nn.Linear):
         if self.backend == "reference":
             return self._materialised(x, self.frozen_weight)
         updates = list(self.updates.values()) if MORE_BLOCKS in self._modules else [self]
-        return updated_linear(x, self.frozen_weight, self.bias, updates)
+        weight, bias = registered(self, ("weight", "bias"))
+        return updated_linear(x, weight.t() if self._fan_in_fan_out else weight, bias, updates)
 
     def _materialised(self, x: Tensor, frozen: Tensor) -> Tensor:
         """y by the specification."""

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from . import _torch_private, backends, reference
 from .checks import check_linear, check_not_onnx, check_transforms
 from .config import GenFTConfig, is_factored
-from .evaluation import Asked, asked, evaluated
+from .evaluation import Asked, evaluated
 from .frozen_weight import frozen_linear
 from .parameters import GeneratorParameters
 from .units import GenFTUpdate
@@ -43,11 +43,11 @@ def updated_linear(x: Tensor, weight: Frozen, bias: Tensor | None, updates: Sequ
     Raises:
         ValueError: the updates cut W in different ways; an argument does not fit.
     """
+    y, question = evaluated(x, weight, bias, updates)
+    if y is not None:
+        return y
     if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
         return _traced(x, weight, bias, updates)
-    question = asked(x, bias, updates)
-    if question is not None and (y := evaluated(x, weight, bias, updates[0], question)) is not None:
-        return y
     check_linear(x, weight, bias)
     blocks = updates[0].blocks
     for update in updates[1:]:

@@ -17,7 +17,8 @@ from .generator import GenFTGenerator, draw_up, registered, zeroed_names
 from .left_out import watch_optimizers
 from .parameters import GeneratorParameters, specific_shapes
 from .row_blocks import RowBlocks
-from .sharing.source import Source, Watched, is_tensor_subclass
+from .sharing.cache import Share
+from .sharing.source import Source, is_tensor_subclass
 
 
 class GenFTUpdate(nn.Module):
@@ -30,6 +31,7 @@ class GenFTUpdate(nn.Module):
 
     generator: GenFTGenerator  # declared, since what stands in a module has no type otherwise
     specific_names: tuple[str, ...]
+    share: Share | None = None  # its part of the last generation, as long as that is held
     merged: bool = False
     _fan_in_fan_out = False
     _sharded = False
@@ -147,9 +149,9 @@ class GenFTUpdate(nn.Module):
             self._obstacle(blocks[0]),
         )
 
-    def watched(self) -> Watched:
-        """W, the layer's own tensors and the shared ones, as `source` has them, without all that is more work."""
-        return self.stored_weight, registered(self, self.specific_names), self.generator.tensors()
+    def watched(self) -> list[Tensor]:
+        """W and the layer's own tensors, as `source` has them, without all that is more work."""
+        return [self.stored_weight, *registered(self, self.specific_names)]
 
     def _obstacle(self, block: Tensor | FrozenWeight) -> str | None:
         """What `Source.obstacle` says."""
@@ -184,6 +186,9 @@ def refresh(model: nn.Module) -> nn.Module:
     """Drop all factors that are held for layers of `model`, and return it: the next forward generates anew.
 
     Needed only after a change of W that neither its version nor its diagonal tells of (docs/using.md#training).
+
+    Raises:
+        TypeError: `model` is no module.
     """
     check_type("model", model, nn.Module)
     for module in model.modules():

@@ -7,11 +7,12 @@ reason for which factors cease to hold.
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple, Protocol
 
 import torch
@@ -20,20 +21,31 @@ from torch import Tensor
 from .. import _torch_private
 from ..update import Factors
 from .node import Generation, Options
-from .snapshot import Snapshot, Watch, compares_at_once, sample
-from .source import Source, Watched
+from .snapshot import Glance, Snapshot, Together, Watch, compares_at_once, sample
+from .source import Source
 from .weight_norm import WeightNorms
+
+
+class SharesTensors(Protocol):
+    """A generator."""
+
+    def tensors(self) -> Collection[Tensor]:
+        """Its tensors, as `Source.shared` has them."""
+        ...
 
 
 class Layer(Protocol):
     """What has factors: all that sharing reads of it is one value."""
 
+    generator: SharesTensors
+    share: Share | None  # as its group has it, for who may take it without asking the group
+
     def source(self) -> Source:
         """What its factors are generated from, as it is now."""
         ...
 
-    def watched(self) -> Watched:
-        """W, the layer's own tensors and the shared ones, as `source` has them."""
+    def watched(self) -> list[Tensor]:
+        """W and the layer's own tensors, as `source` has them."""
         ...
 
 
@@ -56,13 +68,17 @@ class Settings(NamedTuple):
 class Share:
     """One layer's part of a generation."""
 
-    def __init__(self, batch: Batch, source: Source, settings: Settings, start: int) -> None:
-        self.batch, self._settings = batch, settings
+    def __init__(self, batch: Batch, layer: Layer, source: Source, settings: Settings, start: int) -> None:
+        self.batch, self._layer, self._settings = batch, weakref.ref(layer), settings
         self._blocks = slice(start, start + len(source.blocks))
-        self._own = Snapshot(source.own.values(), source.weight, values=batch.values)
-        self.asked: object = None  # of `LayerGroup.at_hand`, by the forward that took it last
+        self.own = Snapshot(source.own.values(), source.weight, values=batch.values)
+        self._glance: Glance | None = None
+        self.asked: object = None  # of `LayerGroup.factors_for`, by the forward that took it last
         self._readers: set[int] = set()  # the threads that have taken it
-        self._round: int | None = None  # in which it was taken last
+        self.asked_in = self.compared_in = 0  # rounds of the batch
+
+    def __reduce__(self):
+        return type(None), ()  # a copied layer has none
 
     @property
     def factors(self) -> list[Factors]:
@@ -71,74 +87,110 @@ class Share:
 
     def holds(self, source: Source) -> bool:
         """Whether what the factors were generated from is as it was."""
-        return self._own.same(source.own.values(), source.weight) and self.batch.shared.same(source.shared.values())
+        return self.own.same(source.own.values(), source.weight) and self.batch.shared.same(source.shared.values())
 
-    def _is_first_of_a_round(self) -> bool:
-        """Whether it is for this layer to have the shared tensors compared in full.
-
-        A round ends when a layer asks again, and a layer that has taken part in the round before this one is taken to
-        belong to the same forward as the others.
-        """
-        before, self._round = self._round, self.batch.round
-        if before == self.batch.round:
-            self.batch.round = self._round = before + 1
-            return True
-        return before != self.batch.round - 1
-
-    def take(
-        self, layer: Layer, source: Source, settings: Settings, repeats: bool, asked: object
-    ) -> list[Factors] | None:
-        """The factors for a forward of `layer`, or None if they do not hold for it.
+    def take(self, source: Source, settings: Settings, repeats: bool, asked: object) -> list[Factors] | None:
+        """The factors for a forward of the layer, or None if they do not hold for it.
 
         In training a layer takes them once, but for the repetition of a checkpointed region.
         """
         reader = threading.get_ident()
         spent = source.training and reader in self._readers and not repeats
-        if spent or self._settings != settings or (factors := self.held(layer, source.watched)) is None:
+        if (
+            spent
+            or self._settings != settings
+            or (factors := self.held(source.watched, source.shared.values())) is None
+        ):
             return None
         self._readers.add(reader)
         self.asked = asked
         return factors
 
-    def held(self, layer: Layer, watched: Watched) -> list[Factors] | None:
-        """The factors under the settings that they were made under, or None if they hold no more."""
-        weight, own, shared = watched
-        factors = self.batch.generation.factors  # read once: the backward of another thread may consume them meanwhile
-        if factors is None or not self._own.same(own, weight):
+    def held(self, own: list[Tensor], shared: Collection[Tensor]) -> list[Factors] | None:
+        """The factors under the settings that they were made under, or None if they hold no more.
+
+        Args:
+            own, shared: W and the layer's own tensors, and the generator's, as they are now.
+        """
+        batch = self.batch
+        if self.asked_in == batch.round and batch.generation.factors is not None:
+            batch.begin_round(shared, self._settings)
+        factors = batch.generation.factors  # read once: the backward of another thread may consume them meanwhile
+        if factors is None:
             return None
-        if not self.batch.shared.same(shared, in_full=self._is_first_of_a_round()):
+        if self._glance is not None and self.compared_in == batch.round:
+            same = self._glance.same([*own, *shared])
+        else:
+            same = self.own.same(own[1:], own[0]) and batch.shared.same(shared)
+        if not same:
             return None
-        if self.batch.watch is not None:
-            self.batch.look(layer, self._settings)
+        self.asked_in = batch.round
         return factors[self._blocks]
+
+    def compare(self, shared: Collection[Tensor], own: list[Tensor]) -> bool:
+        """Whether the layer's tensors are what they were, in full, in a round in which the generator's are."""
+        if not own or not self.own.same(own[1:], own[0]):
+            return False
+        self.compared_in = self.batch.round
+        self._glance = self._glance or Glance([*own, *shared], values=self.batch.values)
+        return True
+
+    def watched(self) -> list[Tensor]:
+        """The layer's, if there still is one."""
+        layer = self._layer()
+        return [] if layer is None else layer.watched()
 
 
 class Batch:
-    """A generation, and what tells whether the layers that it was made for may still use it."""
+    """A generation, and what tells whether the layers that it was made for may still use it.
+
+    A round is a forward of the model, or of a part of it: it ends when a layer asks again. The first layer to ask in a
+    round has all tensors compared in full of those that asked in the round before, which are taken to belong to the
+    same forward; these have a glance at their own then. Any other one compares in full itself.
+    """
 
     def __init__(self, generation: Generation, sources: Mapping[Layer, Source], values: bool) -> None:
-        self.generation, self.values, self.round = generation, values, 0
+        self.generation, self.values, self.round = generation, values, 1
+        self.shares: list[weakref.ref[Share]] = []  # of all layers
         first = next(iter(sources.values()))
         self.shared = Snapshot(first.shared.values(), values=values)
-        self._layers = [weakref.ref(layer) for layer in sources]
-        self._seen: weakref.WeakSet[Layer] = weakref.WeakSet()  # in this round
         watched = values and not (first.training or compares_at_once(first.weight.device))
-        self.watch = Watch(_watched(sources.values())) if watched else None
+        self._together: Together | None = None  # of the layers `_members`, by id
+        self._members: list[int] = []
+        own = [source.watched for source in sources.values()]
+        self._watch = Watch(_values(first.shared.values(), own)) if watched else None
 
-    def look(self, layer: Layer, settings: Settings) -> None:
-        """Have a device compare all values once a round, which ends when a layer asks again; raises as `settle`."""
-        if self.watch is None or settings.captured:
-            return
-        if layer not in self._seen:
-            self._seen.add(layer)
-            return
-        self._seen = weakref.WeakSet([layer])
+    def begin_round(self, shared: Collection[Tensor], settings: Settings) -> None:
+        """Have values compared: on a device those of all layers, to be read in the next round; raises as `settle`."""
         self.settle(settings)
-        layers = [reference() for reference in self._layers]
-        if None in layers:
-            self.generation.factors = None
-        else:
-            self.watch.look(_watched([each.source() for each in layers]))
+        last, self.round = self.round, self.round + 1
+        if settings.captured or (len(self.shares) == 1 and self._watch is None):
+            return  # a single layer compares itself
+        shares = [share for reference in self.shares if (share := reference()) is not None]
+        if self._watch is None:
+            shares = [share for share in shares if share.asked_in == last]
+        layers = [share.watched() for share in shares]
+        same = self._compare(shares, layers, shared)
+        if self._watch is not None:
+            if same and len(shares) == len(self.shares):
+                self._watch.look(_values(shared, layers))
+            else:
+                self.generation.factors = None
+
+    def _compare(self, shares: list[Share], layers: list[list[Tensor]], shared: Collection[Tensor]) -> bool:
+        """Whether the tensors of some layers are what they were; each layer for which they are knows it afterwards."""
+        tensors, members = [*shared, *itertools.chain(*layers)], list(map(id, shares))
+        if self._together is not None and self._members == members and self._together.same(tensors):
+            for share in shares:
+                share.compared_in = self.round
+            return True
+        same = self.shared.same(shared) and all(
+            [share.compare(shared, own) for share, own in zip(shares, layers, strict=True)]
+        )
+        snapshots = [self.shared, *(share.own for share in shares)]
+        flat = same and not any(snapshot.strided for snapshot in snapshots)
+        self._members, self._together = members, Together(snapshots, tensors) if flat else None
+        return same
 
     def settle(self, settings: Settings) -> None:
         """Read what a device has found.
@@ -146,7 +198,7 @@ class Batch:
         Raises:
             RuntimeError: a change, in the round before.
         """
-        if self.watch is not None and not settings.captured and self.watch.changed():
+        if self._watch is not None and not settings.captured and self._watch.changed():
             self.generation.factors = None
             raise RuntimeError(
                 "the last forward used updates that were out of date: a parameter or W was changed where no version "
@@ -183,13 +235,16 @@ class LayerGroup:
 
     def join(self, layer: Layer) -> None:
         """Make `layer` one of the group."""
-        self._shares[layer] = None
+        self._hold(layer, None)
 
     def forget(self, layer: Layer) -> None:
         """Drop what is kept of `layer`."""
         self._norms.forget(layer)
         if layer in self._shares:
-            self._shares[layer] = None
+            self._hold(layer, None)
+
+    def _hold(self, layer: Layer, share: Share | None) -> None:
+        vars(layer)["share"] = self._shares[layer] = share
 
     def factors_for(
         self, layer: Layer, dtype: torch.dtype, backend: str, seeds: list[Tensor], asked: object = None
@@ -200,7 +255,8 @@ class LayerGroup:
             backend: an operation backend by name.
             seeds: of this forward, int64 [1] for each adapted block. Where the layer makes the generation, they are
                 its seeds in the column stage too. Unused where that has no dropout.
-            asked: of `at_hand`, which may answer the next forward.
+            asked: all that the other arguments follow from, and the modes of PyTorch that are looked at. A forward
+                that asks the same may have what the share holds (genft_kernels/evaluation.py).
         """
         source = layer.source()
         gradients, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
@@ -213,20 +269,8 @@ class LayerGroup:
                 return self.generate({layer: source}, settings, seeds, values=False)[layer].factors
             repeats = _torch_private.in_backward()
             share = self._shares.get(layer)
-            factors = None if share is None else share.take(layer, source, settings, repeats, asked)
+            factors = None if share is None else share.take(source, settings, repeats, asked)
             return self._renew(layer, source, settings, seeds, repeats, asked) if factors is None else factors
-
-    def at_hand(self, layer: Layer, asked: object) -> list[Factors] | None:
-        """The factors of a layer in evaluation, if who took them last asked the same and they hold; else None.
-
-        Args:
-            asked: all that the arguments of `factors_for` follow from, and the modes of PyTorch that it looks at.
-        """
-        with self.lock:
-            share = self._shares.get(layer)
-            if share is None or share.asked != asked:
-                return None
-            return share.held(layer, layer.watched())
 
     def together_with(self, layer: Layer, source: Source) -> dict[Layer, Source]:
         """The layers to generate when `layer` asks, itself first."""
@@ -259,10 +303,12 @@ class LayerGroup:
             options = Options(settings.dtype, settings.dropout, seed, settings.backend, self._norms.of(sources))
             batch = Batch(Generation(list(sources.values()), options), sources, values)
             starts = (sum(counts[:index]) for index in range(len(counts)))
-            return {
-                layer: Share(batch, source, settings, start)
+            shares = {
+                layer: Share(batch, layer, source, settings, start)
                 for (layer, source), start in zip(sources.items(), starts, strict=True)
             }
+            batch.shares = list(map(weakref.ref, shares.values()))
+            return shares
 
     def explain(self) -> list[str]:
         """A line for each set of layers that are generated together, and for each reason to generate alone."""
@@ -288,8 +334,9 @@ class LayerGroup:
         # A single layer that trains never takes them again.
         shares = self.generate(sources, settings, seeds, values=kept and (len(sources) > 1 or not source.training))
         if kept:
-            self._shares.update(shares)
-            shares[layer].take(layer, source, settings, repeats, asked)
+            for each, share in shares.items():
+                self._hold(each, share)
+            shares[layer].take(source, settings, repeats, asked)
         return shares[layer].factors
 
 
@@ -308,11 +355,9 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
     os.register_at_fork(after_in_child=_renew_locks)
 
 
-def _watched(sources: Iterable[Source]) -> list[Tensor]:
-    """All whose values count, of layers that share a generator."""
-    sources = list(sources)
-    own = [part for source in sources for part in (*source.own.values(), sample(source.weight))]
-    return [*sources[0].shared.values(), *own]
+def _values(shared: Iterable[Tensor], layers: Iterable[list[Tensor]]) -> list[Tensor]:
+    """All whose values count, of layers that share a generator: of each, W and its own tensors."""
+    return [*shared, *(part for weight, *own in layers for part in (*own, sample(weight)))]
 
 
 def _may_be_repeated() -> bool:

@@ -2,14 +2,15 @@
 
 Versions tell of changes that go through autograd. Only the values tell of the others: through `.data`, by fused
 optimizers, by views of the memory, by other processes. Thin tensors are compared in full, of W a sample along its
-diagonal. On a CPU that is done in each forward, and takes about as long as reading them. On a device the answer would
-have to be waited for, so it is read a forward later (`Watch`).
+diagonal (`Snapshot`). On a CPU that is done once a forward of the model, in between a look at the first bytes does
+(`Glance`). On a device the answer would have to be waited for, so it is read a forward later (`Watch`).
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+from array import array
 from collections.abc import Collection, Iterable, Sequence
 from operator import attrgetter
 from typing import Any
@@ -19,8 +20,8 @@ from torch import Tensor
 
 from .. import _torch_private
 
-_SAMPLES = 64  # of a frozen weight
-_FIRST_BYTES = 256
+_SAMPLES = 16  # of a frozen weight; each is a page that nobody else looks at
+_FIRST_BYTES = 64  # a cache line
 _WORDS: dict[int, Any] = {1: "B", 2: "H", 4: "I", 8: "Q"}  # unsigned integers by their size in bytes
 
 # torch.equal takes eight times as long.
@@ -28,6 +29,7 @@ _memcmp = ctypes.PyDLL("msvcrt" if os.name == "nt" else None).memcmp
 _memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
 _properties = attrgetter("_version", "dtype", "requires_grad", "shape")
+_version, _requires_grad = attrgetter("_version"), attrgetter("requires_grad")
 
 
 class Snapshot:
@@ -39,23 +41,68 @@ class Snapshot:
         self._states = _states(thin if weight is None else [weight, *thin])
         compared = {i: tensor for i, tensor in enumerate(thin) if values and compares_at_once(tensor.device)}
         dense = [tensor for tensor in compared.values() if tensor.is_contiguous()]
-        self._memory = [(t.data_ptr(), ctypes.string_at(t.data_ptr(), t.nbytes), t.nbytes) for t in dense]
+        self.memory = [(t.data_ptr(), ctypes.string_at(t.data_ptr(), t.nbytes), t.nbytes) for t in dense]
         # Others are compared by copies, which takes longer.
-        self._strided = [(i, t.detach().contiguous()) for i, t in compared.items() if not t.is_contiguous()]
+        self.strided = [(i, t.detach().contiguous()) for i, t in compared.items() if not t.is_contiguous()]
         sampled = weight if values and weight is not None and compares_at_once(weight.device) else None
-        self._sample = None if sampled is None else _Elements(sample(sampled))
+        self.sample = None if sampled is None else _Elements(sample(sampled))
 
-    def same(self, thin: Collection[Tensor], weight: Tensor | None = None, *, in_full: bool = True) -> bool:
-        """Whether they are the same ones, as they were; of the values only the first few without `in_full`."""
+    def same(self, thin: Collection[Tensor], weight: Tensor | None = None) -> bool:
+        """Whether they are the same ones, as they were."""
         if self._states is None or _states(thin if weight is None else [weight, *thin]) != self._states:
             return False
-        for address, then, size in self._memory:  # which is theirs, as their states say
-            if _memcmp(address, then, size if in_full or size < _FIRST_BYTES else _FIRST_BYTES) != 0:
+        for address, then, size in self.memory:  # which is theirs, as their states say
+            if _memcmp(address, then, size) != 0:
                 return False
-        for index, copy in self._strided:
+        for index, copy in self.strided:
             if _memcmp(list(thin)[index].detach().contiguous().data_ptr(), copy.data_ptr(), copy.nbytes) != 0:
                 return False
-        return self._sample is None or self._sample.same()
+        return self.sample is None or self.sample.same()
+
+
+class Together:
+    """Several snapshots as one, laid out so that few calls compare them and little memory is touched.
+
+    A layer's turn comes after another's weights went through the cache: what is looked at for one costs several times
+    what it costs for one of many.
+    """
+
+    def __init__(self, snapshots: Sequence[Snapshot], tensors: Sequence[Tensor]) -> None:
+        """Of snapshots that have just been found the same, and of all their `tensors`."""
+        self._states = _flat_states(tensors)
+        memory = [part for snapshot in snapshots for part in snapshot.memory]
+        self._addresses, self._sizes = (array("Q", [part[place] for part in memory]) for place in (0, 2))
+        self._copies = [copy for _, copy, _ in memory]
+        samples = [snapshot.sample for snapshot in snapshots if snapshot.sample is not None]
+        self._now, self._then = [each.now for each in samples], [each.then for each in samples]
+
+    def same(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether they are the same ones, as they were."""
+        return (
+            _flat_states(tensors) == self._states
+            and not any(map(_memcmp, self._addresses, self._copies, self._sizes))
+            and self._now == self._then
+        )
+
+
+class Glance:
+    """The least that tells of tensors which `Snapshot` has just found to be what they were that they still are."""
+
+    def __init__(self, tensors: Sequence[Tensor], *, values: bool) -> None:
+        self._objects, self._addresses = list(map(id, tensors)), list(map(Tensor.data_ptr, tensors))
+        self._versions = list(map(_version, tensors))
+        seen = [tensor for tensor in tensors if values and compares_at_once(tensor.device) and tensor.numel()]
+        self._now = [_first_bytes(tensor) for tensor in seen]
+        self._then = [memoryview(now.tobytes()).cast(now.format) for now in self._now]
+
+    def same(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether they are the same objects at the same places, of the same versions and first values."""
+        return (
+            list(map(id, tensors)) == self._objects
+            and list(map(Tensor.data_ptr, tensors)) == self._addresses
+            and list(map(_version, tensors)) == self._versions
+            and self._now == self._then  # their memory, as their addresses say
+        )
 
 
 class Watch:
@@ -105,6 +152,22 @@ def _sample_unseen(weight: Tensor) -> Tensor:
     return weight.detach().as_strided((count,), (step * sum(stride for _, stride in extents),))
 
 
+def _flat_states(tensors: Sequence[Tensor]) -> tuple[array[int] | bytes, ...] | None:
+    """As `_states`, in little memory."""
+    try:
+        numbers = [array("Q", map(number, tensors)) for number in (id, Tensor.data_ptr, _version, Tensor.numel)]
+    except RuntimeError:  # has no version
+        return None
+    return *numbers, *(bytes(map(flag, tensors)) for flag in (Tensor.is_contiguous, _requires_grad))
+
+
+def _first_bytes(tensor: Tensor) -> memoryview:
+    """The beginning of its memory, as it is at any time: one element, or a few where they lie side by side."""
+    size = min(tensor.nbytes, _FIRST_BYTES) if tensor.is_contiguous() else tensor.element_size()
+    memory = memoryview((ctypes.c_ubyte * size).from_address(tensor.data_ptr())).cast("B")
+    return memory.cast("Q") if size % 8 == 0 else memory
+
+
 def _states(tensors: Collection[Tensor]) -> tuple[list, ...] | None:
     """What tells most changes of them; None of tensors that were made in inference mode, where nothing does."""
     # An object that takes the place of another at its address has other values.
@@ -126,12 +189,12 @@ class _Elements:
         (count,), (stride,), size = view.shape, view.stride(), view.element_size()
         reach = (count - 1) * stride + 1
         memory = memoryview((ctypes.c_ubyte * (reach * size)).from_address(view.data_ptr())).cast("B")
-        self._now = memory.cast(_WORDS[size])[:: stride or 1]
-        self._then = memoryview(self._now.tobytes()).cast(_WORDS[size])
+        self.now = memory.cast(_WORDS[size])[:: stride or 1]
+        self.then = memoryview(self.now.tobytes()).cast(_WORDS[size])
 
     def same(self) -> bool:
         """Whether the elements hold the same bytes as before."""
-        return self._now == self._then
+        return self.now == self.then
 
 
 def _joined(parts: Sequence[Tensor]) -> list[Tensor]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from ..config import GenFTConfig
 from ..frozen_weight import FrozenWeight
-
-Watched = tuple[Tensor, Collection[Tensor], Collection[Tensor]]  # W, the layer's own, the shared ones
 
 
 class Source(NamedTuple):
@@ -38,9 +35,9 @@ class Source(NamedTuple):
         return self.weight.device, self.weight.dtype, quantised, self.backend, self.dropout, trained
 
     @property
-    def watched(self) -> Watched:
-        """All whose change ends the factors."""
-        return self.weight, self.own.values(), self.shared.values()
+    def watched(self) -> list[Tensor]:
+        """W and the layer's own tensors: with the shared ones, all whose change ends the factors."""
+        return [self.weight, *self.own.values()]
 
     @property
     def thin(self) -> list[Tensor]:
