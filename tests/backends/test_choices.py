@@ -1,6 +1,8 @@
 """What was measured on a device: how "auto" chooses by it, and how it is kept; and backends whose kernels fail."""
 
+import functools
 import json
+import os
 import sys
 import threading
 import types
@@ -13,6 +15,7 @@ from genft_kernels import GenFTConfig, GenFTLinear, __main__, _torch_private, ap
 from genft_kernels.backends import card, choices
 from genft_kernels.functional import genft_linear
 from tests.helpers.cases import CPU, case_of, make_data, run
+from tests.helpers.processes import in_two_processes
 
 NAME = "cuda"  # stands for another backend; here its operations are eager's
 CONFIG = GenFTConfig(shared_dim=3, specific_dim=1, dropout=0.2, zero_delta=False, target_modules=["0", "1"])
@@ -168,6 +171,20 @@ def test_every_rank_chooses_as_rank_0_does(become):
     become(1)
     apply_genft(torch.nn.Sequential(torch.nn.Linear(12, 20), torch.nn.Linear(20, 20)), CONFIG)
     assert choices.table(CPU) == EVERYTHING
+
+
+def table_of_rank(folder, rank):
+    """What a rank chooses by, of which rank 0 alone has a table on its disk."""
+    os.environ["GENFT_CACHE_DIR"] = f"{folder}/{rank}"
+    os.mkdir(f"{folder}/{rank}")
+    if rank == 0:
+        choices.save(CPU, EVERYTHING)
+    apply_genft(torch.nn.Sequential(torch.nn.Linear(12, 20), torch.nn.Linear(20, 20)), CONFIG)
+    return dict(choices.table(CPU))
+
+
+def test_ranks_of_a_process_group_choose_by_one_table(tmp_path):
+    assert in_two_processes(tmp_path, functools.partial(table_of_rank, str(tmp_path))) == [(EVERYTHING, EVERYTHING)]
 
 
 def test_rank_on_another_card_chooses_by_counting(become, monkeypatch):
