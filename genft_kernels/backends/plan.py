@@ -196,6 +196,7 @@ def _tiles(n: int) -> int:
     return -(-n // _EDGE)
 
 
+@functools.lru_cache(1024)
 def _split(length: int, programs: int, at_once: int, shortest: int, most: int = 16) -> tuple[int, int]:
     """(elements of a part, a multiple of `_EDGE`; parts) of a sum over `length` elements that `programs` programs make.
 
@@ -254,7 +255,7 @@ def _check_dtype(*tensors: Tensor | None) -> None:
     dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
     if len(dtypes) > 1:
         raise TypeError(f"the factors of a kernel must be of one dtype, not of {_listed(dtypes)}")
-    if not dtypes <= set(KERNEL_DTYPES):
+    if not dtypes.issubset(KERNEL_DTYPES):
         raise TypeError(f"the kernels compute in {_listed(KERNEL_DTYPES)}, not in {dtypes.pop()}")
 
 

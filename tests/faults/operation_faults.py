@@ -40,7 +40,7 @@ FAULTS = [
     Fault(
         "k rounded down to whole slices",
         BACKENDS + "triton/launch.py",
-        "triton.cdiv(k, SLICE)",
+        "ceil_divide(k, SLICE)",
         "max(1, k // SLICE)",
         INTERPRETED,
     ),

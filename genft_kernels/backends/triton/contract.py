@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..eager.update_tile import Update
 from ..launchers import Pair
-from .launch import dropout_arguments, edge, named, precision, slices, stages, unit_block
+from .launch import ceil_divide, dropout_arguments, edge, named, precision, slices, stages, unit_block
 from .math import (
     activation_slope,
     add_product,
@@ -70,12 +70,12 @@ def contract(dy: Tensor, x: Tensor, update: Update, scale: float, parts: Pair, t
     (t, n_out), (n_in, k) = dy.shape, h.shape
     block_out, block_in = tile_of_contract(dy, k, activation, dropout)
     block_t, block_k = edge(dy), min(32, unit_block(k, h))
-    tiles = triton.cdiv(n_out, block_out) * triton.cdiv(n_in, block_in)
-    _contract[(tiles, max(1, triton.cdiv(t, tokens)))](
+    tiles = ceil_divide(n_out, block_out) * ceil_divide(n_in, block_in)
+    _contract[(tiles, max(1, ceil_divide(t, tokens)))](
         dy, x, b, h, seed, dh, db, t, tokens, n_out, n_in, k,
         *dy.stride(), *x.stride(), *dropout_arguments(dropout), stream, scale,
         ACTIVATION=activation, DROPOUT=dropout > 0, NEED_H=dh is not None, NEED_B=db is not None,
-        PRECISION=precision(h), SLICES=slices(k), BLOCK_K=block_k, CHUNKS=triton.cdiv(k, block_k),
+        PRECISION=precision(h), SLICES=slices(k), BLOCK_K=block_k, CHUNKS=ceil_divide(k, block_k),
         BLOCK_OUT=block_out, BLOCK_IN=block_in, BLOCK_T=block_t, num_warps=8,
         num_stages=stages(dy, 4, (block_out + block_in) * block_t),
     )  # fmt: skip

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...philox import ROUNDING_STREAM
 from ..eager.update_tile import Update
-from .launch import dropout_arguments, edge, named, precision, slices
+from .launch import ceil_divide, dropout_arguments, edge, named, precision, slices
 from .math import key_of_layer, matrix_tile, round_up_or_down, update_tile, word_tile
 
 
@@ -46,7 +46,7 @@ def fold(weight: Tensor, update: Update, scale: float, out: Tensor) -> None:
     b, h, activation, dropout, seed, stream = update
     (n_out, n_in), k = weight.shape, h.shape[1]
     block = edge(h)
-    _fold[(triton.cdiv(n_out, block), triton.cdiv(n_in, block))](
+    _fold[(ceil_divide(n_out, block), ceil_divide(n_in, block))](
         weight, b, h, seed, out, n_out, n_in, k, *weight.stride(), *out.stride(),
         *dropout_arguments(dropout), stream, ROUNDING_STREAM, scale,
         ACTIVATION=activation, DROPOUT=dropout > 0, DROPPED_BITS=_DROPPED_BITS[out.dtype],

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..eager.update_tile import Update
 from ..launchers import Outcome
-from .launch import dropout_arguments, edge, named, precision, slices, unit_block
+from .launch import ceil_divide, dropout_arguments, edge, named, precision, slices, unit_block
 from .math import activate, activation_slope, add_product, keep_tile, key_of_layer, matrix_tile, rank_k_tile, thin_rows
 
 
@@ -133,7 +133,7 @@ def row_forward(y: Update, down: Tensor, outcome: Outcome) -> None:
     (left, right, outer, dropout, seed, stream), (out, bias, inner, pre) = y, outcome
     (layers, n_out, k1), n_in, k = left.shape, right.shape[1], down.shape[1]
     block_k, block = unit_block(k, left), edge(left)
-    _row_forward[(triton.cdiv(n_in, block), triton.cdiv(k, block_k), layers)](
+    _row_forward[(ceil_divide(n_in, block), ceil_divide(k, block_k), layers)](
         left, right, down, bias, seed, out, pre,
         n_out, n_in, k1, k, *dropout_arguments(dropout), stream,
         OUTER=outer, INNER=inner, DROPOUT=dropout > 0, HAS_BIAS=bias is not None, PRECISION=precision(left),
@@ -151,18 +151,18 @@ def row_backward(
     thin = (left, right, down, dz, seed)
     numbers = (n_out, n_in, k1, k, *dropout_arguments(dropout), stream)
     block_k, block = unit_block(max(k, k1), left), edge(left)
-    chunks = triton.cdiv(max(k, k1), block_k)
+    chunks = ceil_divide(max(k, k1), block_k)
     settings = dict(
         OUTER=outer, DROPOUT=dropout > 0, PRECISION=precision(left), SLICES_1=slices(k1), SLICES=slices(k),
         BLOCK_K=block_k, num_warps=8, num_stages=1,
     )  # fmt: skip
     if dleft is not None or ddown is not None:
-        _row_backward_out[(triton.cdiv(n_out, block), chunks, layers)](
+        _row_backward_out[(ceil_divide(n_out, block), chunks, layers)](
             *thin, dleft, ddown, *numbers, BLOCK_OUT=block, BLOCK_IN=32, **settings
         )
     if dright is not None:
         # In float32 any larger tile spills for some k, on one card or another.
         height, width = (32, block) if left.dtype.itemsize == 2 else (16, 16)
-        _row_backward_in[(triton.cdiv(n_in, width), chunks, layers)](
+        _row_backward_in[(ceil_divide(n_in, width), chunks, layers)](
             *thin, dright, *numbers, BLOCK_OUT=height, BLOCK_IN=width, **settings
         )

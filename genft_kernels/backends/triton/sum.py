@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..launchers import Sum
-from .launch import named
+from .launch import ceil_divide, named
 from .math import activate
 
 
@@ -43,7 +43,7 @@ def sum_parts(first: Sum, second: Sum | None = None) -> None:
     (parts, to), block = first, 256
     other, other_out = (None, None) if second is None else (second.parts, second.outcome.out)
     n, other_n = to.out.numel(), 0 if other_out is None else other_out.numel()
-    _sum_parts[(triton.cdiv(max(n, other_n), block),)](
+    _sum_parts[(ceil_divide(max(n, other_n), block),)](
         parts, to.out, to.pre, to.bias, n, parts.shape[0], to.out.shape[-1],
         other, other_out, other_n, 0 if other is None else other.shape[0],
         ACTIVATION=to.activation, BLOCK=block, num_warps=2,

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launchers import Outcome
-from .launch import named, precision, stages, unit_block
+from .launch import ceil_divide, named, precision, stages, unit_block
 from .math import activate, add_product, matrix_tile
 
 
@@ -98,7 +98,7 @@ def thin_product(matrices: list[Tensor], thin: Tensor, outcome: Outcome, columns
     (m, n), (layers, k, _) = matrices[0].shape, thin.shape
     block_k = unit_block(k, thin)
     offsets, divisibility = _offsets(matrices)
-    _thin_product[(triton.cdiv(m, 64), triton.cdiv(k, block_k), layers * triton.cdiv(n, columns))](
+    _thin_product[(ceil_divide(m, 64), ceil_divide(k, block_k), layers * ceil_divide(n, columns))](
         matrices[0], offsets, thin, bias, out, pre, layers, m, n, k, *matrices[0].stride(), columns,
         DIVISIBILITY=divisibility, ACTIVATION=activation, HAS_BIAS=bias is not None, PRECISION=precision(thin),
         BLOCK_M=64, BLOCK_N=64, BLOCK_K=block_k, num_warps=8, num_stages=stages(thin, 5, 64 * (64 + block_k)),
@@ -112,7 +112,7 @@ def thin_transposed(dz: Tensor, matrices: list[Tensor], out: Tensor, rows: int) 
     (m, n), (layers, _, k) = matrices[0].shape, dz.shape
     block_k = unit_block(k, dz)
     offsets, divisibility = _offsets(matrices)
-    _thin_transposed[(triton.cdiv(n, 64), triton.cdiv(k, block_k), layers * max(1, triton.cdiv(m, rows)))](
+    _thin_transposed[(ceil_divide(n, 64), ceil_divide(k, block_k), layers * max(1, ceil_divide(m, rows)))](
         dz, matrices[0], offsets, out, layers, m, n, k, *matrices[0].stride(), rows,
         DIVISIBILITY=divisibility, PRECISION=precision(dz),
         BLOCK_M=64, BLOCK_N=64, BLOCK_K=block_k, num_warps=8, num_stages=stages(dz, 4, 64 * (64 + block_k)),
