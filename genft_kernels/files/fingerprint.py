@@ -1,4 +1,4 @@
-"""What identifies a frozen weight: the update depends on it, so an adapter is worth nothing on another."""
+"""The identity of a frozen weight: the update depends on it, so an adapter is worth nothing on another."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..arguments import is_finite
 from ..frozen_weight import FrozenWeight, packed_tensors
 from .sharded import resident
 
@@ -50,15 +51,15 @@ class Fingerprint(NamedTuple):
             raise ValueError("shape must be two sizes")
         if not isinstance(dtype, str):
             raise ValueError("dtype must be a string")
-        if not (_is_finite(norm) and norm >= 0):
+        if not (is_finite(norm) and norm >= 0):
             raise ValueError("norm must be a finite number")
         count = min(_SAMPLES, shape[0] * shape[1])
-        if not (isinstance(samples, list) and len(samples) == count and all(map(_is_finite, samples))):
+        if not (isinstance(samples, list) and len(samples) == count and all(map(is_finite, samples))):
             raise ValueError(f"samples must be {count} finite numbers")
         return cls(tuple(shape), dtype, float(norm), tuple(map(float, samples)), packed)
 
     def entry(self) -> dict[str, object]:
-        """What stands in a file."""
+        """Its entry in a file."""
         shown = {"shape": list(self.shape), "dtype": self.dtype, "norm": self.norm, "samples": list(self.samples)}
         return shown if self.packed is None else {**shown, "packed": self.packed}
 
@@ -72,7 +73,10 @@ class Fingerprint(NamedTuple):
         if self.shape != other.shape:
             return f"its shape is {list(other.shape)}, not {list(self.shape)}"
         if self.packed != other.packed and None not in (self.packed, other.packed):
-            return "its quantised bytes differ (load the very base, or quantise it as it was)"
+            return (
+                "its quantised bytes differ, as where the same weights were quantised anew in another way or elsewhere: "
+                "load the quantised base that it was trained on (the base's save_pretrained keeps one), or quantise as then"
+            )
         tolerance = 1e-6 if self.dtype == other.dtype else 2**-7
         if not abs(self.norm - other.norm) <= tolerance * min(self.norm, other.norm):  # nor if one is NaN or infinite
             return f"its norm is {other.norm:.6g}, not {self.norm:.6g}"
@@ -90,12 +94,3 @@ def _digest(tensors: Iterable[torch.Tensor]) -> str:
         stored = tensor.detach().as_subclass(torch.Tensor).cpu().contiguous().reshape(-1)
         digest.update(stored.view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _is_finite(value: object) -> bool:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer of hundreds of digits
-        return False
