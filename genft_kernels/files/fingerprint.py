@@ -74,8 +74,8 @@ class Fingerprint(NamedTuple):
             return f"its shape is {list(other.shape)}, not {list(self.shape)}"
         if self.packed != other.packed and None not in (self.packed, other.packed):
             return (
-                "its quantised bytes differ, as where the same weights were quantised anew in another way or elsewhere: "
-                "load the quantised base that it was trained on (the base's save_pretrained keeps one), or quantise as then"
+                "its quantised bytes differ, as where the same weights are quantised in another way or elsewhere: load "
+                "the quantised base that it was trained on (its save_pretrained keeps one), or quantise as then"
             )
         tolerance = 1e-6 if self.dtype == other.dtype else 2**-7
         if not abs(self.norm - other.norm) <= tolerance * min(self.norm, other.norm):  # nor if one is NaN or infinite
