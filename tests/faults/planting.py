@@ -167,8 +167,8 @@ def plant(faults: list[Fault], run: Run = run, share: float = 1.0, rows: pathlib
             print(f"{outcome:8}  {fault.what}", flush=True)
         judged = [[*places, *others] for others, places in judges.items()]
         broken = [" ".join(tests) for tests in judged if run(folder, tests).returncode]
-    print(f"{caught} of {len(faults)} faults caught")
-    print(*(f"but the unchanged copy fails, too: {tests}" for tests in broken), sep="\n")
+    unproven = [f"but the unchanged copy fails, too: {tests}" for tests in broken]
+    print(f"{caught} of {len(faults)} faults caught", *unproven, sep="\n")
     return int(caught < share * len(faults) or bool(broken))
 
 
