@@ -33,12 +33,14 @@ def compute(backend: str, operation: str, *args: Any) -> tuple[Any, ...]:
     if not backends.is_open(backend):
         return _compute_by(backend, operation, *args)
     first = _first(args)
-    while (name := backends.chosen(backend, first.device, first.dtype, operation, args)) != "eager":
+    for _ in backends.KERNEL_BACKENDS:  # each of which may fail
+        if (name := backends.chosen(backend, first.device, first.dtype, operation, args)) == "eager":
+            break
         try:
             return _compute_by(name, operation, *args)
         except (backends.LaunchError, BuildError) as error:
             backends.set_aside(name, first.device, operation, error)
-    return _compute_by(name, operation, *args)
+    return _compute_by("eager", operation, *args)
 
 
 def _compute_by(backend: str, operation: str, *args: Any) -> tuple[Any, ...]:
@@ -213,12 +215,16 @@ def linear_backward(
 @linear_backward.register_fake
 def _(grad: Tensor, x: Any, weight: Any, h: Any, b: Any, xh: Any, *rest: Any) -> tuple[Tensor, ...]:
     *_, activation, dropout, _, (need_x, need_bias, need_h, need_b), _ = rest
-    out_features, left = grad.shape[-1], xh if is_factored(activation, dropout) else h
+    out_features, factored = grad.shape[-1], is_factored(activation, dropout)
+
+    def thin(n: int, k: int) -> Tensor:  # as `sum_over_tokens` has it
+        return grad.new_empty((k, n)).t() if factored and grad.device.type == "cpu" else grad.new_empty((n, k))
+
     return (
         grad.new_empty((*grad.shape[:-1], weight.shape[1]) if need_x else 0),
         grad.new_empty(out_features if need_bias else 0),
-        grad.new_empty((x.shape[-1], b.shape[1]) if need_h else 0),
-        grad.new_empty((out_features, left.shape[1]) if need_b else 0),
+        thin(x.shape[-1], b.shape[1]) if need_h else grad.new_empty(0),
+        thin(out_features, (xh if factored else h).shape[1]) if need_b else grad.new_empty(0),
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from ...config import is_factored
 from .contract import contract_and_fold
 from .fold import fold
-from .products import is_16_bit, scaled_product, sum_of_rows
+from .products import is_16_bit, scaled_product, sum_of_rows, sum_over_tokens
 from .update_tile import Update
 
 
@@ -65,8 +65,8 @@ def _factored_backward(dy, tokens, weight, h, b, xh, scale, need_x, need_h, need
     dx = dyb = None
     if need_x or need_h:
         dyb = dy @ b  # [T, k]
-    dh = scaled_product(tokens.t(), dyb, scale) if need_h else None
-    db = scaled_product(dy.t(), xh, scale) if need_b else None
+    dh = sum_over_tokens(tokens, dyb, scale) if need_h else None
+    db = sum_over_tokens(dy, xh, scale) if need_b else None
     if need_x and _extends(dy):
         dx = torch.cat([dy, dyb], 1) @ torch.cat([weight, h.t() * scale], 0)
     elif need_x:

@@ -20,6 +20,16 @@ def scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
     return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
 
 
+def sum_over_tokens(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """scale * left [T, n]^T @ right [T, k]: [n, k], the transpose of a contiguous matrix on a CPU.
+
+    There a product with so few columns takes 1.5 to 4 times as long as with as few rows.
+    """
+    if left.device.type == "cpu":
+        return scaled_product(right.t(), left, scale).t()
+    return scaled_product(left.t(), right, scale)
+
+
 def long_sums(left: Tensor, right: Tensor) -> Tensor:
     """left [L, k, n] @ right [L, n, k]. For one layer as no batch: cuBLAS splits long sums of single products only."""
     return torch.mm(left[0], right[0])[None] if left.shape[0] == 1 else left.bmm(right)
