@@ -61,14 +61,14 @@ test-integrations: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/integrations/test_library_examples.py \
 	    tests/ops/test_exports.py $(ARGS)
 
-# The same kernels under the newest Triton, in an environment of its own.
-test-triton-next: env
-	$(PYTHON) -m venv $(VENV)-triton-next
-	$(VENV)-triton-next/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(VENV)-triton-next/bin/pip install --quiet --disable-pip-version-check \
-	    -e . triton==3.9.0 pytest pytest-xdist hypothesis
-	OMP_NUM_THREADS=1 $(VENV)-triton-next/bin/python -m pytest -n 2 tests/backends/test_triton.py
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV)-triton-next/bin/python -m pytest -n 2 $(INTERPRETED)
+# The same kernels under the newest Triton.
+test-triton-next: env $(VENV)/triton-next/.ready
+	PYTHONPATH=$(VENV)/triton-next $(COMPILED_TESTS) tests/backends/test_triton.py
+	PYTHONPATH=$(VENV)/triton-next $(INTERPRETED_TESTS)
+
+$(VENV)/triton-next/.ready: $(VENV)/.ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) triton==3.9.0
+	touch $@
 
 # Random operations on an adapted model against the materialised update; ARGS is the number of steps, 100 a second.
 fuzz: env
@@ -122,9 +122,11 @@ bench-decode: env
 bench-report: env
 	$(BIN)/python -m benchmarks.report $(ARGS)
 
-# Registers, spills, shared memory and matrix instructions of the Triton kernels; needs no GPU.
-kernels-report: env
+# Registers, spills, shared memory and matrix instructions of the Triton kernels, by the Triton that a current torch
+# brings and by the newest; needs no GPU.
+kernels-report: env $(VENV)/triton-next/.ready
 	$(BIN)/python -m benchmarks.compiled.triton_report $(ARGS)
+	PYTHONPATH=$(VENV)/triton-next $(BIN)/python -m benchmarks.compiled.triton_report $(ARGS)
 
 # Registers, spills and shared memory of the CUDA kernels; needs nvcc, but no GPU.
 cuda-report: env

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
@@ -97,7 +98,8 @@ def _launch(kernel: JITFunction, values: list, options: dict) -> Launch:
 
 
 def _assembler(target: str) -> pathlib.Path:
-    return _TOOLS / ("ptxas-blackwell" if target == "sm_100" else "ptxas")
+    """The one of the wheel's two that Triton takes for a target."""
+    return pathlib.Path(get_ptxas(TARGETS[target].arch).path)
 
 
 def _architecture(target: str) -> str:

@@ -1,6 +1,7 @@
 """`make kernels-report`: registers, spills, shared memory and matrix instructions of every shipped Triton kernel.
 
-Exits with 1 where a kernel spills or takes more shared memory than a block may have; where ptxas has a note C75xx, as
+Exits with 1 where a kernel spills, takes more shared memory than a block may have, or more registers than leave room
+for the programs that the plan counts on at once; where ptxas has a note C75xx, as
 for wgmma that wait for each other; where a loop that should copy asynchronously loads otherwise; where a register is
 written that a wgmma may still read; and where a matrix kernel has no wgmma on sm_90. No GPU is needed.
 """
@@ -13,6 +14,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import triton
 
 from benchmarks.compiled import REPORTS, gate
 from benchmarks.compiled.triton_compile import SHARED_LIMIT, TARGETS, Launch, recording, report
@@ -25,6 +27,10 @@ from genft_kernels.backends.triton import operations as backend
 MATRIX_KERNELS = ("contract",)
 # Those whose loop goes over big matrices: in 16 bits it must copy what the next steps take, and wait for nothing.
 PIPELINED_KERNELS = ("contract", "thin_product", "thin_transposed")
+
+# Of a multiprocessor, on every card; and how many programs `plan._split` counts on there at once, where more than one.
+REGISTERS = 65_536
+AT_ONCE = {"thin_product": 2, "thin_transposed": 2}
 
 
 def shipped_launches(dtype: torch.dtype, k: int, features: tuple[int, int] = (768, 768)) -> list[Launch]:
@@ -74,6 +80,9 @@ def faults(row: dict) -> Iterator[str]:
         yield f"{row['spills']} spill instructions"
     if row["shared"] > SHARED_LIMIT[row["target"]]:
         yield f"{row['shared']} bytes of shared memory, more than {SHARED_LIMIT[row['target']]}"
+    programs = AT_ONCE.get(row["kernel"], 1)
+    if row["registers"] * 32 * row["num_warps"] * programs > REGISTERS:
+        yield f"{row['registers']} registers: no room for {programs} programs at once"
     if row.get("notes"):
         yield f"ptxas notes {', '.join(row['notes'])}"
     if row.get("overwritten"):
@@ -97,7 +106,7 @@ def rows_of(
             settings = {name: value for name, value in launch.constants if name.isupper()}
             row = report(launch, target)
             sizes = {"dtype": str(dtype).removeprefix("torch."), "k": k, "features": features}
-            yield row | sizes | {"settings": settings} | dict(launch.options)
+            yield row | sizes | {"settings": settings, "triton": triton.__version__} | dict(launch.options)
 
 
 def _rows(dtype: torch.dtype, k: int, targets: list[str]) -> Iterator[dict]:
@@ -134,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--k", type=int, nargs="+", default=[8, 27, 37, 64, 256])
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"], choices=DTYPES)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
-    parser.add_argument("--output", type=Path, default=REPORTS / "triton_kernels.jsonl")
+    parser.add_argument("--output", type=Path, default=REPORTS / f"triton_{triton.__version__}_kernels.jsonl")
     options = parser.parse_args(argv)
     sizes = itertools.product((DTYPES[name] for name in options.dtype), options.k)
     rows = itertools.chain.from_iterable(_rows(dtype, k, options.targets) for dtype, k in sizes)

@@ -59,7 +59,7 @@ def test_operand_of_a_wgmma_that_is_overwritten_before_its_wait_is_found(write, 
 
 GOOD = dict(
     kernel="contract", target="sm_90", dtype="bfloat16", k=32, spills=0, shared=1000, matrix={"HGMMA": 4}, notes=[],
-    overwritten=[], hot_loops=[{"instructions": 90, "matrix": 4, "loads": 0}],
+    overwritten=[], hot_loops=[{"instructions": 90, "matrix": 4, "loads": 0}], registers=128, num_warps=8,
 )  # fmt: skip
 
 
@@ -72,6 +72,8 @@ GOOD = dict(
         (dict(overwritten=["MOV R40, R1"]), "operand is overwritten by MOV R40, R1"),
         (dict(hot_loops=[{"instructions": 90, "matrix": 4, "loads": 1}]), "synchronous loads in a hot loop"),
         (dict(matrix={"HMMA": 4}), "no wgmma"),
+        (dict(kernel="thin_product", registers=129), "129 registers: no room for 2 programs at once"),
+        (dict(registers=255, num_warps=16), "255 registers: no room for 1 programs at once"),
     ],
 )
 def test_report_names_the_fault(change, words):
