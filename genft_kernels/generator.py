@@ -56,8 +56,8 @@ class GenFTGenerator(nn.Module):
         self.config = config
         shapes = expected_shapes(config, in_features, out_features, config.shared_dim)
         for name, shape in shapes.items():
-            absent = shape is None or 0 in shape
-            parameter = None if absent else nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+            empty = None if shape is None or 0 in shape else torch.empty(shape, device=device, dtype=dtype)
+            parameter = None if empty is None else nn.Parameter(empty)
             self.register_parameter(name, parameter)
         self.tensor_names = tuple(name for name, parameter in self._parameters.items() if parameter is not None)
         self.reset_parameters()

@@ -81,7 +81,7 @@ class GenFTUpdate(nn.Module):
         watch_optimizers()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._join_group()  # a copied layer that of its copied generator
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -141,16 +141,16 @@ class _Marks:
     """Gradients of zeros on parameters that have none, by which to tell whether `zero_grad` was called."""
 
     def __init__(self) -> None:
-        self._marks: dict[nn.Parameter, tuple[Tensor, int, bool]] = {}  # the gradient, its version, whether planted
+        self._marks: dict[Tensor, tuple[Tensor, int, bool]] = {}  # the gradient, its version, whether planted
 
     def plant(self, parameters: Iterable[Tensor]) -> None:
         """Mark those that train and are not marked yet."""
         for parameter in parameters:
             if parameter.requires_grad and parameter not in self._marks:
-                planted = parameter.grad is None
-                if planted:
-                    parameter.grad = torch.zeros_like(parameter)
-                self._marks[parameter] = parameter.grad, parameter.grad._version, planted
+                grad, planted = parameter.grad, parameter.grad is None
+                if grad is None:
+                    grad = parameter.grad = torch.zeros_like(parameter)
+                self._marks[parameter] = grad, grad._version, planted
 
     def cleared(self) -> bool:
         """Whether a gradient was taken away, or overwritten by zeros."""

@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from .node import Generation, Options
 from .snapshot import Glance, Snapshot, Together, Watch, compares_at_once, sample
 from .source import Source
 from .weight_norm import WeightNorms
+
+if TYPE_CHECKING:
+    from .accumulate import Accumulation
 
 
 class SharesTensors(Protocol):
@@ -37,7 +40,9 @@ class SharesTensors(Protocol):
 class Layer(Protocol):
     """What has factors: all that sharing reads of it is one value."""
 
-    generator: SharesTensors
+    @property
+    def generator(self) -> SharesTensors: ...
+
     share: Share | None  # as its group has it, for who may take it without asking the group
 
     def source(self) -> Source:
@@ -77,13 +82,15 @@ class Share:
         self._readers: set[int] = set()  # the threads that have taken it
         self.asked_in = self.compared_in = 0  # rounds of the batch
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # a copied layer has none
 
     @property
     def factors(self) -> list[Factors]:
         """Those of the layer's adapted blocks, of a fresh generation."""
-        return self.batch.generation.factors[self._blocks]
+        factors = self.batch.generation.factors
+        assert factors is not None
+        return factors[self._blocks]
 
     def holds(self, source: Source) -> bool:
         """Whether what the factors were generated from is as it was."""
@@ -219,13 +226,13 @@ class LayerGroup:
 
     def __init__(self) -> None:
         self.generations = 0
-        self.accumulation = None  # an `accumulate.Accumulation` while one is under way
+        self.accumulation: Accumulation | None = None  # while one is under way
         self._shares: weakref.WeakKeyDictionary[Layer, Share | None] = weakref.WeakKeyDictionary()
         self._norms = WeightNorms()
         self.lock = threading.Lock()
         _groups.add(self)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return LayerGroup, ()
 
     @property

@@ -71,7 +71,10 @@ class Together:
         """Of snapshots that have just been found the same, and of all their `tensors`."""
         self._states = _flat_states(tensors)
         memory = [part for snapshot in snapshots for part in snapshot.memory]
-        self._addresses, self._sizes = (array("Q", [part[place] for part in memory]) for place in (0, 2))
+        self._addresses, self._sizes = (
+            array("Q", [part[0] for part in memory]),
+            array("Q", [part[2] for part in memory]),
+        )
         self._copies = [copy for _, copy, _ in memory]
         samples = [snapshot.sample for snapshot in snapshots if snapshot.sample is not None]
         self._now, self._then = [each.now for each in samples], [each.then for each in samples]
@@ -93,7 +96,7 @@ class Glance:
         self._versions = list(map(_version, tensors))
         seen = [tensor for tensor in tensors if values and compares_at_once(tensor.device) and tensor.numel()]
         self._now = [_first_bytes(tensor) for tensor in seen]
-        self._then = [memoryview(now.tobytes()).cast(now.format) for now in self._now]
+        self._then = [memoryview(now.tobytes()).cast(now.format) for now in self._now]  # type: ignore[call-overload]
 
     def same(self, tensors: Sequence[Tensor]) -> bool:
         """Whether they are the same objects at the same places, of the same versions and first values."""
