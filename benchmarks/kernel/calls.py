@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.layer.cases import FORMS, Layer
-from genft_kernels.backends.eager.update_tile import Update
+from genft_kernels.backends.launchers import Update
 from genft_kernels.backends.plan import Kernels
 from genft_kernels.philox import COLUMN_STREAM, ROW_STREAM
 

@@ -18,8 +18,7 @@ from ..config import is_factored
 from ..philox import COLUMN_STREAM
 from . import KERNEL_DTYPES
 from .eager import operations as eager
-from .eager.update_tile import Update
-from .launchers import Launchers, Outcome, Sum
+from .launchers import Launchers, Outcome, Sum, Update
 
 _EDGE = 64  # of a tile, in whose multiples long sums are split
 

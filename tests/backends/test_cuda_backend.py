@@ -12,7 +12,7 @@ import torch
 from genft_kernels import philox
 from genft_kernels.backends.cuda.launch import launch
 from genft_kernels.backends.cuda.operations import kernels as cuda_kernels
-from genft_kernels.backends.eager.update_tile import Update
+from genft_kernels.backends.launchers import Update
 from genft_kernels.functional import genft_linear
 from tests import cuda_host
 from tests.helpers.cases import case_of, check_every_op, make_data, relative_error, run

@@ -14,7 +14,7 @@ from genft_kernels.backends import KERNEL_DTYPES
 from genft_kernels.backends.cuda import operations as cuda
 from genft_kernels.backends.cuda.operations import kernels as cuda_kernels
 from genft_kernels.backends.eager import operations as eager
-from genft_kernels.backends.eager.update_tile import Update
+from genft_kernels.backends.launchers import Update
 from genft_kernels.functional import genft_linear
 from tests import cuda_host
 from tests.helpers.accuracy import allowed_error

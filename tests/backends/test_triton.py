@@ -14,7 +14,7 @@ import torch
 
 from genft_kernels import philox
 from genft_kernels.activations import ACTIVATIONS, activate, activation_backward
-from genft_kernels.backends.eager.update_tile import Update
+from genft_kernels.backends.launchers import Update
 from genft_kernels.functional import genft_linear
 from tests.helpers.cases import case_of, check_every_op, make_data, run
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..eager.update_tile import Update
-from ..launchers import Pair
+from ..launchers import Pair, Update
 from .fold import check_features
 from .launch import launch, update
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..eager.update_tile import Update
+from ..launchers import Update
 from .launch import launch, matrix, update
 
 _EDGE = 64  # of a tile

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..eager.update_tile import Update
-from ..launchers import Outcome
+from ..launchers import Outcome, Update
 from .launch import launch, update
 
 

@@ -4,8 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..eager.update_tile import Update
-from ..launchers import Pair
+from ..launchers import Pair, Update
 from .launch import ceil_divide, dropout_arguments, edge, named, precision, slices, stages, unit_block
 from .math import (
     activation_slope,

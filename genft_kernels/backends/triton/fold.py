@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...philox import ROUNDING_STREAM
-from ..eager.update_tile import Update
+from ..launchers import Update
 from .launch import ceil_divide, dropout_arguments, edge, named, precision, slices
 from .math import key_of_layer, matrix_tile, round_up_or_down, update_tile, word_tile
 

@@ -8,8 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..eager.update_tile import Update
-from ..launchers import Outcome
+from ..launchers import Outcome, Update
 from .launch import ceil_divide, dropout_arguments, edge, named, precision, slices, unit_block
 from .math import activate, activation_slope, add_product, keep_tile, key_of_layer, matrix_tile, rank_k_tile, thin_rows
 
