@@ -8,6 +8,7 @@
 
 // Into every version that a compiler makes of a function for different CPUs.
 #define GENFT_INTO_EACH __attribute__((always_inline)) inline
+#define GENFT_INTO_LAMBDA __attribute__((always_inline))
 
 namespace genft::cpu {
 
@@ -127,7 +128,8 @@ struct Tanh {
 
 // --- number formats --------------------------------------------------------------------------------------------------
 
-// How numbers are stored, what they are computed in, and how many of its bits a stored one lacks.
+// How numbers are stored, what they are computed in, and how many of its bits a stored one lacks. What is stored was
+// rounded before, but for float16's smallest and largest.
 template <class Number>
 struct Plain {
     using Stored = Number;
@@ -142,11 +144,7 @@ struct BFloat16 {
     using Wide = float;
     static constexpr int kDroppedBits = 16;
     GENFT_INTO_EACH static float load(uint16_t stored) { return bits_of<float>(uint32_t(stored) << 16); }
-    GENFT_INTO_EACH static uint16_t store(float value) {  // to nearest, ties to even
-        const uint32_t bits = bits_of<uint32_t>(value);
-        const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-        return uint16_t(value == value ? rounded : 0x7FC0u);
-    }
+    GENFT_INTO_EACH static uint16_t store(float value) { return uint16_t(bits_of<uint32_t>(value) >> 16); }
 };
 
 struct Float16 {

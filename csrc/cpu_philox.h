@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "cpu_thin.h"
 #include "philox.h"
 
 #if defined(__x86_64__)
@@ -13,7 +14,7 @@
 
 namespace genft::cpu {
 
-constexpr int64_t kLanes = 64;  // elements that vectors work on side by side
+
 
 // The words of kLanes counters, `step` apart.
 using ManyWords = uint32_t[4][kLanes];

@@ -1,5 +1,6 @@
-// One pass over a tile of an update on a CPU: activation and slope, dropout, scale and rounding together.
-// genft_kernels/backends/eager/cpu_pass.py compiles this file at its first use and calls it by ctypes.
+// One sweep over an update on a CPU: its numbers from the thin factors, all that is elementwise, and what is summed of
+// them, while they are in registers and the first cache. genft_kernels/backends/eager/cpu_pass.py compiles this file at
+// its first use and calls it by ctypes.
 #include <dlfcn.h>
 
 #include <algorithm>
@@ -8,207 +9,224 @@
 #include <thread>
 #include <vector>
 
-#include "cpu_math.h"
-#include "cpu_philox.h"
-#include "genft.h"
-
-// A version for each kind of x86 CPU in one library, which thus may be kept where several machines read it; with
-// GENFT_ONE_CPU, of tests, one for the CPU that the compiler is told.
-#if defined(__x86_64__) && !defined(__clang__) && __GNUC__ >= 12 && !defined(GENFT_ONE_CPU)
-#define GENFT_FOR_EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define GENFT_FOR_EACH_CPU
-#endif
-
-// Rows of U = drop(activation(pre)) [rows, columns], and what is done with them. Matrices are contiguous, those of the
-// whole update of one dtype; a null pointer is one that is not there, or not wanted.
-struct Tile {
-    void* pre;               // [tile rows, columns]; with `value` U takes its place
-    void* grad;              // [tile rows, columns], the gradient of U, which that of `pre` takes the place of
-    const void* weight;      // [tile rows, columns], rows `weight_stride` apart
-    void* folded;            // [tile rows, columns] = weight + scale * U, rounded stochastically to 16 bits
-    const int32_t* dither;   // [dither_size], read from `dither_start` on and round, an element for one of the tile
-    int64_t weight_stride, dither_size, dither_start;
-    int64_t first_row, tile_rows, rows, columns;  // first_row is a multiple of 4
-    uint64_t seed;
-    double scale, keep_scale;  // keep_scale = 1 / (1 - p)
-    uint32_t stream, threshold;  // threshold = floor(p 2^32)
-    int32_t dtype, activation, drops, value;
-};
+#include "cpu_block.h"
 
 namespace genft::cpu {
 namespace {
 
-constexpr int kFloat64 = 3;        // beside those of genft.h
-constexpr int64_t kBlockRows = 4;  // of one Philox block
-const Draw kDraw = fastest_draw();
+// Rows that one thread takes at a time. Sums over rows are added up in this order, whatever the number of threads.
+constexpr int64_t kChunkRows = 128;
 
-template <class Format>
-struct Lanes {
-    using Stored = typename Format::Stored;
-    using Wide = typename Format::Wide;
-    alignas(64) Wide value[kLanes];
+int64_t strips_of(const Sweep& sweep) { return (sweep.columns + kLanes - 1) / kLanes; }
 
-    // The lanes past `count` are zero.
-    GENFT_INTO_EACH void load(const Stored* from, int64_t count) {
-        Stored padded[kLanes] = {};
-        if (count < kLanes) from = std::copy_n(from, count, padded) - count;
-        for (int64_t lane = 0; lane < kLanes; ++lane) value[lane] = Format::load(from[lane]);
+// What all threads share: thin matrices of the columns, and sums of them, in strips [strips, units, kLanes].
+template <class Wide>
+struct Columns {
+    std::vector<Wide> right, others_right, right_sums, others_right_sums;
+
+    explicit Columns(const Sweep& sweep)
+        : right(in_strips(sweep, sweep.right, sweep.k)),
+          others_right(in_strips(sweep, sweep.others_right, sweep.m)),
+          right_sums(sweep.right_sums ? right.size() : 0),
+          others_right_sums(sweep.others_right_sums ? sweep.m * strips_of(sweep) * kLanes : 0) {}
+
+    // To where they are wanted.
+    void write(const Sweep& sweep) const {
+        add(sweep, right_sums, sweep.k, sweep.right_sums);
+        add(sweep, others_right_sums, sweep.m, sweep.others_right_sums);
     }
 
-    GENFT_INTO_EACH void store(Stored* to, int64_t count) const {
-        Stored padded[kLanes];
-        Stored* whole = count < kLanes ? padded : to;
-        for (int64_t lane = 0; lane < kLanes; ++lane) whole[lane] = Format::store(value[lane]);
-        if (count < kLanes) std::copy_n(padded, count, to);
+private:
+    static std::vector<Wide> in_strips(const Sweep& sweep, const Thin& thin, int64_t units) {
+        std::vector<Wide> strips(thin.data ? units * strips_of(sweep) * kLanes : 0);
+        for (int64_t first = 0; thin.data && first < sweep.columns; first += kLanes) {
+            gather(sweep, thin, first, std::min(kLanes, sweep.columns - first), units, kLanes, strips.data() + first * units);
+        }
+        return strips;
     }
 
-    GENFT_INTO_EACH void multiply(const Lanes& other) {
-        for (int64_t lane = 0; lane < kLanes; ++lane) value[lane] *= other.value[lane];
+    static void add(const Sweep& sweep, const std::vector<Wide>& strips, int64_t units, void* sums) {
+        for (int64_t column = 0; !strips.empty() && column < sweep.columns; ++column) {
+            const Wide* from = strips.data() + column / kLanes * kLanes * units + column % kLanes;
+            for (int64_t j = 0; j < units; ++j) static_cast<Wide*>(sums)[column * units + j] += from[j * kLanes];
+        }
     }
 };
 
-// Whether each element of a block's rows is kept, times `keep_scale`.
-template <class Format>
-GENFT_INTO_EACH void draw(const Tile& tile, int64_t row, int64_t column, Lanes<Format> (&keep)[kBlockRows]) {
-    using Wide = typename Format::Wide;
-    const Wide kept = Wide(tile.keep_scale);
-    const uint32_t threshold = tile.threshold;
-    const uint64_t first = block_counter(column, row, tile.rows);
-    alignas(64) ManyWords words;
-    kDraw(first, block_counter(column + 1, row, tile.rows) - first, tile.stream, tile.seed, words);
-    for (int j = 0; j < kBlockRows; ++j) {
-        for (int64_t lane = 0; lane < kLanes; ++lane) {
-            keep[j].value[lane] = words[j][lane] >= threshold ? kept : Wide(0);
-        }
+// The numbers of one thread.
+template <class Wide>
+struct Room {
+    Block<Wide> keep;
+    std::vector<Block<Wide>> update, grad;            // of a block's strips
+    std::vector<Wide> left, others_left;              // of a block, [units, kBlockRows]
+    std::vector<Wide> right_sums, others_right_sums;  // of a chunk
+
+    // For the next chunk.
+    void clear(const Sweep& sweep, const Columns<Wide>& columns) {
+        update.resize(strips_of(sweep));
+        grad.resize(strips_of(sweep));
+        left.resize(sweep.k * kBlockRows);
+        others_left.resize(sweep.m * kBlockRows);
+        right_sums.assign(columns.right_sums.size(), Wide(0));
+        others_right_sums.assign(columns.others_right_sums.size(), Wide(0));
     }
-}
+};
 
-template <class Activation, class Format>
-GENFT_INTO_EACH void apply(Lanes<Format>& z, Lanes<Format>& grad, bool has_grad) {
-    if (has_grad) {
-        for (int64_t lane = 0; lane < kLanes; ++lane) {
-            z.value[lane] = Activation::apply(z.value[lane], grad.value[lane]);
-        }
-    } else {
-        for (int64_t lane = 0; lane < kLanes; ++lane) {
-            typename Format::Wide unused = 0;
-            z.value[lane] = Activation::apply(z.value[lane], unused);
-        }
-    }
-}
-
-template <class Format>
-GENFT_INTO_EACH void activate(int activation, Lanes<Format>& z, Lanes<Format>& grad, bool has_grad) {
-    switch (activation) {
-        case kRelu: return apply<Relu>(z, grad, has_grad);
-        case kLeakyRelu: return apply<LeakyRelu>(z, grad, has_grad);
-        case kGelu: return apply<Gelu>(z, grad, has_grad);
-        case kSilu: return apply<Silu>(z, grad, has_grad);
-        case kTanh: return apply<Tanh>(z, grad, has_grad);
-    }
-}
-
-// Up or down to a neighbour among the numbers that lack kDroppedBits, with the odds of the distance.
-template <class Format>
-GENFT_INTO_EACH void round_stochastically(const Tile& tile, int64_t element, Lanes<Format>& exact) {
-    if constexpr (Format::kDroppedBits > 0) {
-        const int64_t start = (tile.dither_start + element) % tile.dither_size;
-        int32_t wrapped[kLanes];
-        const int32_t* dither = tile.dither + start;
-        if (start + kLanes > tile.dither_size) {
-            for (int64_t lane = 0; lane < kLanes; ++lane) wrapped[lane] = tile.dither[(start + lane) % tile.dither_size];
-            dither = wrapped;
-        }
-        for (int64_t lane = 0; lane < kLanes; ++lane) {
-            const uint32_t bits = bits_of<uint32_t>(exact.value[lane]) + uint32_t(dither[lane]);
-            exact.value[lane] = bits_of<float>(bits & ~((1u << Format::kDroppedBits) - 1u));
-        }
-    }
-}
-
-template <class Format>
-GENFT_INTO_EACH void fold(const Tile& tile, int64_t row, int64_t column, int64_t count, Lanes<Format>& update) {
-    using Stored = typename Format::Stored;
-    const auto scale = typename Format::Wide(tile.scale);
-    Lanes<Format> exact;
-    exact.load(static_cast<const Stored*>(tile.weight) + row * tile.weight_stride + column, count);
-    for (int64_t lane = 0; lane < kLanes; ++lane) exact.value[lane] += scale * update.value[lane];
-    const int64_t element = row * tile.columns + column;
-    round_stochastically<Format>(tile, element, exact);
-    exact.store(static_cast<Stored*>(tile.folded) + element, count);
-}
-
-// Blocks of four rows, counted from the tile's first.
-template <class Format>
-GENFT_INTO_EACH void pass(const Tile& tile, int64_t first, int64_t last) {
-    using Stored = typename Format::Stored;
-    for (int64_t block = first; block < last; ++block) {
-        const int64_t top = kBlockRows * block, bottom = std::min(top + kBlockRows, tile.tile_rows);
-        for (int64_t column = 0; column < tile.columns; column += kLanes) {
-            const int64_t count = std::min(kLanes, tile.columns - column);
-            Lanes<Format> keep[kBlockRows], update, grad;
-            if (tile.drops) draw<Format>(tile, tile.first_row + top, column, keep);
-            for (int64_t row = top; row < bottom; ++row) {
-                Stored* pre = static_cast<Stored*>(tile.pre) + row * tile.columns + column;
-                Stored* gradient = static_cast<Stored*>(tile.grad) + row * tile.columns + column;
-                update.load(pre, count);
-                if (tile.grad) grad.load(gradient, count);
-                if (tile.grad && tile.drops) grad.multiply(keep[row - top]);
-                activate<Format>(tile.activation, update, grad, tile.grad != nullptr);
-                if (tile.drops) update.multiply(keep[row - top]);
-                if (tile.grad) grad.store(gradient, count);
-                if (tile.value) update.store(pre, count);
-                if (tile.folded) fold<Format>(tile, row, column, count, update);
+// Rows `first` to `last` of the sweep; sums over them stay in the room.
+template <class Wide, int kBytes>
+GENFT_INTO_EACH void rows_of(const Sweep& sweep, const Columns<Wide>& columns, int64_t first, int64_t last,
+                             Room<Wide>& room) {
+    using Products = ThinProducts<Wide, kBytes>;
+    const int64_t k = sweep.k, m = sweep.m, strips = room.update.size();
+    const Wide *right = columns.right.data(), *others_right = columns.others_right.data();
+    const bool of_grad = sweep.has_gradient, thin_grad = of_grad && !sweep.grad;
+    for (int64_t top = first; top < last; top += kBlockRows) {
+        const int64_t height = std::min(kBlockRows, last - top);
+        gather(sweep, sweep.left, top, height, k, kBlockRows, room.left.data());
+        if (sweep.others_left.data) gather(sweep, sweep.others_left, top, height, m, kBlockRows, room.others_left.data());
+        for (int64_t column = 0; column < sweep.columns; column += kLanes) {
+            Block<Wide>&update = room.update[column / kLanes], &grad = room.grad[column / kLanes];
+            Products::product(room.left.data(), right + column * k, k, update);
+            if (thin_grad) Products::product(room.others_left.data(), others_right + column * m, m, grad);
+            if (sweep.grad) {
+                for_format(sweep.dtype, Wide(), [&](auto format) GENFT_INTO_LAMBDA {
+                    load_grad<decltype(format)>(sweep, top, column, height, grad);
+                });
+            }
+            if (sweep.drops) draw(sweep, sweep.first_row + top, column, room.keep);
+            if (sweep.drops && of_grad) multiply(grad, room.keep);
+            activate(sweep.activation, update, grad, of_grad);
+            if (sweep.drops) multiply(update, room.keep);
+            clear_from(update, sweep.columns - column);
+            if (of_grad) clear_from(grad, sweep.columns - column);
+            if (sweep.folded) {
+                for_format(sweep.dtype, Wide(), [&](auto format) GENFT_INTO_LAMBDA {
+                    fold<decltype(format)>(sweep, top, column, height, update);
+                });
+            }
+            if (sweep.right_sums) Products::sum_rows(grad, room.left.data(), k, room.right_sums.data() + column * k);
+            if (sweep.others_right_sums) {
+                Products::sum_rows(update, room.others_left.data(), m, room.others_right_sums.data() + column * m);
             }
         }
+        if (sweep.left_sums) {
+            auto* sums = static_cast<Wide*>(sweep.left_sums) + top * k;
+            Products::sum_columns(room.grad.data(), strips, right, k, height, sums);
+        }
+        if (sweep.others_left_sums) {
+            auto* sums = static_cast<Wide*>(sweep.others_left_sums) + top * m;
+            Products::sum_columns(room.update.data(), strips, others_right, m, height, sums);
+        }
     }
 }
 
-GENFT_FOR_EACH_CPU
-void pass_of_dtype(const Tile& tile, int64_t first, int64_t last) {
-    switch (tile.dtype) {
-        case kFloat32: return pass<Plain<float>>(tile, first, last);
-        case kFloat16: return pass<Float16>(tile, first, last);
-        case kBFloat16: return pass<BFloat16>(tile, first, last);
-        case kFloat64: return pass<Plain<double>>(tile, first, last);
-    }
+// A version for each kind of x86 CPU in one library, which thus may be kept where several machines read it; with
+// GENFT_ONE_CPU, of tests, one for the CPU that the compiler is told.
+#if defined(GENFT_ONE_CPU) && defined(__AVX512F__)
+constexpr int kOwnBytes = 64;
+#elif defined(GENFT_ONE_CPU) && defined(__AVX2__)
+constexpr int kOwnBytes = 32;
+#else
+constexpr int kOwnBytes = 16;
+#endif
+
+template <class Wide>
+void rows_portably(const Sweep& sweep, const Columns<Wide>& columns, int64_t first,
+    int64_t last, Room<Wide>& room) {
+    rows_of<Wide, kOwnBytes>(sweep, columns, first, last, room);
 }
 
-}  // namespace
-}  // namespace genft::cpu
+#if defined(__x86_64__) && !defined(__clang__) && __GNUC__ >= 12 && !defined(GENFT_ONE_CPU)
+template <class Wide>
+__attribute__((target("arch=x86-64-v4"))) void rows_by_avx512(const Sweep& sweep, const Columns<Wide>& columns, int64_t first,
+    int64_t last, Room<Wide>& room) {
+    rows_of<Wide, 64>(sweep, columns, first, last, room);
+}
+
+template <class Wide>
+__attribute__((target("arch=x86-64-v3"))) void rows_by_avx2(const Sweep& sweep, const Columns<Wide>& columns, int64_t first,
+    int64_t last, Room<Wide>& room) {
+    rows_of<Wide, 32>(sweep, columns, first, last, room);
+}
+
+template <class Wide>
+auto fastest_rows() {
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("x86-64-v4")) return rows_by_avx512<Wide>;
+    if (__builtin_cpu_supports("x86-64-v3")) return rows_by_avx2<Wide>;
+    return rows_portably<Wide>;
+}
+#else
+template <class Wide>
+auto fastest_rows() {
+    return rows_portably<Wide>;
+}
+#endif
+
+// The chunks of a sweep, which threads take one by one.
+template <class Wide>
+struct Chunks {
+    const Sweep& sweep;
+    Columns<Wide>& columns;
+    std::atomic<int64_t> next{0}, added{0};  // the chunk to take; that whose sums are to be added
+
+    static void take(void* self) {
+        static const auto rows = fastest_rows<Wide>();
+        thread_local Room<Wide> room;  // it is large, and fresh memory costs page faults
+        auto& chunks = *static_cast<Chunks*>(self);
+        const Sweep& sweep = chunks.sweep;
+        const int64_t count = chunks.count();
+        for (int64_t chunk; (chunk = chunks.next.fetch_add(1)) < count;) {
+            room.clear(sweep, chunks.columns);
+            const int64_t first = kChunkRows * chunk;
+            rows(sweep, chunks.columns, first, std::min(first + kChunkRows, sweep.rows), room);
+            while (chunks.added.load(std::memory_order_acquire) != chunk) std::this_thread::yield();
+            add(room.right_sums, chunks.columns.right_sums);
+            add(room.others_right_sums, chunks.columns.others_right_sums);
+            chunks.added.store(chunk + 1, std::memory_order_release);
+        }
+    }
+
+    int64_t count() const { return (sweep.rows + kChunkRows - 1) / kChunkRows; }
+
+    static void add(const std::vector<Wide>& part, std::vector<Wide>& to) {
+        for (size_t i = 0; i < part.size(); ++i) to[i] += part[i];
+    }
+};
 
 // PyTorch's own threads, where they are OpenMP's: while they wait for its next operation they spin, and others would
 // have to share their cores. Null where there are none.
 using InParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
-static InParallel pytorchs_threads() {
+InParallel pytorchs_threads() {
     static const auto found = reinterpret_cast<InParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
     return found;
 }
 
-struct Shares {
-    const Tile& tile;
-    const int64_t blocks, share;
-    std::atomic<int64_t> next{0};
-
-    static void take(void* self) {
-        auto& shares = *static_cast<Shares*>(self);
-        for (int64_t first; (first = shares.next.fetch_add(shares.share)) < shares.blocks;) {
-            genft::cpu::pass_of_dtype(shares.tile, first, std::min(first + shares.share, shares.blocks));
-        }
-    }
-};
-
-// The result does not depend on the number of threads.
-extern "C" void genft_update_tile(const Tile* tile, int threads) {
-    const int64_t blocks = (tile->tile_rows + genft::cpu::kBlockRows - 1) / genft::cpu::kBlockRows;
-    Shares shares{*tile, blocks, std::max<int64_t>(1, (blocks + threads - 1) / threads)};
-    if (const InParallel in_parallel = pytorchs_threads(); in_parallel != nullptr && threads > 1) {
-        return in_parallel(Shares::take, &shares, unsigned(threads), 0);
+template <class Work>
+void in_parallel(Work& work, int threads) {
+    if (const InParallel others = pytorchs_threads(); others != nullptr && threads > 1) {
+        return others(Work::take, &work, unsigned(threads), 0);
     }
     std::vector<std::thread> others;
-    for (int thread = 1; thread < threads; ++thread) others.emplace_back(Shares::take, &shares);
-    Shares::take(&shares);
+    for (int thread = 1; thread < threads; ++thread) others.emplace_back(Work::take, &work);
+    Work::take(&work);
     for (std::thread& other : others) other.join();
+}
+
+template <class Wide>
+void run(const Sweep& sweep, int threads) {
+    Columns<Wide> columns(sweep);
+    Chunks<Wide> chunks{sweep, columns};
+    in_parallel(chunks, int(std::min<int64_t>(threads, chunks.count())));
+    columns.write(sweep);
+}
+
+}  // namespace
+}  // namespace genft::cpu
+
+// No result depends on the number of threads.
+extern "C" void genft_sweep(const Sweep* sweep, int threads) {
+    if (sweep->dtype == genft::cpu::kFloat64) return genft::cpu::run<double>(*sweep, threads);
+    genft::cpu::run<float>(*sweep, threads);
 }

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...activations import ACTIVATIONS
 from .. import LaunchError
-from ..eager.update import Update
+from ..eager.update_tile import Update
 from . import extension
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # codes of genft.h

@@ -15,7 +15,6 @@ import shlex
 import shutil
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,54 +25,97 @@ from ..compiled import cache
 from ..compiled.build import package_sources
 from ..compiled.run import BuildError
 from ..compiled.run import run as run_compiler
+from .fold import Folding
 from .rounding import dither_of
 from .scratch import scratch
+from .update_tile import Others, Sums, Update, Wanted
 
-if TYPE_CHECKING:
-    from .fold import Folding
-    from .update_tile import UpdateTile
-
-_SOURCES = ("cpu_update.cpp", "cpu_math.h", "cpu_philox.h", "genft.h", "philox.h")
+_SOURCES = ("cpu_update.cpp", "cpu_block.h", "cpu_math.h", "cpu_philox.h", "cpu_thin.h", "genft.h", "philox.h")
 # Without traps and errno, which nobody here looks at, compilers make vectors of more loops; no result changes.
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
 _LIMIT = 180  # seconds for the compiler
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 # Elements below which a second thread costs more than it saves.
 _ELEMENTS_OF_A_THREAD = 1 << 16
+# The longest product of `others` that is formed on the way instead of in memory.
+_LONGEST_ON_THE_WAY = 64
 
 
-class _Tile(ctypes.Structure):
-    """`Tile` of csrc/cpu_update.cpp."""
+class _Thin(ctypes.Structure):
+    """`Thin` of csrc/cpu_update.cpp."""
+
+    _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_int64), ("unit_stride", ctypes.c_int64)]
+
+    @classmethod
+    def of(cls, matrix: Tensor | None) -> _Thin:
+        return cls() if matrix is None else cls(matrix.data_ptr(), *matrix.stride())
+
+
+class _Sweep(ctypes.Structure):
+    """`Sweep` of csrc/cpu_update.cpp."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("pre", "grad", "weight", "folded", "dither")),
-        *((name, ctypes.c_int64) for name in ("weight_stride", "dither_size", "dither_start")),
-        *((name, ctypes.c_int64) for name in ("first_row", "tile_rows", "rows", "columns")),
+        *((name, _Thin) for name in ("left", "right", "others_left", "others_right")),
+        ("grad", ctypes.c_void_p),
+        *((f"{name}_sums", ctypes.c_void_p) for name in ("left", "right", "others_left", "others_right")),
+        *((name, ctypes.c_void_p) for name in ("weight", "folded", "dither")),
+        *((name, ctypes.c_int64) for name in ("k", "m", "weight_stride", "dither_size", "dither_start")),
+        *((name, ctypes.c_int64) for name in ("first_row", "rows", "all_rows", "columns")),
         ("seed", ctypes.c_uint64),
         *((name, ctypes.c_double) for name in ("scale", "keep_scale")),
         *((name, ctypes.c_uint32) for name in ("stream", "threshold")),
-        *((name, ctypes.c_int32) for name in ("dtype", "activation", "drops", "value")),
+        *((name, ctypes.c_int32) for name in ("dtype", "activation", "drops", "has_gradient")),
     ]
 
 
-def run(tile: UpdateTile, grad: Tensor | None, value: bool, folding: Folding | None) -> bool:
-    """`UpdateTile.evaluate_`, where there is compiled code for it; whether that is so."""
-    update, rows, pre = tile
-    if pre.device.type != "cpu" or pre.dtype not in _DTYPES or isinstance(compiled := _compiled(), str):
-        return False
-    first, last, count = philox.blocks_of(rows, update.left.shape[0])
-    call = _Tile(
-        pre=pre.data_ptr(),
-        value=value,
+def sweep(update: Update, others: Others, wanted: Wanted, folding: Folding | None) -> Sums | None:
+    """`sweep.sweep`, where there is compiled code for it; else None."""
+    left, dtype = update.left, update.left.dtype
+    if left.device.type != "cpu" or dtype not in _DTYPES or isinstance(_compiled(), str):
+        return None
+    (rows, k), columns, wide = left.shape, update.right.shape[0], torch.promote_types(dtype, torch.float32)
+    m = 0 if others.left is None else others.left.shape[1]
+    in_memory = wanted.gradient and m > _LONGEST_ON_THE_WAY
+    shapes = (rows, k), (columns, k), (rows, m), (columns, m)
+    sums = Sums(*(torch.zeros(shape, dtype=wide) if want else None for shape, want in zip(shapes, wanted, strict=True)))
+    for part in update.tiles() if in_memory else [slice(0, rows)]:
+        grad = others.product("grad", part) if in_memory else None
+        beside = Others() if in_memory and not (wanted.others_left or wanted.others_right) else others
+        of_part = sums._replace(left=_rows(sums.left, part), others_left=_rows(sums.others_left, part))
+        run(update, part, beside, grad, of_part, folding)
+    return sums
+
+
+def run(update: Update, rows: slice, others: Others, grad: Tensor | None, sums: Sums, folding: Folding | None) -> None:
+    """One call of the compiled code, for some rows.
+
+    Args:
+        grad: that of U  [rows, columns], where it is not the product of `others`.
+        sums: what is wanted, in the wide dtype; `left` and `others_left` of these rows, the others are added to.
+    """
+    compiled, dtype = _compiled(), update.left.dtype
+    assert not isinstance(compiled, str)
+    first, _, count = philox.blocks_of(rows, update.left.shape[0])
+    call = _Sweep(
+        left=_Thin.of(update.left[rows]),
+        right=_Thin.of(update.right),
+        others_left=_Thin.of(_rows(others.left, rows)),
+        others_right=_Thin.of(others.right),
+        grad=_address(grad),
+        left_sums=_address(sums.left),
+        right_sums=_address(sums.right),
+        others_left_sums=_address(sums.others_left),
+        others_right_sums=_address(sums.others_right),
+        k=update.left.shape[1],
+        m=next((matrix.shape[1] for matrix in others if matrix is not None), 0),
         first_row=4 * first,
-        tile_rows=count,
-        rows=update.left.shape[0],
+        rows=count,
+        all_rows=update.left.shape[0],
         columns=update.right.shape[0],
-        dtype=_DTYPES[pre.dtype],
+        dtype=_DTYPES[dtype],
         activation=ACTIVATIONS.index(update.activation),
+        has_gradient=sums.left is not None or sums.right is not None,
     )
-    if grad is not None:
-        call.grad = grad.data_ptr()
     if update.dropout > 0:
         assert update.seed is not None
         call.drops, call.seed, call.stream = True, int(update.seed), update.stream
@@ -82,12 +124,19 @@ def run(tile: UpdateTile, grad: Tensor | None, value: bool, folding: Folding | N
         weight = _with_contiguous_rows(folding.weight[rows])
         call.weight, call.weight_stride, call.scale = weight.data_ptr(), weight.stride(0), folding.scale
         call.folded = folding.out[rows].data_ptr()
-        if pre.dtype.itemsize == 2:
-            table, call.dither_start = dither_of(pre.dtype, update.seed, rows.start * weight.shape[1])
+        if dtype.itemsize == 2:
+            table, call.dither_start = dither_of(dtype, update.seed, rows.start * weight.shape[1])
             call.dither, call.dither_size = table.data_ptr(), table.numel()
-    threads = min(torch.get_num_threads(), 1 + pre.numel() // _ELEMENTS_OF_A_THREAD)
-    compiled.genft_update_tile(ctypes.byref(call), ctypes.c_int(threads))
-    return True
+    threads = min(torch.get_num_threads(), 1 + call.rows * call.columns // _ELEMENTS_OF_A_THREAD)
+    compiled.genft_sweep(ctypes.byref(call), ctypes.c_int(threads))
+
+
+def _rows(matrix: Tensor | None, rows: slice) -> Tensor | None:
+    return None if matrix is None else matrix[rows]
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def state() -> str:
@@ -136,5 +185,5 @@ def _library() -> cache.Library:
 
 def _load(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
-    library.genft_update_tile  # AttributeError if it is another  # noqa: B018
+    library.genft_sweep  # AttributeError if it is another  # noqa: B018
     return library

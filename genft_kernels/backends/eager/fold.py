@@ -1,8 +1,8 @@
-"""W + scale * dW, the one transient of a whole weight's size, made tile by tile for a matrix product."""
+"""W + scale * dW, the one transient of a whole weight's size, made for a matrix product."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,12 +11,9 @@ from .products import is_16_bit
 from .rounding import round_stochastically
 from .scratch import scratch
 
-if TYPE_CHECKING:
-    from .update_tile import Update
-
 
 class Folding(NamedTuple):
-    """Where rows of an update U go: out = weight + scale * U, in 16 bits rounded so that no small U is swallowed."""
+    """Where an update U goes: out = weight + scale * U, in 16 bits rounded so that no small U is swallowed."""
 
     weight: Tensor  # [out, in]
     scale: float
@@ -26,14 +23,6 @@ class Folding(NamedTuple):
     def of(cls, weight: Tensor, scale: float) -> Folding:
         """Into scratch memory."""
         return cls(weight, scale, scratch("folded", tuple(weight.shape), weight.dtype, weight.device))
-
-
-def fold(weight: Tensor, update: Update, scale: float) -> Tensor:
-    """W + scale * U  [out, in] in scratch memory."""
-    folding = Folding.of(weight, scale)
-    for tile in update.tiles():
-        tile.evaluate_(folding=folding)
-    return folding.out
 
 
 def fold_rows(folding: Folding, rows: slice, update: Tensor, seed: Tensor | None) -> None:

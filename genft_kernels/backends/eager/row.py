@@ -8,9 +8,10 @@ from torch import Tensor
 from ...activations import activation_backward
 from ...config import is_factored
 from ...philox import COLUMN_STREAM
-from .products import add_part, long_sums, product, sum_of_rows
+from .products import long_sums, sum_of_rows
+from .sweep import sweep
 from .thin import activated
-from .update_tile import Update
+from .update_tile import Others, Update, Wanted
 
 
 def row(left, right, down, bias, seed, outer: str, dropout: float, inner: str):
@@ -54,12 +55,10 @@ def _updates(left: Tensor, right: Tensor, outer: str, dropout: float, seed: Tens
 
 
 def _tiled(y: Update, down: Tensor) -> Tensor:
-    """Y^T A^T  [in, k] of one layer, at least in float32 if Y takes more than one tile."""
-    z = None  # [k, in]
-    for tile in y.tiles():
-        z = add_part(z, down[:, tile.rows] @ tile.evaluate_(value=True))
+    """Y^T A^T  [in, k] of one layer, in sums that are at least float32 if Y takes more than one tile."""
+    z = sweep(y, Others(left=down.t()), Wanted(others_right=True)).others_right
     assert z is not None
-    return z.t()
+    return z
 
 
 def _tiled_backward(
@@ -67,18 +66,7 @@ def _tiled_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """One layer, as in flash attention: a tile of Y is made again, and dY = (dZ A)^T is formed for it and used up."""
     need_left, need_right, need_down = needs
-    dleft = torch.empty_like(y.left) if need_left else None
-    dright = None  # [k1, in]
-    ddown = torch.empty_like(down) if need_down else None
-    for tile in y.tiles():
-        rows, grad = tile.rows, None
-        if need_left or need_right:
-            grad = product("grad", down[:, rows].t(), dz.t())  # dY  [tile, in]
-        value = tile.evaluate_(grad, value=need_down)
-        if grad is not None and dleft is not None:
-            torch.mm(grad, y.right, out=dleft[rows])  # of what is now d(left right^T)
-        if grad is not None and need_right:
-            dright = add_part(dright, y.left[rows].t() @ grad)
-        if ddown is not None:
-            ddown[:, rows] = (value @ dz).t()
-    return dleft, None if dright is None else dright.t().to(y.right.dtype).contiguous(), ddown
+    dtype = down.dtype
+    sums = sweep(y, Others(down.t(), dz), Wanted(need_left, need_right, others_left=need_down))
+    ddown = None if sums.others_left is None else sums.others_left.t()
+    return tuple(None if grad is None else grad.to(dtype) for grad in (sums.left, sums.right, ddown))
