@@ -100,7 +100,7 @@ def test_tuner_takes_little_more_of_python_than_apply_genft():
     model = peft_model().train()
     own = own_model(model).train()
     tuners = calls(model.base_model.model.layers[0].attention.query, model)
-    assert tuners <= 1.25 * calls(own.layers[0].attention.query, own)
+    assert tuners <= 1.1 * calls(own.layers[0].attention.query, own)
 
 
 def test_accumulate_gives_the_gradients_of_the_same_passes():

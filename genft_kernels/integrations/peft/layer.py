@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ...frozen_weight import FrozenWeight, kind_name, kind_of
-from ...generator import GenFTGenerator
+from ...generator import GenFTGenerator, registered
 from ...modules import check_adaptable, is_conv1d
 from ...row_blocks import RowBlocks
 from ...sharing.source import is_tensor_subclass
@@ -20,6 +20,7 @@ from ...together import updated_linear
 from ...units import GenFTUpdate, adapter_dtype
 
 BASE = "__base__"  # PEFT's name for the model without an adapter
+PLAIN = {Tensor, nn.Parameter}  # `is_tensor_subclass` of many at once
 SHARED = "genft_shared"  # the name of the shared tensors in the model
 
 
@@ -42,18 +43,20 @@ class StoredGenerator(GenFTGenerator):
         self, shape: tuple[int, int], config: Any, container: nn.ParameterDict, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__(*shape, config, dtype=dtype)
-        self._keys = {name: f"{self.in_features}x{self.out_features}_{name}" for name in self.tensor_names}
-        for name, key in self._keys.items():
+        self._stored = tuple(f"{self.in_features}x{self.out_features}_{name}" for name in self.tensor_names)
+        for name, key in zip(self.tensor_names, self._stored, strict=True):
             container[key] = self._parameters.pop(name)
         self.__dict__["container"] = container  # not registered: the model has it
 
     def forward(self) -> dict[str, Tensor]:
-        container = self.container  # its attributes: items take a dictionary several times as long
-        return {name: getattr(container, key) for name, key in self._keys.items()}
+        return dict(zip(self.tensor_names, self.tensors(), strict=True))
+
+    def tensors(self) -> list[Tensor]:
+        return registered(self.container, self._stored)
 
     @property
     def sharded(self) -> bool:  # type: ignore[override]  # of what the container holds now
-        return any(is_tensor_subclass(tensor) for tensor in self.forward().values())
+        return not PLAIN.issuperset(map(type, self.tensors()))
 
 
 class AdapterUpdate(GenFTUpdate):
@@ -198,6 +201,15 @@ class GenFTLayer(AdapterLayer):
     def bound_weight(self) -> nn.Parameter:
         return self.base_layer.weight
 
+    @property
+    def stored_weight(self) -> Tensor:
+        """W as the base layer stores it, merged or not."""
+        if self._frozen:
+            return self._frozen["weight"]
+        base: Any = self._modules["base_layer"]  # asked several times a forward: without the detour of attributes
+        weight = base._parameters.get("weight")
+        return base.weight if weight is None else weight
+
     def _bind(self, weight: nn.Parameter) -> None:
         self.base_layer.weight = weight
 
@@ -227,7 +239,8 @@ class GenFTLayer(AdapterLayer):
         return self._updated(x, self.active_adapters)
 
     def _updated(self, x: Tensor, adapters: list[str]) -> Tensor:
-        updates = [self.genft_own[name] for name in adapters if name in self.genft_own]
+        own: Any = self._modules["genft_own"]._modules  # type: ignore[union-attr]
+        updates = [own[name] for name in adapters if name in own]
         if not updates:
             return self.base_layer.forward(x)
         weight = self.frozen_weight

@@ -139,9 +139,9 @@ class PeftGenFTModel(BaseTuner):
         self, peft_config: PeftGenFTConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
         """The parameters that got the adapter: each a stack of experts, as `GenFTConfig.target_parameters` says."""
-        native, named = peft_config.native(), peft_config.target_parameters
-        chosen = dataclasses.replace(native, target_parameters=named, exclude_modules=peft_config.exclude_modules)
-        targets = find_expert_targets(model, chosen)
+        native = peft_config.native()
+        choice: dict[str, Any] = {name: getattr(peft_config, name) for name in ("target_parameters", "exclude_modules")}
+        targets = find_expert_targets(model, dataclasses.replace(native, **choice))
         for target in targets:
             if len(target.paths) > 1:
                 raise ValueError(f"{target.paths[0]!r} and {target.paths[1]!r} are one module: PEFT knows only one")
