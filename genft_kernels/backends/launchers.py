@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .eager.update_tile import Update
 
+__all__ = ["Launchers", "Outcome", "Pair", "Sum", "Update"]
+
 
 class Outcome(NamedTuple):
     """Where activation(z + bias [k]) goes, z [..., k], and, but for the identity, what the activation is applied to."""
