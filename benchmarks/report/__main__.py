@@ -53,27 +53,29 @@ def write_report(results: Path = RESULTS, root: Path = REPOSITORY) -> list[Path]
     devices = {name: rows for name, rows in devices.items() if rows}
     if not devices:
         raise ReportError(f"no results under {results}; run make bench first")
-    readme, plot, document = root / "README.md", root / "docs" / "six_bars.png", root / "docs" / "results.md"
-    over_tokens = root / "docs" / "cost_over_tokens.png"
+    readme, docs = root / "README.md", root / "docs"
     text = readme.read_text()
     if BEGIN not in text or END not in text or text.index(BEGIN) > text.index(END):
         raise ReportError(f"{readme} needs the lines {BEGIN} and {END}, in this order")
     bars = {_device(rows): costs for rows in devices.values() if (costs := six_bars.measured(rows))}
-    if bars:
-        six_bars.draw(list(bars.items()), plot)
     sweeps = [
         (_device(rows), found)
         for rows in devices.values()
         if (found := tokens_plot.sweep(rows.get(layer_tables.SUITE, ()))) is not None
     ]
-    if sweeps:
-        tokens_plot.draw(sweeps, over_tokens)
-    picture = ["![cost relative to PEFT's LoRA](six_bars.png)\n"] if bars else []
-    picture += [f"![cost of one layer over tokens]({over_tokens.name})\n"] if sweeps else []
-    document.write_text("\n".join([_INTRODUCTION, *picture, *(_section(rows) for rows in devices.values())]))
+    pictures = {}
+    for name, words, draw, shown in (
+        ("six_bars.png", "cost relative to PEFT's LoRA", six_bars.draw, list(bars.items())),
+        ("cost_over_tokens.png", "cost of one layer over tokens", tokens_plot.draw, sweeps),
+    ):
+        if shown:
+            draw(shown, docs / name)
+            pictures[docs / name] = f"![{words}]({name})\n"
+    document = "\n".join([_INTRODUCTION, *pictures.values(), *(_section(rows) for rows in devices.values())])
+    (docs / "results.md").write_text(document)
     before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
     readme.write_text(f"{before}\n{_summary(devices, bars)}\n{after}")
-    return [document, *([plot] if bars else []), *([over_tokens] if sweeps else []), readme]
+    return [docs / "results.md", *pictures, readme]
 
 
 def _suites(folder: Path) -> dict[str, list[Row]]:

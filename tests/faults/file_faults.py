@@ -6,6 +6,7 @@ FOLDER = ["tests/files/test_folder.py", "-m", "not slow"]
 ADAPTER = ["tests/files/test_adapter_io.py", "tests/files/test_adapter_refusals.py"]
 HOSTILE = ["tests/files/test_hostile_files.py"]
 BAD_INPUT = ["tests/method/test_bad_input.py"]
+OFFICIAL = ["tests/files/test_official_files.py", "tests/files/test_official_refusals.py"]
 
 FAULTS = [
     Fault("save: no lock", "genft_kernels/files/folder.py", "lock = _lock(directory)", "lock = None", FOLDER),
@@ -128,5 +129,26 @@ FAULTS = [
         'check_flag("training", training)',
         "pass",
         BAD_INPUT,
+    ),
+    Fault(
+        "bad input: 1 is taken for True",
+        "genft_kernels/config.py",
+        "isinstance(self.zero_delta, (bool, str)) and ",
+        "",
+        BAD_INPUT,
+    ),
+    Fault(
+        "official: of the layers only the first has its units",
+        "genft_kernels/files/official.py",
+        "for owner, layer in layers.items()]",
+        "for owner, layer in list(layers.items())[:1]]",
+        OFFICIAL,
+    ),
+    Fault(
+        "official: copies of the generator may differ",
+        "genft_kernels/files/official.py",
+        "_check_copies(path, tensors, copies, layout.shared)",
+        "pass",
+        OFFICIAL,
     ),
 ]
