@@ -24,7 +24,7 @@ from torch import Tensor
 from . import backends
 from .backends.compiled.run import BuildError
 from .config import is_factored
-from .frozen_weight import opened
+from .frozen_weight import FrozenWeight, opened
 from .operation import Operation, keep, kept
 
 
@@ -49,8 +49,9 @@ def _compute_by(backend: str, operation: str, *args: Any) -> tuple[Any, ...]:
         # The dtypes are settled by now; autocast must not settle them anew inside a product.
         with torch.autocast(device.type, enabled=False):
             return _compute_by(backend, operation, *args)
-    # Plain PyTorch makes the W of a list dense itself, one after the other.
-    args = tuple(each if backend == "eager" and isinstance(each, list) else opened(each) for each in args)
+    if not {FrozenWeight, list}.isdisjoint(map(type, args)):  # else a forward has a dozen calls fewer
+        # Plain PyTorch makes the W of a list dense itself, one after the other.
+        args = tuple(each if backend == "eager" and isinstance(each, list) else opened(each) for each in args)
     if device.type != "cuda":
         return function(*args)
     with torch.cuda.device(device):  # Triton launches on the current one, whatever its tensors are on
