@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -93,7 +95,8 @@ class AdapterCheckpoints:
         class AdapterTrainer(AdapterCheckpoints, Trainer): ...
 
     Training resumes from such checkpoints, `load_best_model_at_end` reads them, and so does `load_adapter`. The model
-    has to be adapted beforehand, as for every `Trainer`.
+    has to be adapted beforehand, as for every `Trainer`. It may be quantised, which a plain `Trainer` refuses, because
+    it knows of PEFT's adapters alone.
 
     Raises, when the Trainer is made:
         RuntimeError: the model has no adapter.
@@ -107,7 +110,8 @@ class AdapterCheckpoints:
     processing_class: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        with _said_to_have_an_adapter(kwargs.get("model", args[0] if args else None)):
+            super().__init__(*args, **kwargs)
         self._adapted_model()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -144,6 +148,23 @@ class AdapterCheckpoints:
         if not is_adapted(model):
             raise RuntimeError("AdapterCheckpoints: the Trainer's model has no adapter: call apply_genft first")
         return model
+
+
+# By which a Trainer tells a quantised model with an adapter from one that nothing of could train.
+_HAS_ADAPTER = "_hf_peft_config_loaded"
+
+
+@contextlib.contextmanager
+def _said_to_have_an_adapter(model: object) -> Iterator[None]:
+    """Within the context transformers takes an adapted model for one with an adapter of PEFT's."""
+    if not (isinstance(model, nn.Module) and is_adapted(model)) or _HAS_ADAPTER in vars(model):
+        yield
+        return
+    setattr(model, _HAS_ADAPTER, True)
+    try:
+        yield
+    finally:
+        delattr(model, _HAS_ADAPTER)
 
 
 # What the mixin takes the place of; without it a Trainer would go on writing whole models.

@@ -13,7 +13,7 @@ def of(words: str) -> list[str]:
 KEPT = of("dequantisations or kept or one_weight or flop or together")
 SAME = of("gradient or blocks or compute_dtype or is_the_one and row or rms or codes")
 STATES = of("disabled or remov or merging or dense or stored_bytes")
-REFUSED = of("refused or registration or quantised_and or is_not_quantised or without_values")
+REFUSED = of("refused or registration or quantised_and or not_quantised or without_values")
 HANDLE, OPS, LINEAR = "genft_kernels/frozen_weight.py", "genft_kernels/ops.py", "genft_kernels/quantised_linear.py"
 OPERATION = "genft_kernels/operation.py"
 
@@ -147,5 +147,40 @@ FAULTS = [
         "    for tensor in tensors:\n",
         "    for tensor in list(tensors)[-1:]:\n",
         STATES,
+    ),
+    Fault(
+        "quantised: a layer that is no longer whole has no name",
+        "genft_kernels/first_forward.py",
+        "            with about(repr(self._name)):\n                check_stored(layer)\n",
+        "",
+        REFUSED,
+    ),
+    Fault(
+        "quantised: what lets no gradient through since is not looked at",
+        "genft_kernels/adapted_model.py",
+        "    check_gradients_pass(model, {layer: name for name, layer in adapted_layers(model).items()})\n",
+        "",
+        REFUSED,
+    ),
+    Fault(
+        "quantised: what lets no gradient through is refused without gradients",
+        "genft_kernels/adapted_model.py",
+        "    if not (torch.is_grad_enabled() and model.training):\n",
+        "    if False:\n",
+        REFUSED,
+    ),
+    Fault(
+        "quantised: trained copies of quantised modules",
+        "genft_kernels/saved_modules.py",
+        "        check_not_quantised(path, original)\n",
+        "",
+        REFUSED,
+    ),
+    Fault(
+        "quantised: trained modules that are quantised later",
+        "genft_kernels/adapted_model.py",
+        "        check_not_quantised(path, model.get_submodule(path))\n",
+        "        pass\n",
+        REFUSED,
     ),
 ]

@@ -125,6 +125,16 @@ def test_model_without_an_adapter_is_refused_before_training(tmp_path):
         trainer(base(), tmp_path)
 
 
+def test_quantised_base_is_taken(tmp_path):
+    model = adapted()
+    model.is_quantized, model.hf_quantizer = True, SimpleNamespace(is_trainable=True)  # as from_pretrained leaves it
+    with pytest.raises(ValueError, match="purely quantized models"):
+        trainer(model, tmp_path, transformers.Trainer)
+    trainer(model, tmp_path).train()
+    assert not model._hf_peft_config_loaded
+    assert_same(trained(load_adapter(base(), tmp_path / "checkpoint-8")), trained(model))
+
+
 class Sharding(transformers.Trainer):
     """Says that it runs under DeepSpeed, or FSDP1, which need more than one process."""
 

@@ -9,9 +9,11 @@ from genft_kernels import (
     GenFTGenerator,
     GenFTLinear,
     apply_genft,
+    frozen_weight,
     register_frozen_weight,
 )
 from tests.helpers.quantised_layers import (
+    TOKENS,
     Int8Linear,
     Unreadable,
     config,
@@ -45,8 +47,6 @@ def named(module_name: str) -> nn.Module:
 )
 @pytest.mark.parametrize("targets", [None, "all-linear"])
 def test_kinds_without_a_way_to_dequantise_are_refused(library, method, targets, monkeypatch):
-    from genft_kernels import frozen_weight
-
     monkeypatch.setattr(frozen_weight, "_registered", {})
     monkeypatch.setattr(frozen_weight, "_found", {})
     model = Encoder()
@@ -148,3 +148,47 @@ def test_the_layers_compute_dtype_is_kept():
     assert y.dtype == torch.float32
     del linear.compute_dtype
     assert torch.equal(y, layer(x.bfloat16()).float())
+
+
+def changed(monkeypatch, **settings) -> None:
+    """Let the kind be another one from now on."""
+    monkeypatch.setitem(
+        frozen_weight._registered, Int8Linear, frozen_weight.Kind(lambda layer: layer.codes * layer.scale, **settings)
+    )
+    monkeypatch.setattr(frozen_weight, "_found", {})
+
+
+def test_a_layer_that_is_no_longer_whole_is_refused_by_name_in_the_first_forward(monkeypatch):
+    model = apply_genft(quantised(Encoder()), config())
+
+    def packed(layer):
+        raise ValueError("its scales are lost")
+
+    changed(monkeypatch, packed=packed)
+    with pytest.raises(ValueError, match="'layers.0.attention.query': Int8Linear: its scales are lost"):
+        step(model)
+
+
+def test_layers_that_let_no_gradient_through_are_refused_in_the_first_training_forward(monkeypatch):
+    made = [apply_genft(quantised(Encoder(), names=["key"]), config()) for _ in range(2)]
+    changed(monkeypatch, blocks_gradients=lambda layer: "it has no gradient")
+    message = r"'layers.0.attention.key' \(Int8Linear\) comes after the target 'layers.0.attention.query': it has no"
+    with torch.no_grad():
+        made[0].train()(TOKENS)
+    made[0].eval()(TOKENS)
+    with pytest.raises(TypeError, match=message):
+        step(made[1])
+
+
+def test_modules_to_save_are_not_quantised():
+    model = quantised(Encoder())
+    with pytest.raises(TypeError, match=r"modules_to_save: 'layers.0.attention.query' is quantised \(Int8Linear\)"):
+        apply_genft(model, config(modules_to_save=["layers.0.attention"], target_modules=["layers.1.attention.query"]))
+    assert isinstance(model.layers[1].attention.query, Int8Linear)
+
+
+def test_a_trained_module_that_is_quantised_later_is_refused_in_the_first_training_forward():
+    model = apply_genft(Encoder(), config(modules_to_save=["classifier"], target_modules=["query"]))
+    model.classifier = Int8Linear(nn.Linear(8, 3))
+    with pytest.raises(TypeError, match=r"modules_to_save: 'classifier' is quantised \(Int8Linear\) and cannot train"):
+        step(model)
