@@ -1,6 +1,6 @@
 """What is compared: every method freezes the model and returns it with its own part trainable."""
 
-from .genft import FAST, FAST_BOTH, OFFICIAL, TILED, WEGEFT
+from .genft import FAST, FAST_BOTH, OFFICIAL, ROW, TILED, WEGEFT
 from .method import Method, Unsuitable, optimizer_groups, settings_of, trainable_parameters
 from .peft import FOURIERFT, LORA, VERA
 from .plain import BITFIT, PROBE
@@ -8,6 +8,6 @@ from .plain import BITFIT, PROBE
 __all__ = ["METHODS", "Method", "Unsuitable", "optimizer_groups", "settings_of", "trainable_parameters"]
 
 METHODS: dict[str, Method] = {
-    "fast": FAST, "lora": LORA, "wegeft": WEGEFT, "fast-both": FAST_BOTH, "tiled": TILED,
+    "fast": FAST, "lora": LORA, "wegeft": WEGEFT, "row": ROW, "fast-both": FAST_BOTH, "tiled": TILED,
     "official": OFFICIAL, "vera": VERA, "fourierft": FOURIERFT, "bitfit": BITFIT, "probe": PROBE,
 }  # fmt: skip

@@ -33,6 +33,7 @@ def official(model: nn.Module, problem: Problem, size: int, scale: float) -> nn.
 
 FAST = Method("GenFT fast (column stage)", sized("fast"))
 WEGEFT = Method("GenFT wegeft (column stage, all units shared)", sized("wegeft"))
+ROW = Method("GenFT row stage, as fast", sized("fast", transform="row"))
 FAST_BOTH = Method("GenFT fast-both (factored form)", sized("fast-both"))
 TILED = Method("GenFT fast-both, leaky_relu (tiled form)", sized("fast-both", outer_activation="leaky_relu"))
 OFFICIAL = Method("GenFT, official preset", official, rates=(2.5e-3, 5e-3, 1e-2), sized=False)
