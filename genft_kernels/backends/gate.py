@@ -44,22 +44,22 @@ class Case:
     inner: str = "tanh"
     bias: bool = True  # in every stage; the row stage's is one unit more
     lies: str = "as it is"  # W in memory, or "transposed", "apart" (rows longer than W is wide), or "far apart"
-    generates: bool = True  # or the token side alone
+    row: bool = True  # the row stage, too
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')}, k {self.k}, {self.activation}, dropout {self.dropout}"
 
 
-# Sizes whose rows begin where an asynchronous copy may; in 16 bits enough tokens for the wide tiles and for sums to be
-# split, and more units than a slice of them; blocks enough for the larger ones, of what Triton has compiled by then,
-# since compiling is what takes long; and addresses that take more than 32 bits.
+# Sizes whose rows begin where an asynchronous copy may; in 16 bits enough tokens for the wide tiles and for sums over
+# them to be split, and more units than a slice of them; blocks enough for the larger ones and sums over W to be split,
+# of what Triton has compiled by then, since compiling is what takes long; and addresses that take more than 32 bits.
 CASES = (
     Case(torch.bfloat16, 32, "identity", 0.3, 200, 160, 224, inner="identity", bias=False),
     Case(torch.float16, 37, "gelu", 0.3, 1100, inner="relu", lies="transposed"),
     Case(torch.bfloat16, 80, "silu", 0.0, 1100, inner="gelu", lies="apart"),
     Case(torch.float32, 5, "leaky_relu", 0.3, 77),
-    Case(torch.bfloat16, 32, "identity", 0.3, 200, 1904, 1104, bias=False, generates=False),
-    Case(torch.bfloat16, 5, "relu", 0.3, 9, 40, 4, lies="far apart", generates=False),
+    Case(torch.bfloat16, 32, "identity", 0.3, 200, 1904, 1104, bias=False, row=False),
+    Case(torch.bfloat16, 5, "relu", 0.3, 9, 40, 4, lies="far apart", row=False),
 )
 _LAYERS = 2
 _FAR = 2**31 // 3 // 16 * 16 + 16  # elements from row to row
@@ -80,7 +80,7 @@ def examine(backend: _Backend, device: torch.device) -> str | None:
                 return f"{name} ({case}): an error of {error:.2g}, where {allowed:.2g} is allowed"
             if not all(torch.equal(found, other) for _, other in others):
                 return f"{name} ({case}): three runs give different bits"
-        if case.dropout and case.generates and not _masks_are_equal(backend, case, device):
+        if case.dropout and case.row and not _masks_are_equal(backend, case, device):
             return f"linear ({case}): dropout keeps other elements"
         if case.dtype.itemsize == 4 or case.tokens < 1000:
             continue
@@ -137,11 +137,13 @@ def _weight(case: Case, random: Callable[..., Tensor]) -> Tensor:
 
 def _results(backend: _Backend, case: Case, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, Tensor]]:
     """The results of every operation, forward and backward, by name."""
-    random = _random(case, dtype, device)
-    weights, seeds = [_weight(case, random)], torch.tensor([7, -(2**40)], device=device)
-    if case.generates:
+    random, seeds = _random(case, dtype, device), torch.tensor([7, -(2**40)], device=device)
+    weights = [_weight(case, random)]
+    if case.lies != "far apart":
         weights += [_weight(case, random) for _ in range(1, _LAYERS)]
-        yield from _results_of_generation(backend, case, random, weights, seeds)
+        yield from _results_of_column(backend, case, random, weights)
+    if case.row:
+        yield from _results_of_row(backend, case, random, seeds)
     n_in, n_out, k = case.n_in, case.n_out, case.k
     x, dy = random(case.tokens, n_in), random(case.tokens, n_out)
     h, b, bias = random(n_in, k), random(n_out, k, scale=k**-0.5), random(n_out) if case.bias else None
@@ -153,19 +155,23 @@ def _results(backend: _Backend, case: Case, dtype: torch.dtype, device: torch.de
     yield from (("linear_backward, x", dx), ("linear_backward, h", dh), ("linear_backward, b", db))
 
 
-def _results_of_generation(
-    backend: _Backend, case: Case, random: Callable[..., Tensor], weights: list[Tensor], seeds: Tensor
+def _results_of_column(
+    backend: _Backend, case: Case, random: Callable[..., Tensor], weights: list[Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Those of the column and the row stage, for `_LAYERS` layers."""
-    n_in, n_out, k, k1 = case.n_in, case.n_out, case.k, case.k + case.bias
+    n_in, n_out, k = case.n_in, case.n_out, case.k
     down, grad, pre = random(_LAYERS, k, n_in), random(_LAYERS, n_out, k), random(_LAYERS, n_out, k)
-    bias = random(k) if case.bias else None
-    yield "column", backend.column(weights, down, bias, case.inner)[0]
+    yield "column", backend.column(weights, down, random(k) if case.bias else None, case.inner)[0]
     yield "column_backward", backend.column_backward(grad, weights, pre, case.inner, [True, False])[0]
+
+
+def _results_of_row(
+    backend: _Backend, case: Case, random: Callable[..., Tensor], seeds: Tensor
+) -> Iterator[tuple[str, Tensor]]:
+    n_in, n_out, k, k1 = case.n_in, case.n_out, case.k, case.k + case.bias
     left, right = random(_LAYERS, n_out, k1), random(_LAYERS, n_in, k1, scale=k**-0.5)
     down, pre, grad = random(_LAYERS, k, n_out, scale=n_out**-0.5), random(_LAYERS, n_in, k), random(_LAYERS, n_in, k)
     stages = seeds, case.activation, case.dropout, case.inner
-    yield "row", backend.row(left, right, down, bias, *stages)[0]
+    yield "row", backend.row(left, right, down, random(k) if case.bias else None, *stages)[0]
     grads = backend.row_backward(grad, left, right, down, pre, *stages, [True] * 4)
     yield from zip(("row_backward, left", "row_backward, right", "row_backward, down"), grads[:3], strict=True)
 

@@ -39,6 +39,6 @@ FAULTS = [
     Fault("gate: for each process anew", GATE, 'if "rejected" in known:', "if False:", TESTS_OF_GATE),
     Fault("gate: NaN is small enough", GATE, "if not error <= allowed:", "if error > allowed:", TESTS_OF_GATE),
     Fault("gate: races unseen", GATE, "if not all(torch.equal(found, other)", "if any(False", TESTS_OF_GATE),
-    Fault("gate: masks not compared", GATE, "if case.dropout and case.generates and", "if False and", TESTS_OF_GATE),
+    Fault("gate: masks not compared", GATE, "if case.dropout and case.row and", "if False and", TESTS_OF_GATE),
     Fault("gate: memory that a card may lack", GATE, "[0] > 2 * _bytes", "[0] > 0 * _bytes", TESTS_OF_GATE),
 ]
