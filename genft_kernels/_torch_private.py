@@ -114,7 +114,7 @@ def dispatch_modes_active() -> bool:
 
 def flop_formulas_in_use() -> list[dict[Any, Any]]:
     """The formulas of the FLOP counters at work, each of which has those that were registered when it was made."""
-    counters = [getattr(mode, "counter", None) for mode in _mode_stack()]
+    counters: list[Any] = [getattr(mode, "counter", None) for mode in _mode_stack()]
     return [counter.flop_registry for counter in counters if hasattr(counter, "flop_registry")]
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -239,13 +239,13 @@ class GenFTLinear(MarksMerged, GenFTUpdate, nn.Linear):
             RuntimeError: in training while merged; or as `functional.genft_linear`, as are ValueError and TypeError.
         """
         if not self._enabled:
-            return F.linear(x, self.frozen_weight, self.bias)
+            return F.linear(x, cast(Tensor, self.frozen_weight), self.bias)  # a quantised layer has its own forward
         if self._unmerged is not None:
             if self.training:
                 raise RuntimeError("a merged layer does not train: call unmerge() or eval() first")
             return F.linear(x, self.weight.t() if self._fan_in_fan_out else self.weight, self.bias)
         if self.backend == "reference":
-            return self._materialised(x, self.frozen_weight)
+            return self._materialised(x, cast(Tensor, self.frozen_weight))
         updates = list(self.updates.values()) if MORE_BLOCKS in self._modules else [self]
         weight, bias = registered(self, ("weight", "bias"))
         return updated_linear(x, weight.t() if self._fan_in_fan_out else weight, bias, updates)
@@ -276,8 +276,8 @@ class GenFTLinear(MarksMerged, GenFTUpdate, nn.Linear):
         ]
         return ", ".join(part for part in parts if part)
 
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GenFTLinear:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self._unmerged is not None:  # not registered, so it is moved by hand
             self._unmerged.data = fn(self._unmerged.data)
         return self
@@ -329,19 +329,19 @@ def check_adaptable(linear: nn.Module) -> None:
     plain = isinstance(linear, nn.Linear) and computes
     if isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear) or not (plain or is_conv1d(linear)):
         raise TypeError(f"{type(linear).__name__} cannot be adapted: only nn.Linear and transformers' Conv1D can")
-    if linear._parameters.get("weight") is None:
+    if (weight := linear._parameters.get("weight")) is None:
         raise TypeError("its weight is not a parameter but computed (by a parametrization, weight or spectral norm)")
     if kind_of(linear) is not None:
         _check_quantised(linear)
         return
-    if is_tensor_subclass(linear.weight) and not type(linear.weight).__module__.startswith("torch."):
+    if is_tensor_subclass(weight) and not type(weight).__module__.startswith("torch."):
         raise TypeError(
             f"{kind_name(linear)} cannot be adapted: how its weight becomes a dense matrix is not known "
             "(register_frozen_weight)"
         )
     check_instance_forward(linear)
-    check_frozen_weight(linear.weight.detach())
-    check_bias(linear.bias, linear.weight.shape[0 if isinstance(linear, nn.Linear) else 1])
+    check_frozen_weight(weight.detach())
+    check_bias(linear.bias, weight.shape[0 if isinstance(linear, nn.Linear) else 1])  # type: ignore[arg-type]
 
 
 def _check_quantised(linear: nn.Module) -> None:

@@ -8,6 +8,7 @@ reads it from a place that the seed gives. Forward and backward share the seed a
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import torch
 
@@ -42,7 +43,9 @@ def dither_of(dtype: torch.dtype, seed: torch.Tensor | None, first: int) -> tupl
     return _dither_table(_DROPPED_BITS[dtype], torch.device("cpu")), start % _TABLE_SIZE
 
 
-def _against_table(integers: torch.Tensor, table: torch.Tensor, start: int):
+def _against_table(
+    integers: torch.Tensor, table: torch.Tensor, start: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Pair up the elements of `integers` with consecutive entries of `table` from `start` on, wrapping round."""
     flat, done = integers.view(-1), 0
     while done < flat.numel():

@@ -14,7 +14,16 @@ from .thin import activated
 from .update_tile import Others, Update, Wanted
 
 
-def row(left, right, down, bias, seed, outer: str, dropout: float, inner: str):
+def row(
+    left: Tensor,
+    right: Tensor,
+    down: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    outer: str,
+    dropout: float,
+    inner: str,
+) -> tuple[Tensor, Tensor | None]:
     """h = phi(Y^T A^T + a)  [L, in, k], Y = drop(psi(left right^T))  [out, in], for L layers."""
     if is_factored(outer, dropout):
         z = right.bmm(long_sums(down, left).mT)  # the stages meet in a core [k, k1]
@@ -25,7 +34,18 @@ def row(left, right, down, bias, seed, outer: str, dropout: float, inner: str):
     return activated(z.to(down.dtype), inner)
 
 
-def row_backward(grad, left, right, down, pre, seed, outer: str, dropout: float, inner: str, needs: list[bool]):
+def row_backward(
+    grad: Tensor,
+    left: Tensor,
+    right: Tensor,
+    down: Tensor,
+    pre: Tensor | None,
+    seed: Tensor | None,
+    outer: str,
+    dropout: float,
+    inner: str,
+    needs: list[bool],
+) -> tuple[Tensor | None, ...]:
     """(dleft [L, out, k1], dright [L, in, k1], dA [L, k, out], da [k])."""
     *need_matrices, need_bias = needs
     dz = activation_backward(inner, grad, pre)  # [L, in, k]
@@ -37,12 +57,14 @@ def row_backward(grad, left, right, down, pre, seed, outer: str, dropout: float,
     return *(None if parts[0] is None else torch.stack(parts) for parts in grads), dbias
 
 
-def _factored_backward(dz, left, right, down, need_left, need_right, need_down):
+def _factored_backward(
+    dz: Tensor, left: Tensor, right: Tensor, down: Tensor, need_left: bool, need_right: bool, need_down: bool
+) -> tuple[Tensor | None, ...]:
     core_grad = long_sums(dz.mT, right) if need_left or need_down else None  # [L, k, k1]
     return (
-        down.mT.bmm(core_grad) if need_left else None,
+        down.mT.bmm(core_grad) if core_grad is not None and need_left else None,
         dz.bmm(long_sums(down, left)) if need_right else None,
-        core_grad.bmm(left.mT) if need_down else None,
+        core_grad.bmm(left.mT) if core_grad is not None and need_down else None,
     )
 
 
@@ -61,9 +83,7 @@ def _tiled(y: Update, down: Tensor) -> Tensor:
     return z
 
 
-def _tiled_backward(
-    y: Update, down: Tensor, dz: Tensor, needs: list[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _tiled_backward(y: Update, down: Tensor, dz: Tensor, needs: list[bool]) -> tuple[Tensor | None, ...]:
     """One layer, as in flash attention: a tile of Y is made again, and dY = (dZ A)^T is formed for it and used up."""
     need_left, need_right, need_down = needs
     dtype = down.dtype
