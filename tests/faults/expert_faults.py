@@ -120,8 +120,8 @@ FAULTS = [
     Fault(
         "experts: one mask for all of them",
         f"{ROOM}/update.py",
-        "seed = None if seeds is None else seeds[:: layout.halves]",
-        "seed = None if seeds is None else seeds[:1].expand(layout.experts)",
+        "None if seeds is None else seeds[:: layout.halves], backend",
+        "None if seeds is None else seeds[:1].expand(layout.experts), backend",
         PRODUCTS,
     ),
     Fault(

@@ -96,7 +96,7 @@ FAULTS = [
     Fault(
         "quantised: unknown kinds of tensors are taken for dense",
         "genft_kernels/modules.py",
-        'if is_tensor_subclass(linear.weight) and not type(linear.weight).__module__.startswith("torch."):',
+        'if is_tensor_subclass(weight) and not type(weight).__module__.startswith("torch."):',
         "if False:",
         REFUSED,
     ),
