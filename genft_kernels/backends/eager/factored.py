@@ -1,9 +1,9 @@
 """The token side of the factored form: a big product and two thin ones (docs/method.md#factored-form).
 
-Added to a y that is rounded to 16 bits, half of a small update is lost (docs/method.md#precision), and cuBLAS rounds a
-product before it adds. So in 16 bits both products are one with a longer inner dimension: [x | x h] [W | b]^T. On a CPU
-that is also quickest where tokens are many, by a tenth of a layer's forward and backward at 4,096; where they are few,
-copies of W take longer than a second pass over y, and the big product is added onto the small one, in float32.
+Added to a y that is rounded to 16 bits, half of a small update is lost (docs/method.md#precision). There the small
+product goes first on a CPU, and the big one is added onto it in float32. cuBLAS rounds the big one before it adds: on a
+GPU both are one product with a longer inner dimension. On a CPU that is no quicker: copies of x and W take as long as a
+second pass over y.
 """
 
 from __future__ import annotations
@@ -13,10 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .products import is_16_bit, scaled_product, sum_over_tokens
-from .scratch import scratch
-
-_MANY = 2  # tokens for each row of W that is copied
-_MULTIPLE = 32  # of a CPU's inner dimension: rows then begin where a product with tiles likes them to
 
 
 def factored(
@@ -26,8 +22,8 @@ def factored(
     xh = tokens @ h
     if not is_16_bit(tokens):
         return F.linear(tokens, weight, bias).addmm_(xh, b.t(), alpha=scale), xh
-    if _extends(tokens, weight):
-        return F.linear(_joined("tokens", tokens, xh, 1), _joined("weights", weight, b * scale, 1), bias), xh
+    if _extends(tokens):
+        return F.linear(torch.cat([tokens, xh], 1), torch.cat([weight, b * scale], 1), bias), xh
     y = scaled_product(xh, b.t(), scale).addmm_(tokens, weight.t())
     # A bias would swallow the small product; what is rounded a second time has the update in it.
     return (y if bias is None else y.add_(bias)), xh
@@ -51,23 +47,13 @@ def factored_backward(
     if need_b and xh is not None:
         db = sum_over_tokens(dy, xh, scale)
     if weight is not None and dyb is not None:
-        if _extends(dy, weight):
-            dx = _joined("tokens", dy, dyb, 1) @ _joined("weights", weight, h.t() * scale, 0)
+        if _extends(dy):
+            dx = torch.cat([dy, dyb], 1) @ torch.cat([weight, h.t() * scale], 0)
         else:
             dx = scaled_product(dyb, h.t(), scale).addmm_(dy, weight)
     return dx, dh, db
 
 
-def _extends(tokens: Tensor, weight: Tensor) -> bool:
-    return is_16_bit(tokens) and (tokens.device.type != "cpu" or tokens.shape[0] >= _MANY * weight.shape[0])
-
-
-def _joined(slot: str, left: Tensor, right: Tensor, dim: int) -> Tensor:
-    """left | right along `dim`; on a CPU in scratch memory, with zeros up to a round number."""
-    if left.device.type != "cpu":
-        return torch.cat([left, right], dim)
-    shape = list(left.shape)
-    shape[dim] = -(left.shape[dim] + right.shape[dim]) % _MULTIPLE
-    parts = [left, right, left.new_zeros(shape)]
-    shape[dim] += left.shape[dim] + right.shape[dim]
-    return torch.cat(parts, dim, out=scratch(f"joined {slot}", tuple(shape), left.dtype, left.device))
+def _extends(tensor: Tensor) -> bool:
+    """Whether both products must be one: in 16 bits, but for a CPU."""
+    return is_16_bit(tensor) and tensor.device.type != "cpu"

@@ -73,10 +73,18 @@ def _tiled(tokens: Tensor, weight: Tensor, bias: Tensor | None, update: Update, 
     return F.linear(tokens, folding.out, bias)
 
 
-def _tiled_backward(dy, tokens, weight, update, scale, need_h, need_b):
+def _tiled_backward(
+    dy: Tensor,
+    tokens: Tensor | None,
+    weight: Tensor | None,
+    update: Update,
+    scale: float,
+    need_h: bool,
+    need_b: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dh, db). The gradient of U is dy^T x: a tile of it is formed, contracted with the factors, and dropped."""
     folding = None if weight is None else Folding.of(weight, scale)
-    others = Others(dy.t(), tokens.t()) if need_h or need_b else Others()
+    others = Others() if tokens is None or not (need_h or need_b) else Others(dy.t(), tokens.t())
     sums = sweep(update, others, Wanted(left=need_b, right=need_h), folding)
     dh, db = (None if grad is None else grad.mul_(scale).to(dy.dtype) for grad in (sums.right, sums.left))
     return None if folding is None else dy @ folding.out, dh, db
