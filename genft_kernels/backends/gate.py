@@ -235,7 +235,7 @@ def rejection(backend: str, device: torch.device) -> str | None:
         rejected: str | None = known["rejected"]
         return rejected
     reason, final = run(backend, device, SECONDS)
-    verdict = {"backend": backend, **card.identity(device)}
+    verdict: dict[str, object] = {"backend": backend, **card.identity(device)}
     if final:
         verdict["rejected"] = reason
     else:  # compiling may have taken so long, of which the next process finds a part done; a hang never ends
