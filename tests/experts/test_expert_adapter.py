@@ -180,8 +180,7 @@ def test_merged_model_answers_the_same_and_unmerging_gives_the_very_weights_back
 
 
 def test_merged_weights_have_the_models_dtype_and_its_frozen_ones_move_with_it():
-    model = merge(apply_genft(mixtral(), settings()))
-    model.to(torch.bfloat16)
+    model = merge(apply_genft(mixtral(), settings())).to(torch.bfloat16)
     assert experts_of(model).updates["down_proj"].stored_weight.dtype == torch.bfloat16
     assert unmerge(model) is model
     assert experts_of(model).down_proj.dtype == torch.bfloat16
