@@ -41,7 +41,5 @@ class WeightNorms:
     def _of_layer(self, layer: Layer, source: Source) -> Tensor:
         kept = self._kept.get(layer)
         if kept is None or not kept[0].same((), source.weight):
-            with torch.inference_mode(False), torch.no_grad():  # whichever mode takes them, all may use them
-                norms = norms_of(source.blocks)
-            kept = self._kept[layer] = snapshot.Snapshot((), source.weight, values=True), norms
+            kept = self._kept[layer] = snapshot.Snapshot((), source.weight, values=True), norms_of(source.blocks)
         return kept[1]

@@ -68,13 +68,6 @@ FAULTS = [
         KEPT,
     ),
     Fault(
-        "norms: of inference mode",
-        "genft_kernels/sharing/weight_norm.py",
-        "with torch.inference_mode(False), torch.no_grad():",
-        "with torch.no_grad():",
-        KEPT,
-    ),
-    Fault(
         "generation: never consumed",
         "genft_kernels/sharing/node.py",
         "            generation.factors = None",
