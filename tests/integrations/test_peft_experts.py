@@ -163,22 +163,29 @@ def test_experts_of_another_base_are_refused(tmp_path):
 
 
 WRONG = {
-    "nothing": (["experts.up"], "target_parameters matched nothing: experts.up.*experts.gate_up_proj"),
-    "router": (["gate.weight"], "is a router"),
-    "second": ([*TARGETS, "self_attn.q_proj.weight"], "no experts class of transformers' interface"),
+    "nothing": (
+        dict(target_parameters=["experts.up"]),
+        "target_parameters matched nothing: experts.up.*experts.gate_up_proj",
+    ),
+    "router": (dict(target_parameters=["gate.weight"]), "is a router"),
+    "second": (
+        dict(target_parameters=[*TARGETS, "self_attn.q_proj.weight"]),
+        "no experts class of transformers' interface",
+    ),
+    "after the experts": (dict(fused_blocks={"qkv": (3, (0,))}), r"fused_blocks\['qkv'\] names no target"),
 }
 
 
-@pytest.mark.parametrize("targets, message", WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("changes, message", WRONG.values(), ids=WRONG)
 @pytest.mark.parametrize("adapted", [False, True])
-def test_a_model_is_as_it_was_after_parameters_that_cannot_be_adapted(adapted, targets, message):
+def test_a_model_is_as_it_was_after_parameters_that_cannot_be_adapted(adapted, changes, message):
     model = peft_model() if adapted else mixtral()
     expected, names = logits(model), list(model.state_dict())
     with pytest.raises((TypeError, ValueError), match=message):
         if adapted:
-            model.add_adapter("other", peft_config(target_parameters=targets))
+            model.add_adapter("other", peft_config(**changes))
         else:
-            peft.get_peft_model(model, peft_config(target_parameters=targets))
+            peft.get_peft_model(model, peft_config(**changes))
     assert list(model.state_dict()) == names and torch.equal(logits(model), expected)
     assert any(isinstance(module, AdapterExperts) for module in model.modules()) == adapted
 
