@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ..arguments import check_type
 from ..units import GenFTUpdate
 from ..update import Factors
-from .cache import Layer, LayerGroup, Settings, Share
-from .source import Source
+from .cache import LayerGroup, Settings, Share
+from .source import Layer, Source
 
 
 @contextlib.contextmanager

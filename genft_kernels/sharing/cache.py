@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,36 +22,11 @@ from .. import _torch_private
 from ..update import Factors
 from .node import Generation, Options
 from .snapshot import Glance, Snapshot, Together, Watch, compares_at_once, sample
-from .source import Source
+from .source import Layer, Source
 from .weight_norm import WeightNorms
 
 if TYPE_CHECKING:
     from .accumulate import Accumulation
-
-
-class SharesTensors(Protocol):
-    """A generator."""
-
-    def tensors(self) -> Collection[Tensor]:
-        """Its tensors, as `Source.shared` has them."""
-        ...
-
-
-class Layer(Protocol):
-    """What has factors: all that sharing reads of it is one value."""
-
-    @property
-    def generator(self) -> SharesTensors: ...
-
-    share: Share | None  # as its group has it, for who may take it without asking the group
-
-    def source(self) -> Source:
-        """What its factors are generated from, as it is now."""
-        ...
-
-    def watched(self) -> list[Tensor]:
-        """W and the layer's own tensors, as `source` has them."""
-        ...
 
 
 class Settings(NamedTuple):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Collection
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from ..config import GenFTConfig
 from ..frozen_weight import FrozenWeight
+
+if TYPE_CHECKING:
+    from .cache import Share
 
 
 class Source(NamedTuple):
@@ -57,6 +61,31 @@ class Source(NamedTuple):
             if not isinstance(tensor, nn.Parameter) and not (tensor is self.weight and quantised):
                 return "its parameters are computed (pruned, parametrized, a replica)"
         return None
+
+
+class SharesTensors(Protocol):
+    """A generator."""
+
+    def tensors(self) -> Collection[Tensor]:
+        """Its tensors, as `Source.shared` has them."""
+        ...
+
+
+class Layer(Protocol):
+    """What has factors: all that sharing reads of it is one value."""
+
+    @property
+    def generator(self) -> SharesTensors: ...
+
+    share: Share | None  # as its group has it, for who may take it without asking the group
+
+    def source(self) -> Source:
+        """What its factors are generated from, as it is now."""
+        ...
+
+    def watched(self) -> list[Tensor]:
+        """W and the layer's own tensors, as `source` has them."""
+        ...
 
 
 def is_tensor_subclass(tensor: Tensor | FrozenWeight) -> bool:

@@ -7,17 +7,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..update import norms_of
 from . import snapshot
-from .source import Source
-
-if TYPE_CHECKING:
-    from .cache import Layer
+from .source import Layer, Source
 
 
 class WeightNorms:
