@@ -74,7 +74,7 @@ def sweep(update: Update, others: Others, wanted: Wanted, folding: Folding | Non
     if left.device.type != "cpu" or dtype not in _DTYPES or isinstance(_compiled(), str):
         return None
     (rows, k), columns, wide = left.shape, update.right.shape[0], torch.promote_types(dtype, torch.float32)
-    m = 0 if others.left is None else others.left.shape[1]
+    m = next((matrix.shape[1] for matrix in others if matrix is not None), 0)
     in_memory = wanted.gradient and m > _LONGEST_ON_THE_WAY
     shapes = (rows, k), (columns, k), (rows, m), (columns, m)
     sums = Sums(*(torch.zeros(shape, dtype=wide) if want else None for shape, want in zip(shapes, wanted, strict=True)))
