@@ -50,6 +50,7 @@ $(VENV)/peft-oldest/.ready: $(VENV)/.ready
 # Over bases that bitsandbytes, torchao and HQQ have quantised; two minutes on two cores.
 test-quantised: env
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test-quantised]'
+	$(BIN)/python -c 'import bitsandbytes, hqq, torchao'  # tests are skipped without them
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/quantised \
 	    'tests/packaging/test_examples.py::test_example_runs_and_learns[quantised_base.py]' $(ARGS)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from genft_kernels import reference
-from genft_kernels.backends.eager import linear as eager_linear
+from genft_kernels.backends.eager import factored as eager_factored
 from genft_kernels.backends.eager import rounding as stochastic_rounding
 from genft_kernels.backends.eager.rounding import round_stochastically
 from genft_kernels.functional import genft_linear
@@ -60,7 +60,7 @@ def test_delta_gain_at_a_thousandth(settings, dtype, biased, on):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_delta_gain_of_long_sums(dtype, extended, monkeypatch):
     """A vendor may add in another way where a sum is long; eager's factored form is left to vendors."""
-    monkeypatch.setattr(eager_linear, "_extends", lambda tensor: extended)
+    monkeypatch.setattr(eager_factored, "_extends", lambda tensor: extended)
     y_gain, dx_gain = factored_gains("eager", torch.device("cpu"), dtype, tokens=64, features=4096, narrow=256)
     assert abs(y_gain - 1) <= 0.05 and abs(dx_gain - 1) <= 0.05
 
