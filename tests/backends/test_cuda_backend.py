@@ -22,8 +22,8 @@ on_the_cpu = pytest.mark.skipif(cuda_host.unavailable_reason() is not None, reas
 
 @on_the_cpu
 @pytest.mark.parametrize("name", ["factored-square", "dropout-tiled-bias-out_in", "tiled-many-tokens"])
-def test_ops_pass_opcheck(name, monkeypatch):
-    check_every_op(case_of(name), "cuda", monkeypatch)
+def test_ops_pass_opcheck(name):
+    check_every_op(case_of(name), "cuda")
 
 
 @on_the_cpu

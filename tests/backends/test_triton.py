@@ -145,8 +145,8 @@ def test_fold_rounds_by_the_words_of_stream_2(dtype, bits):
 
 @interpreted
 @pytest.mark.parametrize("name", ["factored-square", "dropout-tiled-bias-out_in", "tiled-many-tokens"])
-def test_ops_pass_opcheck(name, monkeypatch):
-    check_every_op(case_of(name), "triton", monkeypatch)
+def test_ops_pass_opcheck(name):
+    check_every_op(case_of(name), "triton")
 
 
 @interpreted

@@ -87,6 +87,7 @@ def test_blocks_of_the_docs_run(monkeypatch):
 COMMANDS = sorted({code for page in PAGES for code in inline(page) if EXAMPLE.fullmatch(code)})
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # other tests have imported it
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_has_its_options(command, monkeypatch, capsys):
     module, words = EXAMPLE.fullmatch(command).groups()
