@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from benchmarks.measure.rows import Row
 from benchmarks.report.tables import markdown
@@ -13,17 +14,37 @@ from .metrics import PERPLEXITY
 
 SUITE = "finetune"
 BASELINE = "lora"
+SHORT_HEADER = ("fine-tuned by `make compare`: equal size, tuned alike", "last epoch", "− LoRA [95 %]")
 HEADER = ("method", "trainable", "rate", "last epoch", "best epoch", "− LoRA [95 %]", "CPU ms / step", "peak MiB")
 # The 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom.
 _QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def tables(rows: Iterable[Row]) -> str:
-    """A table for each task and data, with a line for each method and size."""
-    cells: dict[tuple[str, str], list[Row]] = {}
+    """A table for each task, data and number of epochs, with a line for each method and size."""
+    return "\n".join(
+        f"{data}, {epochs} epochs, {same[0]['metric']}:\n\n{table(same)}"
+        for (_, data, epochs), same in _by(rows, "task", "data", "epochs").items()
+    )
+
+
+def summary(rows: Iterable[Row]) -> str:
+    """One table of all tasks, with a line for each method and size."""
+    lines = []
+    for (task, _, _), same in _by(rows, "task", "data", "epochs").items():
+        measured = _by((row for row in same if row["status"] == "measured"), "method", "size")
+        for (_, size), runs in measured.items():
+            title, _, _, last, _, apart, *_ = _line(runs, measured.get((BASELINE, size), []))
+            lines.append((f"{task}, {runs[0]['metric']}: {title}", last, apart))
+    return markdown(SHORT_HEADER, lines)
+
+
+def _by(rows: Iterable[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
+    """Rows by these fields."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        cells.setdefault((row["task"], row["data"]), []).append(row)
-    return "\n".join(f"{data}, {same[0]['metric']}:\n\n{table(same)}" for (_, data), same in cells.items())
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return groups
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -32,10 +53,7 @@ def table(rows: Sequence[Row]) -> str:
     The best epoch is picked on the part that is judged by, as the official code does. Peak memory is that of one
     forward and backward over the longest examples, beyond weights and optimizer state.
     """
-    measured: dict[tuple[str, int], list[Row]] = {}
-    for row in rows:
-        if row["status"] == "measured":
-            measured.setdefault((row["method"], row["size"]), []).append(row)
+    measured = _by((row for row in rows if row["status"] == "measured"), "method", "size")
     lines = [_line(runs, measured.get((BASELINE, size), [])) for (_, size), runs in measured.items()]
     others = {(row["method"], row["reason"]): None for row in rows if row["status"] != "measured"}
     notes = [f"- {METHODS[method].title}: {reason}" for method, reason in others]

@@ -102,7 +102,7 @@ def _summary(devices: dict[str, dict[str, list[Row]]], bars: dict[str, six_bars.
     parts = ["![cost relative to PEFT's LoRA](docs/six_bars.png)\n", six_bars.table(bars.items())] if bars else []
     for rows in devices.values():
         if finetune := rows.get(finetune_table.SUITE):
-            parts.append(f"On {_device(rows)}: {finetune_table.tables(finetune)}")
+            parts.append(finetune_table.summary(finetune))
     return "\n".join(parts)
 
 

@@ -12,7 +12,7 @@ pytest.importorskip("peft")
 from benchmarks.finetune import __main__ as demo  # noqa: E402
 from benchmarks.finetune import compare, grid, training  # noqa: E402
 from benchmarks.finetune.methods import METHODS, Method, Unsuitable  # noqa: E402
-from benchmarks.finetune.table import difference, table, tables  # noqa: E402
+from benchmarks.finetune.table import difference, summary, table, tables  # noqa: E402
 from benchmarks.finetune.tasks import TASKS, DemoError, Task, texts  # noqa: E402
 from benchmarks.finetune.training import Setting  # noqa: E402
 from benchmarks.measure.rows import RESULTS, read_rows, write_rows  # noqa: E402
@@ -116,6 +116,13 @@ def test_table_has_means_deviations_and_paired_differences():
     lower = table([row | {"score": [8.0, 9.0], "metric": "perplexity"} for row in fast[:1]])
     assert "| 9.000 | 8.000 | – |" in lower and "standard error" not in lower
     assert tables(lora + [row | {"task": "t", "data": "e"} for row in fast]).count("accuracy:\n") == 2
+    assert tables(lora + [row | {"epochs": 9} for row in lora]).count("accuracy:\n") == 2
+    lines = summary(lora + fast).splitlines()[2:]
+    assert [line.split(" | ")[0].rpartition(": ")[2] for line in lines] == [
+        "PEFT LoRA, r 3",
+        *[METHODS["fast"].title] * 2,
+    ]
+    assert lines[1].endswith(" | 0.870 ± 0.085 | +0.020 [-0.107, +0.147] |")
 
 
 def test_the_intervals_width_follows_from_students_t():
