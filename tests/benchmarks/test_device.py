@@ -22,11 +22,15 @@ def python(name, code, seconds=20.0, **variables):
 
 
 def test_every_check_gets_its_row_and_a_failure_shows(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(device, "GRACE", 1.0)
+    monkeypatch.setattr(device, "GRACE", 3.0)
     todo = [
         python("good", "print('first'); print('fine')"),
         python("bad", "import sys; print('broken'); sys.exit(3)"),
-        python("slow", f"{_BEGIN}\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('2 failed so far')", seconds=3),
+        python(
+            "slow",
+            f"{_BEGIN}\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('2 failed so far', flush=True)",
+            seconds=3,
+        ),
         python("deaf", f"{_BEGIN}\nsignal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)", seconds=3),
         device.Check("absent", ("no-such-program",), 5),
         python("after", "import os; print(os.environ['HERE'])", HERE="set"),
