@@ -259,7 +259,8 @@ def test_shipped_kernels_fit_the_cards():
         seen.add(row["kernel"])
     assert len(seen) == 8
     others = list(rows_of(torch.bfloat16, 48, ["sm_100", "gfx942"], once=True))
-    assert len(others) == 2 * len(seen) and all(row["matrix"].get("mfma", 1) for row in others)
+    assert len(others) == 2 * len(seen)
+    assert {row["kernel"] for row in others if not row["matrix"].get("mfma", 1)} == {"sum_parts"}  # it only adds
 
 
 @compiled
