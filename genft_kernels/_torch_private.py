@@ -120,7 +120,7 @@ def flop_formulas_in_use() -> list[dict[Any, Any]]:
 
 @functools.cache
 def listeners() -> tuple[Any, ...]:
-    """What tells who sees operations or takes derivatives forward: how many dispatch modes there are, whether there are
+    """A key to who sees operations or takes derivatives forward: how many dispatch modes there are, whether there are
     transforms, whether something traces (three functions); the module whose `_current_level` is 0 or more in a level.
     """
     _private("torch.autograd.forward_ad", "_current_level")

@@ -25,7 +25,7 @@ Adapted = GenFTLinear | ExpertUpdate
 
 @dataclasses.dataclass
 class AdapterState:
-    """What an adapted model remembers, so that it can be undone exactly. It is not part of the state dict."""
+    """A record of an adapted model, by which it can be undone exactly. It is not part of the state dict."""
 
     config: GenFTConfig
     required_grad: dict[str, bool]  # by parameter name, as it was before

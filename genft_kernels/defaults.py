@@ -1,4 +1,4 @@
-"""What a configuration leaves to the model: `target_modules=None`, and `modules_to_save="head"`."""
+"""Settings that a configuration leaves to the model: `target_modules=None`, and `modules_to_save="head"`."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class FidelityReport:
 
 
 def fidelity_report(model: nn.Module, inputs: Any) -> FidelityReport:
-    """What merging (`merge`), exporting (`export_lora`, loaded by PEFT) and rounding do to an adapter.
+    """The effect of merging (`merge`), exporting (`export_lora`, loaded by PEFT) and rounding on an adapter.
 
     In each dtype the adapted model answers `inputs` as it is, merged in its own dtype, and as PEFT's LoRA; "frozen" is
     the model without the adapter. The model itself stays as it is; each row takes a copy in the row's dtype.

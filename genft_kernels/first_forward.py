@@ -1,4 +1,4 @@
-"""What the first forward of an adapted model shows: layers that did not run, and trained modules that do not train.
+"""Findings of an adapted model's first forward: layers that did not run, and trained modules that do not train.
 
 Some models read the weight of a layer without calling it (fused kernels do), and an update of it is ignored. Which ones
 cannot be known beforehand, so the first forward is watched; later ones are not.

@@ -1,4 +1,4 @@
-"""What a FLOP counter counts for the operations, which it sees as one each: their matrix products, as planned
+"""FLOPs of the operations, which a FLOP counter sees as one each: their matrix products, as planned
 (docs/method.md#what-it-costs), two for each multiplication and addition.
 """
 

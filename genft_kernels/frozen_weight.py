@@ -129,7 +129,7 @@ class FrozenWeight:
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
-        """What the layer computes in, whatever its input is; None if in the input's dtype."""
+        """The dtype that the layer computes in, whatever its input is; None if in the input's."""
         dtype = getattr(self.module, "compute_dtype", None)
         return dtype if dtype in SUPPORTED_DTYPES else None
 
@@ -155,7 +155,7 @@ class FrozenWeight:
         return view
 
     def split(self, sizes: Sequence[int], dim: int = 0) -> tuple[FrozenWeight, ...]:
-        """Those of blocks of consecutive rows, as `Tensor.split` has them."""
+        """The weights of blocks of consecutive rows, as `Tensor.split` has them."""
         if dim != 0 or self._transposed or self._rows != slice(None):
             raise NotImplementedError("only the rows of a whole quantised weight can be split")
         views, start = [], 0
@@ -181,7 +181,7 @@ class FrozenWeight:
 
 
 class _Tried(NamedTuple):
-    """What is known of a module's weight since it was made dense: of which codes, and the norms of its rows."""
+    """Facts about a module's weight that hold since it was made dense: of which codes, and the norms of its rows."""
 
     state: tuple
     shape: torch.Size

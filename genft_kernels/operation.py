@@ -105,7 +105,7 @@ class Operation:
             return self._run(*args)
 
     def again(self, results: tuple[Tensor, Any], *args: Any) -> Tensor:
-        """What a call gives, where its results are known."""
+        """The results of a call, where they are known."""
         return self._first(results, *args)
 
     def _first(self, results: tuple[Tensor, Any] | None, *args: Any) -> Tensor:
@@ -132,7 +132,7 @@ def keep(ctx: Any, *values: Tensor | FrozenWeight | None) -> None:
 
 
 def kept(ctx: Any) -> list[Any]:
-    """What was kept."""
+    """The tensors that were kept."""
     return [ctx.handles.get(place, tensor) for place, tensor in enumerate(ctx.saved_tensors)]
 
 

@@ -154,7 +154,7 @@ class GenFTUpdate(nn.Module):
         return [self.stored_weight, *registered(self, self.specific_names)]
 
     def _obstacle(self, block: Tensor | FrozenWeight) -> str | None:
-        """What `Source.obstacle` says."""
+        """The sentence of `Source.obstacle`."""
         if self.merged:
             return "it is merged"
         if self._sharded or self.generator.sharded or is_tensor_subclass(block):

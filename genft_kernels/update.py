@@ -25,14 +25,14 @@ Frozen = torch.Tensor | FrozenWeight  # W, or the handle of one that is stored q
 
 
 class Factors(NamedTuple):
-    """What is left of generated updates: dW = scale * drop(psi(b h^T)), mask drawn from `stream`."""
+    """Generated updates without their factors: dW = scale * drop(psi(b h^T)), mask drawn from `stream`."""
 
     h: torch.Tensor  # [L, in, k] for L layers or [in, k] for one; one more unit with bias, perhaps zero units after all
     b: torch.Tensor  # [L, out, k] or [out, k], likewise
     stream: int
 
     def unbind(self) -> list[Factors]:
-        """Those of each of the L layers."""
+        """The part of each of the L layers."""
         return [Factors(h, b, self.stream) for h, b in zip(self.h.unbind(0), self.b.unbind(0), strict=True)]
 
 
@@ -42,7 +42,7 @@ def computed(operation: Operation, activation: str, *args: Any) -> torch.Tensor:
 
 
 class Known(NamedTuple):
-    """What a generation need not compute, because somebody keeps it."""
+    """Parts that a generation need not compute, because somebody keeps them."""
 
     norms: torch.Tensor | None = None  # of the weights, [L]
     stage: Callable[..., torch.Tensor] = computed  # in place of that
@@ -142,7 +142,7 @@ class _Units(NamedTuple):
         device: torch.device,
         dtype: torch.dtype,
     ) -> _Units:
-        """Those of `stage`, its down and up matrices times `ratios`, which comes before the cast that may round."""
+        """Down and up matrices of `stage`, times `ratios`, which comes before the cast that may round."""
         tensors = params._asdict()
         down, up = (tensors[f"{stage}_{end}"] for end in ("down", "up"))
         down, up = (
@@ -180,7 +180,7 @@ def with_zero_units(thin: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def unit_multiple(device: torch.device, dtype: torch.dtype) -> int:
-    """What the number of hidden units of thin matrices is made a multiple of."""
+    """The number of which thin matrices have a multiple as hidden units."""
     return 16 if device.type == "cuda" and dtype.itemsize == 2 else 1
 
 
@@ -203,7 +203,7 @@ def apply_factors(
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """What a layer computes in: x's dtype, or autocast's."""
+    """The dtype that a layer computes in: x's, or autocast's."""
     return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
 
 

@@ -56,7 +56,7 @@ def rows_of(log: str) -> Iterator[dict]:
 
 
 def faults(row: dict) -> Iterator[str]:
-    """What a row has that must not be, in words."""
+    """Faults of a row, in words."""
     if spilt := row["spill_stores"] + row["spill_loads"]:
         yield f"{spilt} bytes of spills"
     if row["static_shared"]:

@@ -108,7 +108,7 @@ def _architecture(target: str) -> str:
 
 
 def report(launch: Launch, target: str) -> dict:
-    """What the compiled kernel takes: registers, spilled bytes, shared bytes, and its matrix instructions."""
+    """The resources of the compiled kernel: registers, spilled bytes, shared bytes, and its matrix instructions."""
     compiled = launch.compile(target)
     row = {"kernel": launch.name, "target": target, "shared": compiled.metadata.shared}
     if target.startswith("gfx"):

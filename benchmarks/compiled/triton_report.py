@@ -75,7 +75,7 @@ def _no_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 
 def faults(row: dict) -> Iterator[str]:
-    """What a row has that must not be, in words."""
+    """Faults of a row, in words."""
     if row["spills"]:
         yield f"{row['spills']} spill instructions"
     if row["shared"] > SHARED_LIMIT[row["target"]]:

@@ -1,4 +1,4 @@
-"""What decodes: the base model, and the same with an adapter, unmerged and merged."""
+"""Models that decode: the base model, and the same with an adapter, unmerged and merged."""
 
 import copy
 import dataclasses

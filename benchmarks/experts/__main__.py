@@ -66,7 +66,7 @@ def _clock(block: nn.Module, shape: Shape):
 
 
 def _counted(block: nn.Module, shape: Shape) -> Row:
-    """What is counted rather than timed."""
+    """Figures that are counted rather than timed."""
     forward, both = _call(block, shape)
     stacks = sum(p.numel() * p.element_size() for name, p in block.named_parameters() if p.dim() == 3 and _frozen(p))
     return {

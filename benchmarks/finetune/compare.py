@@ -68,7 +68,7 @@ class Runs:
 
 
 def row_of(task: str, problem: Problem, job: Job) -> Row:
-    """What was run and what came out; one that diverges, or has nothing to train, has a status and a reason."""
+    """A run and its outcome; one that diverges, or has nothing to train, has a status and a reason."""
     fields = environment(CPU) | _case(task, problem, job)
     try:
         return fields | train(job.model(problem), problem, job) | {"status": "measured"}

@@ -33,7 +33,7 @@ class Recipe:
         return order
 
     def factor(self, step: int, steps: int) -> float:
-        """What a rate is multiplied by at `step` of `steps`: linearly up over the warm-up, then down."""
+        """The factor of a rate at `step` of `steps`: linearly up over the warm-up, then down."""
         warmup = max(1, round(steps * self.warmup))
         left = min(1.0, (steps - step) / max(1, steps - warmup))
         if self.schedule == "cosine":

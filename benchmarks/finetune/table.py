@@ -94,7 +94,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _certainty(rows: Iterable[Row]) -> str:
-    """What chance there is in a score by the choice of test examples alone."""
+    """The part of chance in a score by the choice of test examples alone."""
     shares = [
         (row["score"][-1], row["tested"]) for row in rows if row["status"] == "measured" and row["metric"] == "accuracy"
     ]

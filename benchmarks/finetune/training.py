@@ -26,7 +26,7 @@ class Diverged(Exception):
 
 
 class Setting(NamedTuple):
-    """What a sweep chooses."""
+    """The settings that a sweep chooses."""
 
     rate: float
     scale: float = 1.0  # times the update's own factor (GenFT's scaling, LoRA's alpha)
@@ -39,7 +39,7 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained: a method, the number of parameters that it may train beside the head, and how."""
+    """A method to train, the number of parameters that it may train beside the head, and how."""
 
     method: str
     size: int

@@ -31,7 +31,7 @@ Clock = Callable[[Callable[[], object]], tuple[float, float, float]]
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """What a card does at most: bytes copied, read and write counted, and multiplications, in a second."""
+    """Limits of a card: bytes copied, read and write counted, and multiplications, in a second."""
 
     copied_bytes: float
     multiplications: float

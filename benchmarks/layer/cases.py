@@ -1,4 +1,4 @@
-"""What is measured: layers of known models x tokens x dtype x k x form (docs/method.md#what-it-costs)."""
+"""Cases to measure: layers of known models x tokens x dtype x k x form (docs/method.md#what-it-costs)."""
 
 import dataclasses
 import itertools
@@ -77,7 +77,7 @@ class Case:
 
     @property
     def key(self) -> dict[str, str | int]:
-        """What a result row is told apart by, beside provider and direction."""
+        """The keys that tell a result row from others, beside provider and direction."""
         layer = self.layer
         return {
             "layer": layer.name, "in": layer.in_features, "out": layer.out_features, "tokens": self.tokens,
@@ -89,7 +89,7 @@ class Case:
 
 
 def cpu_cases() -> list[Case]:
-    """What two CPU cores do within minutes: encoder sizes in every form, a rectangular v, a decode step."""
+    """The cases that two CPU cores do within minutes: encoder sizes in every form, a rectangular v, a decode step."""
     roberta, vit, gqa = LAYERS["roberta-base-qv"], LAYERS["vit-b16-qv"], LAYERS["llama3-8b-v"]
     dtypes = "float32", "bfloat16"
     cases = [Case(roberta, 4096, dtype, 26, form) for form in ("factored", "dropout") for dtype in dtypes]

@@ -123,7 +123,7 @@ def _with_rank(problem: Problem, build: Callable[..., Workload], rank: Callable[
 
 
 def _registry() -> Iterable[Provider]:
-    """Those that the gate holds to one formula stand together: it is evaluated once for all of them."""
+    """Providers that the gate holds to one formula stand together: it is evaluated once for all of them."""
     partial = functools.partial
     two, three = FLOORS
     yield Provider(two, "floor: x·Wᵀ and dy·W alone", partial(genft.floor, products=2), updates=False)

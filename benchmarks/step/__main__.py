@@ -64,7 +64,7 @@ def _run_case(methods: Sequence[Method], case: StepCase, device: torch.device, s
 
 
 def _counted(step: Step, device: torch.device) -> Row:
-    """What is counted rather than timed: of one micro-batch, but for the peak, which is the whole step's."""
+    """Figures that are counted rather than timed: of one micro-batch, but for the peak, which is the whole step's."""
     config, trained = step.model.config, sum(parameter.numel() for parameter in step.trained.values())
     launches = memory.launches(lambda: step.run(1), device)
     return {

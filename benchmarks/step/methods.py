@@ -96,7 +96,7 @@ def _genft(model: nn.Module, dropout: bool, preset: str) -> None:
 
 
 def _targeted(model: nn.Module) -> list[str]:
-    """Those of its targets that it has: a name that matches nothing is warned of."""
+    """The targets that it has: a name that matches nothing is warned of."""
     present = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     return [name for name in model.targets if name in present]
 

@@ -98,7 +98,7 @@ class StepCase:
 
     @property
     def key(self) -> dict[str, str | int]:
-        """What a result row is told apart by, beside the method."""
+        """The keys that tell a result row from others, beside the method."""
         fields = "model", "batch", "sequence", "accumulation", "dtype"
         return dict(zip(fields, (self.model.name, *dataclasses.astuple(self)[1:]), strict=True))
 

@@ -36,7 +36,7 @@ class LaunchError(RuntimeError):
 
 
 class Explains(Protocol):
-    """What has something to add to `explain`."""
+    """A backend that has something to add to `explain`."""
 
     def explain(self) -> list[str]:
         """Lines."""
@@ -85,7 +85,7 @@ def check_name(name: str) -> None:
 
 
 def choose(requested: str, device: torch.device, dtype: torch.dtype, tiled: bool = False) -> str:
-    """What to hand to the operations: the backend that computes in `dtype` on `device`, if one is asked for by name.
+    """The backend to hand to the operations: the one that computes in `dtype` on `device`, if one is asked for by name.
 
     "auto" stays open until an operation runs (`chosen`); only it ever becomes another.
 
@@ -124,7 +124,7 @@ def may_choose(name: str, device: torch.device, dtype: torch.dtype) -> bool:
 
 @functools.cache
 def counted(device: torch.device, dtype: torch.dtype, tiled: bool) -> str:
-    """What wins by counting launches and bytes: "eager", whose products are a vendor's, but for the tiled form on a
+    """The winner by counted launches and bytes: "eager", whose products are a vendor's, but for the tiled form on a
     CUDA device. There it is the first backend of kernels that can run and has passed the gate on that card."""
     kernels = KERNEL_BACKENDS if tiled and device.type == "cuda" else ()
     return next((name for name in kernels if may_choose(name, device, dtype)), "eager")
@@ -161,7 +161,7 @@ def load(name: str) -> ModuleType:
 def explain(
     device: str | torch.device | None = None, dtype: torch.dtype = torch.float32, groups: Iterable[Explains] = ()
 ) -> str:
-    """What "auto" picks for `dtype` on `device` and why, a line for each backend.
+    """The pick of "auto" for `dtype` on `device` and why, a line for each backend.
 
     `device` defaults to the first CUDA device, or the CPU where there is none. `groups` are those of a model's layers
     (`genft_kernels.explain(model)` finds them): which layers are generated together, and why others are not.

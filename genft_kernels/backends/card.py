@@ -1,4 +1,4 @@
-"""What is found out about a card and kept: JSON files beside compiled code, named by all that they follow from.
+"""Findings about a card that are kept: JSON files beside compiled code, named by all that they follow from.
 
 Among that are this package's sources: after a change of them everything is found out anew.
 """

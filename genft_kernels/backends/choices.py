@@ -1,4 +1,4 @@
-"""What was measured on a device: the backend that `tune` found the fastest, by the shape of an operation.
+"""Measurements on a device: the backend that `tune` found the fastest, by the shape of an operation.
 
 A table is loaded once and holds for the process, so that backward and recomputation choose as forward did
 (docs/backends.md#choice).
@@ -33,7 +33,7 @@ _noted: list[Call] | None = None
 
 
 class Shape(NamedTuple):
-    """What a choice follows from; its words are the keys of a table."""
+    """The circumstances that a choice follows from; its words are the keys of a table."""
 
     tiled: bool
     dtype: torch.dtype

@@ -98,7 +98,7 @@ def _eager() -> ModuleType:
 
 
 def _random(case: Case, dtype: torch.dtype, device: torch.device) -> Callable[..., Tensor]:
-    """What makes the same random tensors, rounded to the case's dtype, each time."""
+    """A source of the same random tensors, rounded to the case's dtype, each time."""
     generator = torch.Generator().manual_seed(5)
 
     def random(*shape: int, scale: float = 1.0) -> Tensor:

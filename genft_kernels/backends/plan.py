@@ -1,4 +1,4 @@
-"""What stands between the operations and the kernels of Triton and CUDA, once for both.
+"""The plan between the operations and the kernels of Triton and CUDA, once for both.
 
 A backend's launchers only write. Here their arguments are checked, memory for results is made, long sums are split, and
 parts are added up in a fixed order.

@@ -58,7 +58,7 @@ class GenFTExperts(MarksMerged, nn.Module):
 
     @property
     def updates(self) -> dict[str, ExpertUpdate]:
-        """Those of its parameters, by the parameters' names."""
+        """The updates of its parameters, by the parameters' names."""
         return {m.parameter_name: m for m in self._modules.values() if isinstance(m, ExpertUpdate)}
 
     @property

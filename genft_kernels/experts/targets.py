@@ -90,7 +90,7 @@ def find_expert_targets(
 def make_experts(
     targets: list[ExpertTarget], generators: dict[tuple[int, int], GenFTGenerator], backend: str
 ) -> tuple[dict[str, GenFTExperts], dict[str, ExpertUpdate]]:
-    """What takes the place of the experts modules, by every path, and the updates in it, each by its first path."""
+    """The replacements of the experts modules, by every path, and the updates in it, each by its first path."""
     adapted: dict[nn.Module, GenFTExperts] = {}
     places: dict[str, GenFTExperts] = {}
     updates: dict[str, ExpertUpdate] = {}
@@ -105,7 +105,7 @@ def make_experts(
 
 
 def _stacks(modules: dict[str, nn.Module]) -> str:
-    """What could be named, for an error message."""
+    """The names that could be given, for an error message."""
     kinds = {
         f"{path.rpartition('.')[2]}.{name}"
         for path, module in modules.items()

@@ -63,7 +63,7 @@ class ExpertUpdate(GenFTUpdate):
 
     @property
     def present_weight(self) -> Tensor:
-        """What a product takes that has no update beside it: W, or W + dW while merged and not disabled."""
+        """The weight of a product that has no update beside it: W, or W + dW while merged and not disabled."""
         return self.weight if self._enabled else self.stored_weight
 
     @property
@@ -81,7 +81,7 @@ class ExpertUpdate(GenFTUpdate):
         return Source(config, weight, blocks, self.generator(), units, self.backend, dropout, self.training, obstacle)
 
     def parameters_of_generator(self) -> GeneratorParameters:
-        """Those of every block: matrices have a leading dimension E * halves, biases none; differentiable."""
+        """The tensors of every block: matrices have a leading dimension E * halves, biases none; differentiable."""
         blocks = self.layout.experts * self.layout.halves
         own = {name: for_blocks(units, blocks) for name, units in self.specific_parameters().items()}
         return GeneratorParameters.concatenated(self.generator(), own, self.stored_weight.device, blocks)
@@ -162,7 +162,7 @@ class ExpertUpdate(GenFTUpdate):
         return expert_linear_node(x.to(dtype), offsets, matrices, bias, h, b, seed, *settings)
 
     def whole_factors(self, x: Tensor) -> tuple[Factors, Tensor | None, str]:
-        """Those of the experts' whole matrices for tokens like x [S, in], each expert's seed, and the backend."""
+        """The updates of the experts' whole matrices for tokens like x [S, in], each expert's seed, and the backend."""
         config, layout = self.config, self.layout
         check_linear(x, layout.matrices(self.stored_weight)[0], None)
         dtype = compute_dtype(x)

@@ -1,1 +1,1 @@
-"""What is written to disk and read from it: adapters, official checkpoints."""
+"""Files, written and read: adapters, official checkpoints."""

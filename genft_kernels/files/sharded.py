@@ -53,7 +53,7 @@ def like(values: Tensor, mine: Tensor) -> Tensor:
 
 
 def by_one(action: Callable[[], T], sharded: bool) -> T:
-    """What `action` returns or raises, done by one process for all of them where the model is sharded."""
+    """The result or error of `action`, done by one process for all of them where the model is sharded."""
     if not sharded:
         return action()
     told: list[tuple[T | None, BaseException | None]] = [(None, None)]

@@ -42,7 +42,7 @@ def _packed_4bit(module: Any) -> list[Tensor]:
 
 
 def _codes_and_scales(module: Any) -> tuple[Tensor, Tensor]:
-    """Those of an 8-bit weight; its first forward moves them from the weight to the module's state."""
+    """The codes of an 8-bit weight; its first forward moves them from the weight to the module's state."""
     weight, state = module.weight, module.state
     if state.has_fp16_weights:
         raise ValueError("it keeps W in 16 bits (has_fp16_weights=True): load it with has_fp16_weights=False")

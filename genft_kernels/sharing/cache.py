@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Settings(NamedTuple):
-    """What factors are generated under."""
+    """The circumstances that factors are generated under."""
 
     backend: str
     dtype: torch.dtype
@@ -62,7 +62,7 @@ class Share:
 
     @property
     def factors(self) -> list[Factors]:
-        """Those of the layer's adapted blocks, of a fresh generation."""
+        """The factors of the layer's adapted blocks, of a fresh generation."""
         factors = self.batch.generation.factors
         assert factors is not None
         return factors[self._blocks]
@@ -323,7 +323,7 @@ class LayerGroup:
 
 
 def all_groups() -> list[LayerGroup]:
-    """Those of all generators there are."""
+    """The shares of all generators there are."""
     return list(_groups)
 
 

@@ -28,7 +28,7 @@ from .source import Source
 
 
 class Options(NamedTuple):
-    """What a generation takes besides its sources."""
+    """The inputs of a generation besides its sources."""
 
     dtype: torch.dtype  # of the factors
     dropout: float  # of the column stage
@@ -120,7 +120,7 @@ class _Recipe:
 
 
 class _Results:
-    """What the stages that go over W, or over tiles of an update, have given; of it their graph is made again."""
+    """Results of the stages that go over W, or over tiles of an update; of it their graph is made again."""
 
     def __init__(self) -> None:
         self._kept: list[Tensor] = []
@@ -147,12 +147,12 @@ def _version(tensor: Tensor | FrozenWeight) -> int | None:
 
 
 def _kept(tensor: Tensor) -> Tensor:
-    """What is kept of a tensor between forward and backward; a name to count by."""
+    """The part of a tensor that is kept between forward and backward; a name to count by."""
     return tensor.detach()
 
 
 def _nothing(tensor: Tensor) -> None:
-    """What is kept for a graph that is made again."""
+    """All that is kept for a graph that is made again."""
 
 
 class _Generate(torch.autograd.Function):

@@ -172,7 +172,7 @@ def _first_bytes(tensor: Tensor) -> memoryview:
 
 
 def _states(tensors: Collection[Tensor]) -> tuple[list, ...] | None:
-    """What tells most changes of them; None of tensors that were made in inference mode, where nothing does."""
+    """A key that tells most changes of them; None of tensors that were made in inference mode, where nothing does."""
     # An object that takes the place of another at its address has other values.
     objects, addresses = list(map(id, tensors)), list(map(Tensor.data_ptr, tensors))
     try:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Source(NamedTuple):
-    """What the factors of one layer are generated from, as it is now; and what decides for how long they hold."""
+    """All that the factors of one layer are generated from, as it is now; and what decides for how long they hold."""
 
     config: GenFTConfig
     weight: Tensor  # W, as it is stored; of one that is quantised, the codes
@@ -29,7 +29,7 @@ class Source(NamedTuple):
 
     @property
     def cell(self) -> tuple[object, ...]:
-        """What layers must agree in to be generated together.
+        """A key that layers must agree in to be generated together.
 
         In what trains, too: a factor has a gradient here if it has one in a generation of the layer alone, as the
         repetition of a checkpointed region may make.
@@ -72,7 +72,7 @@ class SharesTensors(Protocol):
 
 
 class Layer(Protocol):
-    """What has factors: all that sharing reads of it is one value."""
+    """A layer, or whatever has factors: all that sharing reads of it is one value."""
 
     @property
     def generator(self) -> SharesTensors: ...
@@ -80,7 +80,7 @@ class Layer(Protocol):
     share: Share | None  # as its group has it, for who may take it without asking the group
 
     def source(self) -> Source:
-        """What its factors are generated from, as it is now."""
+        """All that its factors are generated from, as it is now."""
         ...
 
     def watched(self) -> list[Tensor]:

@@ -23,7 +23,7 @@ class WeightNorms:
         self._kept: weakref.WeakKeyDictionary[Layer, tuple[snapshot.Snapshot, Tensor]] = weakref.WeakKeyDictionary()
 
     def of(self, sources: Mapping[Layer, Source]) -> Tensor | None:
-        """Those of all blocks, layer after layer; None where nothing is made of them, or W is to be looked at anew."""
+        """The blocks' norms, layer after layer; None where nothing is made of them, or W is to be looked at anew."""
         first = next(iter(sources.values()))
         if first.config.weight_ratio != "rms" or not snapshot.compares_at_once(first.weight.device):
             return None

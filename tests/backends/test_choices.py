@@ -1,4 +1,4 @@
-"""What was measured on a device: how "auto" chooses by it, and how it is kept; and backends whose kernels fail."""
+"""Measurements on a device: how "auto" chooses by it, and how it is kept; and backends whose kernels fail."""
 
 import functools
 import json
@@ -174,7 +174,7 @@ def test_every_rank_chooses_as_rank_0_does(become):
 
 
 def table_of_rank(folder, rank):
-    """What a rank chooses by, of which rank 0 alone has a table on its disk."""
+    """The choice of a rank, of which rank 0 alone has a table on its disk."""
     os.environ["GENFT_CACHE_DIR"] = f"{folder}/{rank}"
     os.mkdir(f"{folder}/{rank}")
     if rank == 0:

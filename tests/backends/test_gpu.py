@@ -1,4 +1,4 @@
-"""What only a GPU can show: real sizes, graphs, no host synchronisation, more than 2**31 elements, torch.compile.
+"""Behaviour only a GPU can show: real sizes, graphs, no host synchronisation, more than 2**31 elements, torch.compile.
 
 The shared cases run there too (test_backends.py, tests/ops/test_precision.py): `pytest -m gpu` takes them all, what is
 marked slow last, and `-m "gpu and not slow"` a sample of each kind.

@@ -1,4 +1,4 @@
-"""What is the Triton backend's own: the interpreter's mend, rounding bits, its ops, and machine code without a GPU.
+"""The Triton backend alone: the interpreter's mend, rounding bits, its ops, and machine code without a GPU.
 
 The kernels themselves run on the shared cases in tests/backends/test_backends.py, in a process with TRITON_INTERPRET=1.
 """
@@ -249,7 +249,7 @@ def test_shipped_kernels_fit_a_card():
 @compiled
 @pytest.mark.slow
 def test_shipped_kernels_fit_the_cards():
-    """What `faults` names is in none of them for sm_80, sm_89 and sm_90; sm_100 and gfx942 compile."""
+    """Nothing that `faults` names is in any of them for sm_80, sm_89 and sm_90; sm_100 and gfx942 compile."""
     from benchmarks.compiled.triton_report import faults, rows_of
 
     seen, cards = set(), ["sm_80", "sm_89", "sm_90"]

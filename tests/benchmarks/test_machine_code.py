@@ -1,4 +1,4 @@
-"""What is read off machine code: loops, their loads, operands that are overwritten."""
+"""Readings of machine code: loops, their loads, operands that are overwritten."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What holds for adapted layers holds for stacked experts: undone exactly, merged, disabled, saved, accumulated, ..."""
+"""Stacked experts are as adapted layers are: undone exactly, merged, disabled, saved, accumulated, ..."""
 
 import copy
 import json

@@ -196,7 +196,7 @@ def run(function, data: Data, config: GenFTConfig, **options) -> dict[str, torch
 
 
 class _FirstCalls(TorchDispatchMode):
-    """What each of the package's ops is first called with."""
+    """The arguments that each of the package's ops is first called with."""
 
     def __init__(self) -> None:
         super().__init__()

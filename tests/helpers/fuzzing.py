@@ -1,4 +1,4 @@
-"""What the stateful fuzz draws from (settings, optimizers, changes, failures midway), and how it judges a model."""
+"""Choices of the stateful fuzz (settings, optimizers, changes, failures midway), and how it judges a model."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class Subject(RuleBasedStateMachine):
         return self.adapted() and self.config.modules_to_save is not None and name.startswith("head.")
 
     def take_up(self):
-        """What was put aside is used now, in the model's dtype."""
+        """Use of what was put aside, in the model's dtype."""
         self.frozen = {name: tensor.to(self.dtype) for name, tensor in self.frozen.items()}
 
     def evaluated(self, x, context=torch.no_grad):

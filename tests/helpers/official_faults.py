@@ -1,4 +1,4 @@
-"""What can be wrong with official files: fault -> (change to tensors and settings in place, words of the refusal)."""
+"""Faults of official files: fault -> (change to tensors and settings in place, words of the refusal)."""
 
 from __future__ import annotations
 

@@ -164,7 +164,7 @@ def write_vit(directory: Path, tensors: dict[str, Tensor], settings: dict, *, ep
 def peft_forward(
     model: nn.Module, x: Tensor, tensors: dict[str, Tensor], settings: dict, targets: tuple[str, ...]
 ) -> Tensor:
-    """What the official PEFT tuner answers: `model(x) + F.linear(x, D)` in every target, the trained head in place.
+    """The answer of the official PEFT tuner: `model(x) + F.linear(x, D)` in every target, the trained head in place.
 
     `model` is the untouched base; its head is replaced by the trained one.
     """
@@ -187,7 +187,7 @@ def peft_forward(
 
 
 def vit_forward(model: ViT, x: Tensor, tensors: dict[str, Tensor], settings: dict) -> Tensor:
-    """What the official ViT answers: `x @ D` onto q and v of every block's qkv, one individual pair for both."""
+    """The answer of the official ViT: `x @ D` onto q and v of every block's qkv, one individual pair for both."""
     tensors = {key: value.to(x.dtype) for key, value in tensors.items()}
     model.head.load_state_dict(_below(tensors, "head."))
     generator = _below(tensors, "blocks.0.attn.gen.")

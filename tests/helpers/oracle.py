@@ -109,7 +109,7 @@ class Oracle:
         return torch.cat(deltas)
 
     def output(self, x: Tensor) -> Tensor:
-        """What the model must answer to x."""
+        """The answer that the model must give to x."""
         return functional_call(_plain(), self._state, (x.double(),))
 
     def backward(self, loss: Tensor, inputs: list[Tensor]) -> tuple[dict[str, Tensor], list[Tensor]]:

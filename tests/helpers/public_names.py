@@ -130,7 +130,7 @@ def _unquoted(text: str) -> str:
 
 
 def _own_fields(config: type) -> dict[str, str]:
-    """Those of a dataclass but its bases', with their defaults: PEFT's own differ from version to version."""
+    """The fields of a dataclass but its bases', with their defaults: PEFT's own differ from version to version."""
     own = vars(config)["__annotations__"]
     return {field.name: repr(field.default) for field in dataclasses.fields(config) if field.name in own}
 

@@ -41,7 +41,7 @@ def _values(layer: Int8Linear) -> torch.Tensor:
 
 
 class Dequantisations:
-    """What `register_frozen_weight` is given for `Int8Linear`: counts its calls, and what it made and who keeps it."""
+    """The reader of `Int8Linear` for `register_frozen_weight`: counts its calls, and what it made and who keeps it."""
 
     def __init__(self) -> None:
         self.count, self.made = 0, []
@@ -109,7 +109,7 @@ def share_units(model: nn.Module, twin: nn.Module) -> None:
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Those of what trains, by name."""
+    """The gradients of what trains, by name."""
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
 
 

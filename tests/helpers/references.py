@@ -1,4 +1,4 @@
-"""What comments, docstrings and documents of a source tree cite, and which of it is not there."""
+"""Citations in comments, docstrings and documents of a source tree, and which of them lead nowhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of the benchmarks share: a small layer, a run without waiting, and a provider that is wrong."""
+"""Parts that the tests of the benchmarks share: a small layer, a run without waiting, and a provider that is wrong."""
 
 import dataclasses
 

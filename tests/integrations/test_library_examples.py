@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # of the 
 
 
 def learnt(name: str, by: float = 0.9) -> dict:
-    """What an example leaves behind; it must have learnt."""
+    """The files that an example leaves behind; it must have learnt."""
     names = runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     assert names["losses"][-1] < by * names["losses"][0]
     return names

@@ -65,7 +65,7 @@ def test_layers_of_a_shape_are_generated_together_once_a_step():
 
 
 def kept_bytes(model) -> int:
-    """What a forward keeps for the backward, each memory once."""
+    """The bytes that a forward keeps for the backward, each memory once."""
     kept = {}
 
     def pack(tensor):
@@ -85,7 +85,7 @@ def test_tuner_keeps_no_more_for_the_backward_than_apply_genft(settings):
 
 
 def test_tuner_takes_little_more_of_python_than_apply_genft():
-    """What a forward takes beside the operations, counted: calls of a layer's forward, in training."""
+    """The cost of a forward beside the operations, counted: calls of a layer's forward, in training."""
 
     def calls(layer, model):
         layer(x)

@@ -1,4 +1,4 @@
-"""What the PEFT tuner is set to, and what it refuses: clear errors, and a model that is as it was."""
+"""Settings of the PEFT tuner, and its refusals: clear errors, and a model that is as it was."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What a configuration leaves to the model: targets by its type, its head; and settings that other methods have."""
+"""Settings left to the model: targets by its type, its head; and settings that other methods have."""
 
 import copy
 

@@ -36,7 +36,7 @@ PLACES = ["blocks.0.fused", "blocks.1.query", "head"]
 
 
 class Machine(Subject):
-    """What may be done to a model."""
+    """The operations that a model may meet."""
 
     @initialize(seed=st.integers(0, 2**16))
     def start(self, seed):

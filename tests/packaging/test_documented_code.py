@@ -1,4 +1,4 @@
-"""What README and docs/ show as code is so: blocks run, calls fit the functions, commands have their options."""
+"""Code in README and docs/ works: blocks run, calls fit the functions, commands have their options."""
 
 import ast
 import inspect

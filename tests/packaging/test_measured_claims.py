@@ -1,4 +1,4 @@
-"""What documents say of measurements in words is what the committed rows say; measured anew, those may differ."""
+"""Claims of documents in words are those of the committed rows; measured anew, those may differ."""
 
 import re
 from pathlib import Path

@@ -1,14 +1,21 @@
-"""Docstrings of public names: there is one, it says what is raised, and names every tensor that goes in."""
+"""Docstrings of public names: there is one, it says what is raised, and names every tensor that goes in.
+
+All docstrings begin with the noun or verb of what they are about.
+"""
 
 import ast
 import inspect
 import textwrap
+from pathlib import Path
 
 import pytest
 
 import genft_kernels
 from genft_kernels import functional, reference
 from genft_kernels.integrations import transformers as trainers
+
+ROOT = Path(__file__).parents[2]
+SOURCES = [path for name in ("genft_kernels", "benchmarks", "tests") for path in sorted((ROOT / name).rglob("*.py"))]
 
 # Where a docstring leaves it to another one's.
 ELSEWHERE = ("errors as there", "raises as there", "errors as the class says", "errors of `")
@@ -70,3 +77,15 @@ def test_what_is_missing_is_found():
         raise ValueError
 
     assert lacks(silent) == ["a docstring"] and lacks(raising) == ["what it raises", "x"]
+
+
+def vague_docstrings(source: str) -> list[str]:
+    """The docstrings of a module that begin with a pronoun."""
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    texts = [ast.get_docstring(node) or "" for node in ast.walk(ast.parse(source)) if isinstance(node, documented)]
+    return [text for text in texts if text.startswith(("What ", "Those "))]
+
+
+def test_docstrings_begin_with_their_subject():
+    assert {str(path): vague for path in SOURCES if (vague := vague_docstrings(path.read_text()))} == {}
+    assert vague_docstrings('"""What it is."""\ndef f():\n    """Those of f."""\n    """What not."""') == ["What it is.", "Those of f."]

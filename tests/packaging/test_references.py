@@ -1,4 +1,4 @@
-"""What comments, docstrings and documents cite is in the tree."""
+"""Citations in comments, docstrings and documents lead to something in the tree."""
 
 import re
 from pathlib import Path

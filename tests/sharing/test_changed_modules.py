@@ -35,7 +35,7 @@ X = torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_se
 
 
 def materialised(model):
-    """What the model must answer, by its layers' own account of their updates."""
+    """The answer that the model must give, by its layers' own account of their updates."""
     x = X
     for layer in (model[0], model[2]):
         for hook in layer._forward_pre_hooks.values():  # by which pruning computes

@@ -1,4 +1,4 @@
-"""What listens to the dispatcher: selective checkpointing, FLOP counters, fake tensors."""
+"""Listeners to the dispatcher: selective checkpointing, FLOP counters, fake tensors."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""What a generation keeps: between forward and backward no more than it must, of W its norm from step to step."""
+"""Memory a generation keeps: between forward and backward no more than it must, of W its norm from step to step."""
 
 import copy
 

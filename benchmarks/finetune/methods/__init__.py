@@ -1,4 +1,4 @@
-"""What is compared: every method freezes the model and returns it with its own part trainable."""
+"""Methods that are compared: each freezes the model and returns it with its own part trainable."""
 
 from .genft import FAST, FAST_BOTH, OFFICIAL, ROW, TILED, WEGEFT
 from .method import Method, Unsuitable, optimizer_groups, settings_of, trainable_parameters

@@ -39,7 +39,7 @@ def trainable_parameters(model: nn.Module) -> int:
 def optimizer_groups(
     model: nn.Module, head: str | None, rate: float, head_rate: float | None, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """What trains, the head at `head_rate`, which None makes the same; GenFT's as `parameter_groups` has it."""
+    """Parameter groups, the head's at `head_rate`, which None makes the same; GenFT's as `parameter_groups` has it."""
     if adapted_layers(model):
         return parameter_groups(model, rate, head_lr=head_rate, weight_decay=weight_decay)
     groups: dict[float, list[nn.Parameter]] = {}

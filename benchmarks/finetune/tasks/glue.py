@@ -118,6 +118,6 @@ class Pairs:
         return len(self.encoded)
 
     def batch(self, rows: list[int]) -> tuple[tuple[Tensor, ...], Tensor]:
-        """What the tokenizer makes of the given rows, in the order of `NAMES`, and their labels."""
+        """Tokens of the given rows, in the order of `NAMES`, and their labels."""
         padded = self.tokenizer.pad([self.encoded[row] for row in rows], padding="longest", return_tensors="pt")
         return tuple(padded[name] for name in self.NAMES if name in padded), self.labels[rows]

@@ -1,4 +1,4 @@
-"""What a task hands to training: a fresh model, examples, and where methods adapt."""
+"""The problem that a task hands to training: a fresh model, examples, and where methods adapt."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class Places(NamedTuple):
         return cls(tuple(name for name in QUERY_AND_VALUE_NAMES if name in names), head)
 
     def linears(self, model: nn.Module) -> list[nn.Linear]:
-        """Those that are adapted."""
+        """The layers that are adapted."""
         return [module for name, module in model.named_modules() if name.rpartition(".")[2] in self.targets]
 
     def of_config(self) -> dict[str, list[str] | None]:
@@ -68,7 +68,7 @@ class Problem:
     evaluation_batch: int = 128
 
     def size_of_rank(self, rank: int) -> int:
-        """What LoRA of this rank trains beside the head."""
+        """The number of parameters that LoRA of this rank trains beside the head."""
         return rank * sum(linear.in_features + linear.out_features for linear in self.places.linears(self.model()))
 
 

@@ -29,7 +29,7 @@ class Split(NamedTuple):
 
 
 def same_text_key(text: str) -> str:
-    """What two spellings of one text share: its letters and digits, whatever the case and spacing."""
+    """A key that two spellings of one text share: its letters and digits, whatever the case and spacing."""
     return "".join(re.findall(r"\w+", text.casefold())) or text
 
 

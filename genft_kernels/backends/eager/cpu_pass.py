@@ -163,7 +163,7 @@ def _compiled() -> ctypes.CDLL | str:
 
 
 def _library() -> cache.Library:
-    """What the compiler (`CXX`, perhaps with arguments) makes; BuildError if there is none."""
+    """The library that the compiler (`CXX`, perhaps with arguments) makes; BuildError if there is none."""
     try:
         program, *arguments = shlex.split(os.environ.get("CXX", "")) or ["c++"]
     except ValueError as error:

@@ -16,7 +16,7 @@ NO_OTHERS, NOTHING = Others(), Wanted()
 
 
 def sweep(update: Update, others: Others = NO_OTHERS, wanted: Wanted = NOTHING, folding: Folding | None = None) -> Sums:
-    """What is wanted of an update, whose rows go to `folding`; by compiled code where there is any."""
+    """The wanted parts of an update, whose rows go to `folding`; by compiled code where there is any."""
     return cpu_pass.sweep(update, others, wanted, folding) or _plain(update, others, wanted, folding)
 
 

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: activations and their slopes, the tile of an update, masks, stochastic rounding.
+"""Functions of all Triton kernels: activations and their slopes, the tile of an update, masks, stochastic rounding.
 
 Tiles stand in the weight's orientation, [out, in]; the hidden dimension k is gone through in slices of 16, so that
 37 hidden units cost 48, not 64.

@@ -12,7 +12,7 @@ _of_layers = save_and_load._get_adapter_state_dict_key_prefixes
 
 
 def adapter_key_prefixes(model: Any) -> set[str]:
-    """What the keys of the adapters begin with in the wrapped model, as PEFT's function of that name; shared ones, too.
+    """Prefixes of the adapters' keys in the wrapped model, as PEFT's function of that name; shared ones, too.
 
     The model has these, because transformers' `add_adapter` keeps no tuner.
     """

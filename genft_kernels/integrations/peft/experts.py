@@ -75,7 +75,7 @@ class ExpertStack(AdapterLayer):
 
     @property
     def present_weight(self) -> Tensor:
-        """What a product takes that has no update beside it: while merged and not disabled W + dW."""
+        """The weight of a product that has no update beside it: while merged and not disabled W + dW."""
         return self.bound_weight if self._enabled else self.stored_weight
 
     @property
@@ -93,7 +93,7 @@ class ExpertStack(AdapterLayer):
 
     @property
     def active_updates(self) -> list[StackUpdate]:
-        """Those of the active adapters."""
+        """The updates of the active adapters."""
         return [self.genft_own[name] for name in self.active_adapters if name in self.genft_own]
 
     @property

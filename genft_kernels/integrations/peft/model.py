@@ -298,7 +298,7 @@ def _check_blocks(config: PeftGenFTConfig, model: nn.Module, adapter_name: str) 
 
 
 def _fingerprints(model: nn.Module, adapter_name: str) -> dict[str, Any] | None:
-    """Those of the weights that an adapter is for, by the layers' paths; None if they are not at hand."""
+    """The fingerprints of the weights that an adapter is for, by the layers' paths; None if they are not at hand."""
     found = {}
     for path, layer in _layers(model).items():
         if adapter_name in layer.genft_own:
