@@ -88,4 +88,5 @@ def vague_docstrings(source: str) -> list[str]:
 
 def test_docstrings_begin_with_their_subject():
     assert {str(path): vague for path in SOURCES if (vague := vague_docstrings(path.read_text()))} == {}
-    assert vague_docstrings('"""What it is."""\ndef f():\n    """Those of f."""\n    """What not."""') == ["What it is.", "Those of f."]
+    source = '"""What it is."""\ndef f():\n    """Those of f."""\n    """What not."""'
+    assert vague_docstrings(source) == ["What it is.", "Those of f."]
