@@ -3,7 +3,7 @@
 import pytest
 
 from tests.faults import cuda_faults, mutations
-from tests.faults.planting import ROOT, Fault, lost
+from tests.faults.planting import ROOT, Fault, lost, main
 
 FAULTS = [*mutations.FAULTS, *cuda_faults.FAULTS]
 
@@ -21,3 +21,10 @@ def test_lost_fault_is_named():
     assert lost([Fault("gone", here, "no such " + "text", "", [])]) == [f"gone: its text occurs 0 times in {here}"]
     assert "occurs 0 times in no/such.py" in lost([Fault("gone", "no/such.py", "text", "", [])])[0]
     assert "its text occurs " in lost([Fault("twice", here, "import", "", [])])[0]
+
+
+@pytest.mark.parametrize("words, status", [("", 1), ("here", 0), ("gone", 1), ("here gone", 1), ("nowhere", 0)])
+def test_words_choose_faults(words, status):
+    there = "tests/faults/__init__.py"
+    faults = [Fault("gone", "no/such.py", "", "", []), Fault("here", there, (ROOT / there).read_text(), "", [])]
+    assert main(faults, argv=[*words.split(), "--check"]) == status

@@ -22,15 +22,8 @@ from tests.helpers.quantised_layers import (
     gradients,
     pair,
     quantised,
-    registered,
     step,
 )
-
-
-@pytest.fixture(autouse=True)
-def dequantisations():
-    return registered()
-
 
 FORMS = {
     "factored": {},

@@ -18,15 +18,9 @@ from tests.helpers.quantised_layers import (
     Unreadable,
     config,
     quantised,
-    registered,
     step,
 )
 from tests.helpers.tiny_models import Encoder
-
-
-@pytest.fixture(autouse=True)
-def dequantisations():
-    return registered()
 
 
 def named(module_name: str) -> nn.Module:

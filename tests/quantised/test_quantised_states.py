@@ -23,15 +23,9 @@ from tests.helpers.quantised_layers import (
     dense_twin,
     pair,
     quantised,
-    registered,
     step,
 )
 from tests.helpers.tiny_models import Encoder
-
-
-@pytest.fixture(autouse=True)
-def dequantisations():
-    return registered()
 
 
 def test_factors_follow_a_change_of_the_codes():
