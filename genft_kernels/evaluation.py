@@ -14,7 +14,7 @@ from . import _torch_private, backends
 from .config import is_factored
 from .sharing.cache import current_stream
 from .units import GenFTUpdate
-from .update import Frozen, apply_factors, compute_dtype
+from .update import Action, Frozen, apply_factors, compute_dtype
 
 Asked = tuple[object, ...]
 
@@ -54,4 +54,4 @@ def evaluated(
         return backends.load("eager").linear(x, weight, bias, h, b, *settings)[0], asked
     dtype, psi = compute_dtype(x), config.outer_activation
     backend = backends.choose(update.backend, device, dtype, not is_factored(psi, 0.0))
-    return apply_factors(x, weight, bias, factors[0], config.scaling, psi, 0.0, None, backend), asked
+    return apply_factors(x, weight, bias, factors[0], Action(config.scaling, psi), backend), asked

@@ -14,7 +14,7 @@ from .checks import check_factors, check_linear, check_options, check_parameters
 from .config import GenFTConfig, is_factored
 from .parameters import GeneratorParameters
 from .philox import ROW_STREAM
-from .update import Factors, apply_factors, compute_dtype, forward_seed, generate_factors, with_zero_units
+from .update import Action, Factors, apply_factors, compute_dtype, forward_seed, generate_factors, with_zero_units
 
 __all__ = ["factored_linear", "genft_linear"]
 
@@ -64,7 +64,8 @@ def genft_linear(
     group = GeneratorParameters(*(t if t is None or t.dim() == 1 else t[None] for t in params))
     generated = generate_factors([weight], group, config, dtype=dtype, dropout=dropout, seed=seed, backend=chosen)
     (factors,) = generated.unbind()
-    return apply_factors(x, weight, bias, factors, config.scaling, config.outer_activation, dropout, seed, chosen)
+    action = Action(config.scaling, config.outer_activation, dropout, seed)
+    return apply_factors(x, weight, bias, factors, action, chosen)
 
 
 def factored_linear(
@@ -103,4 +104,5 @@ def factored_linear(
     check_transforms(chosen)
     seed = forward_seed(seed, x.device, training, dropout, activation, dtype)
     h, b = (with_zero_units(factor.to(x.device, dtype), -1) for factor in (h, b))
-    return apply_factors(x, weight, bias, Factors(h, b, ROW_STREAM), scale, activation, dropout, seed, chosen)
+    action = Action(scale, activation, dropout, seed)
+    return apply_factors(x, weight, bias, Factors(h, b, ROW_STREAM), action, chosen)

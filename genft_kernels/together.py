@@ -16,25 +16,23 @@ from torch.utils.checkpoint import checkpoint
 
 from . import _torch_private, backends, reference
 from .checks import check_linear, check_not_onnx, check_transforms
-from .config import GenFTConfig, is_factored
+from .config import is_factored
 from .evaluation import Asked, evaluated
 from .frozen_weight import frozen_linear
 from .parameters import GeneratorParameters
 from .units import GenFTUpdate
-from .update import Factors, Frozen, apply_factors, compute_dtype, forward_seed, generate_factors
+from .update import Action, Factors, Frozen, apply_factors, compute_dtype, forward_seed, generate_factors
 
 
 class _Part(NamedTuple):
     """One update of one block of W, generated."""
 
     factors: Factors
-    config: GenFTConfig
-    dropout: float  # in effect
-    seed: Tensor | None
+    action: Action
 
     @property
     def factored(self) -> bool:
-        return is_factored(self.config.outer_activation, self.dropout)
+        return is_factored(self.action.activation, self.action.dropout)
 
 
 def updated_linear(x: Tensor, weight: Frozen, bias: Tensor | None, updates: Sequence[GenFTUpdate]) -> Tensor:
@@ -108,21 +106,20 @@ def _generated(update: GenFTUpdate, x: Tensor, dtype: torch.dtype, backend: str,
         ]
     else:
         factors = update.generator.group.factors_for(update, dtype, backend, seeds, question)  # type: ignore[arg-type]
-    return [_Part(each, config, dropout, seed) for each, seed in zip(factors, seeds, strict=True)]
+    settings = config.scaling, config.outer_activation, dropout
+    return [_Part(each, Action(*settings, seed)) for each, seed in zip(factors, seeds, strict=True)]
 
 
 def _applied(x: Tensor, weight: Frozen, bias: Tensor | None, parts: list[_Part], backend: str) -> Tensor:
     if len(parts) == 1:
-        factors, config, dropout, seed = parts[0]
-        return apply_factors(x, weight, bias, factors, config.scaling, config.outer_activation, dropout, seed, backend)
+        return apply_factors(x, weight, bias, *parts[0], backend)
     if all(part.factored for part in parts):
-        first = parts[0].config.scaling
-        equal = all(part.config.scaling == first for part in parts)
+        first = parts[0].action.scale
+        equal = all(part.action.scale == first for part in parts)
         h = torch.cat([part.factors.h for part in parts], 1)  # [in, k1 + k2 + ...]
-        b = torch.cat([part.factors.b if equal else part.factors.b * part.config.scaling for part in parts], 1)
-        scale = first if equal else 1.0
-        stream = parts[0].factors.stream
-        return apply_factors(x, weight, bias, Factors(h, b, stream), scale, "identity", 0.0, parts[0].seed, backend)
+        b = torch.cat([part.factors.b if equal else part.factors.b * part.action.scale for part in parts], 1)
+        action = Action(first if equal else 1.0, "identity")
+        return apply_factors(x, weight, bias, Factors(h, b, parts[0].factors.stream), action, backend)
     # Made again for the backward: what is kept is x, W and the factors.
     return checkpoint(_folded, x, weight, bias, parts, use_reentrant=False, preserve_rng_state=False)
 
@@ -133,7 +130,7 @@ def _folded(x: Tensor, weight: Frozen, bias: Tensor | None, parts: list[_Part]) 
     wide = torch.promote_types(dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
         folded = weight.to(wide)
-        for (h, b, stream), config, dropout, seed in parts:
-            update = reference._factored_update(folded, h, b, config.outer_activation, stream, dropout, seed)
-            folded = folded + config.scaling * update
+        for (h, b, stream), (scale, psi, dropout, seed) in parts:
+            update = reference._factored_update(folded, h, b, psi, stream, dropout, seed)
+            folded = folded + scale * update
         return F.linear(x.to(wide), folded, None if bias is None else bias.to(wide)).to(dtype)

@@ -36,6 +36,15 @@ class Factors(NamedTuple):
         return [Factors(h, b, self.stream) for h, b in zip(self.h.unbind(0), self.b.unbind(0), strict=True)]
 
 
+class Action(NamedTuple):
+    """How factors act: all of `scale * drop(psi(...))` but themselves."""
+
+    scale: float
+    activation: str  # psi
+    dropout: float = 0.0  # in effect
+    seed: torch.Tensor | None = None  # int64 [1]; None without dropout and where nothing rounds stochastically
+
+
 def computed(operation: Operation, activation: str, *args: Any) -> torch.Tensor:
     """The first result of an operation, in which the activation is the last step."""
     return operation(*args)
@@ -189,17 +198,15 @@ def apply_factors(
     weight: Frozen,
     bias: torch.Tensor | None,
     factors: Factors,
-    scale: float,
-    activation: str,
-    dropout: float,
-    seed: torch.Tensor | None,
+    action: Action,
     backend: str,
 ) -> torch.Tensor:
     """The token side alone: `factored_linear` of arguments that were checked, the factors in `compute_dtype(x)`."""
     dtype = compute_dtype(x)
     bias = None if bias is None else bias.to(dtype)
     h, b, stream = factors
-    return ops.linear_node(x.to(dtype), weight, bias, h, b, seed, float(scale), activation, dropout, stream, backend)
+    scale, psi, dropout, seed = action
+    return ops.linear_node(x.to(dtype), weight, bias, h, b, seed, float(scale), psi, dropout, stream, backend)
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:

@@ -80,7 +80,7 @@ FAULTS = [
     Fault(
         "together: scales of several adapters lost",
         "genft_kernels/together.py",
-        "part.factors.b if equal else part.factors.b * part.config.scaling",
+        "part.factors.b if equal else part.factors.b * part.action.scale",
         "part.factors.b",
         TUNER,
     ),
