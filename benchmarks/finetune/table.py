@@ -14,7 +14,7 @@ from .metrics import PERPLEXITY
 
 SUITE = "finetune"
 BASELINE = "lora"
-SHORT_HEADER = ("fine-tuned by `make compare`: equal size, tuned alike", "last epoch", "− LoRA [95 %]")
+SHORT_HEADER = ("fine-tuned by `make compare`: equal size, tuned alike", "last epoch", "PEFT LoRA", "− LoRA [95 %]")
 HEADER = ("method", "trainable", "rate", "last epoch", "best epoch", "− LoRA [95 %]", "CPU ms / step", "peak MiB")
 # The 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom.
 _QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -29,13 +29,16 @@ def tables(rows: Iterable[Row]) -> str:
 
 
 def summary(rows: Iterable[Row]) -> str:
-    """One table of all tasks, with a line for each method and size."""
+    """One table of all tasks, with a line for each method and size beside LoRA of that size."""
     lines = []
     for (task, _, _), same in _by(rows, "task", "data", "epochs").items():
         measured = _by((row for row in same if row["status"] == "measured"), "method", "size")
-        for (_, size), runs in measured.items():
-            title, _, _, last, _, apart, *_ = _line(runs, measured.get((BASELINE, size), []))
-            lines.append((f"{task}, {runs[0]['metric']}: {title}", last, apart))
+        for (method, size), runs in measured.items():
+            if method != BASELINE:
+                baseline = measured.get((BASELINE, size), [])
+                title, _, _, last, _, apart, *_ = _line(runs, baseline)
+                theirs = _spread([run["score"][-1] for run in baseline]) if baseline else "–"
+                lines.append((f"{task}, {runs[0]['metric']}: {title}", last, theirs, apart))
     return markdown(SHORT_HEADER, lines)
 
 
