@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -10,19 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import reference
+from .adaptable import check_adaptable, is_conv1d
 from .arguments import check_flag, check_type
-from .checks import (
-    check_bias,
-    check_device,
-    check_floating_dtype,
-    check_frozen_weight,
-    check_sizes,
-)
+from .checks import check_device, check_floating_dtype, check_sizes
 from .config import GenFTConfig
-from .frozen_weight import blocks_gradients, is_kind_of_layer, kind_name, kind_of, kind_of_classes, without_dense
+from .frozen_weight import kind_of, kind_of_classes
 from .generator import GenFTGenerator, registered
-from .instance_forward import carry_instance_forward, check_instance_forward
-from .merged_state import MarksMerged
+from .instance_forward import carry_instance_forward
+from .merging import MarksMerged, MergeableUpdate
 from .sharing.source import is_tensor_subclass
 from .together import updated_linear
 from .units import GenFTUpdate, adapter_dtype
@@ -32,7 +27,7 @@ __all__ = ["GenFTGenerator", "GenFTLinear"]
 MORE_BLOCKS = "more_blocks"
 
 
-class GenFTLinear(MarksMerged, GenFTUpdate, nn.Linear):
+class GenFTLinear(MarksMerged, MergeableUpdate, nn.Linear):
     """A drop-in for `nn.Linear`: `weight` and `bias` frozen under the same names, plus a generated update.
 
     The layer's own trained units are parameters of it (`GenFTUpdate`), the shared ones are in `generator`.
@@ -143,9 +138,6 @@ class GenFTLinear(MarksMerged, GenFTUpdate, nn.Linear):
         more: Any = self._modules.get(MORE_BLOCKS) or {}
         return {"": self, **{f"{MORE_BLOCKS}.{rows}": update for rows, update in more.items()}}
 
-    _unmerged: nn.Parameter | None = None
-    _enabled = True
-
     def _adapt(self, generator: GenFTGenerator, backend: str, blocks: Any = None) -> None:
         self.join(generator, backend, (self.in_features, self.out_features), blocks)
         self._freeze()
@@ -183,11 +175,6 @@ class GenFTLinear(MarksMerged, GenFTUpdate, nn.Linear):
         weight = self._parameters.get("weight")  # without the detour of an attribute
         return self.weight if weight is None else weight
 
-    @property
-    def merged(self) -> bool:  # type: ignore[override]
-        """Whether `weight` holds W + dW."""
-        return self._unmerged is not None
-
     def delta_weight(self) -> Tensor:
         """dW [out, in] without dropout, generated from the frozen W, in float32 or wider; differentiable.
 
@@ -196,41 +183,14 @@ class GenFTLinear(MarksMerged, GenFTUpdate, nn.Linear):
         _, *more = self.updates.values()
         return sum((update.delta_weight() for update in more), super().delta_weight())
 
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Rebind `weight` to W + dW, rounded to nearest; W itself is kept untouched for `unmerge`.
+    @property
+    def _place(self) -> tuple[nn.Module, str]:
+        return self, "weight"
 
-        Raises:
-            RuntimeError: already merged; or the weight is computed, or the units are by a hook.
-        """
-        if self.merged:
-            raise RuntimeError("the update is merged already: call unmerge() first")
-        # A hook computes them before each forward, and not now.
-        updates = self.updates.values()
-        if "weight" not in self._parameters or any(
-            name in vars(each) for each in updates for name in each.specific_names
-        ):
-            raise RuntimeError(
-                "its weight or its units are computed (pruned or parametrized): make that permanent first "
-                "(prune.remove, parametrize.remove_parametrizations)"
-            )
+    def _updated_weight(self) -> Tensor:
         delta = self.delta_weight()
         merged = (self.frozen_weight.to(delta.dtype) + delta).to(self.weight.dtype)
-        merged = (merged.t() if self._fan_in_fan_out else merged).contiguous()
-        frozen, self.weight = self.weight, nn.Parameter(merged, requires_grad=False)
-        self.__dict__["_unmerged"] = frozen
-        for update in updates:
-            update.generator.group.forget(update)
-
-    def unmerge(self) -> None:
-        """Rebind `weight` to the very W that it was.
-
-        Raises:
-            RuntimeError: not merged.
-        """
-        if not self.merged:
-            raise RuntimeError("the update is not merged")
-        self.weight = self.__dict__.pop("_unmerged")
+        return (merged.t() if self._fan_in_fan_out else merged).contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., out] of x [..., in], in x's dtype or autocast's (docs/architecture.md#life-of-x).
@@ -276,12 +236,6 @@ class GenFTLinear(MarksMerged, GenFTUpdate, nn.Linear):
         ]
         return ", ".join(part for part in parts if part)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GenFTLinear:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self._unmerged is not None:  # not registered, so it is moved by hand
-            self._unmerged.data = fn(self._unmerged.data)
-        return self
-
 
 class MoreBlocks(GenFTUpdate):
     """The units of further blocks of a fused weight, of another size than a layer's others; the layer holds W."""
@@ -306,50 +260,3 @@ class MoreBlocks(GenFTUpdate):
 
     def extra_repr(self) -> str:
         return f"blocks={self.blocks}"
-
-
-def check_adaptable(linear: nn.Module) -> None:
-    """Raise unless `linear` is a plain `nn.Linear` or transformers `Conv1D` with a usable weight, or quantised.
-
-    Whether a quantised weight can be made dense is not tried yet.
-    """
-    if any(type(parameter).__name__ == "DTensor" for parameter in linear.parameters(recurse=False)):
-        raise TypeError("its weight is sharded (FSDP2): call apply_genft or load_adapter before fully_shard")
-    if is_kind_of_layer(linear):
-        _check_quantised(linear)
-        return
-    if (method := without_dense(linear)) is not None:
-        raise TypeError(
-            f"{type(linear).__name__} cannot be adapted: {method} keeps W in a form of its kernels that is never made "
-            "dense (if you can, register_frozen_weight)"
-        )
-    # A subclass with a forward of its own, or one whose owner reads the weight past forward, would bypass the update.
-    # Falcon's has that of nn.Linear, written out.
-    computes = type(linear).forward is nn.Linear.forward or type(linear).__name__ == "FalconLinear"
-    plain = isinstance(linear, nn.Linear) and computes
-    if isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear) or not (plain or is_conv1d(linear)):
-        raise TypeError(f"{type(linear).__name__} cannot be adapted: only nn.Linear and transformers' Conv1D can")
-    if (weight := linear._parameters.get("weight")) is None:
-        raise TypeError("its weight is not a parameter but computed (by a parametrization, weight or spectral norm)")
-    if kind_of(linear) is not None:
-        _check_quantised(linear)
-        return
-    if is_tensor_subclass(weight) and not type(weight).__module__.startswith("torch."):
-        raise TypeError(
-            f"{kind_name(linear)} cannot be adapted: how its weight becomes a dense matrix is not known "
-            "(register_frozen_weight)"
-        )
-    check_instance_forward(linear)
-    check_frozen_weight(weight.detach())
-    check_bias(linear.bias, weight.shape[0 if isinstance(linear, nn.Linear) else 1])  # type: ignore[arg-type]
-
-
-def _check_quantised(linear: nn.Module) -> None:
-    if (reason := blocks_gradients(linear)) is not None:
-        raise TypeError(f"{kind_name(linear)} cannot be adapted: {reason}")
-    check_instance_forward(linear)
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers' Conv1D (weight [in, out]), told without importing transformers."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
+from .adaptable import check_adaptable, is_conv1d
 from .arguments import about, warn
 from .config import ALL_LINEAR, QUERY_AND_VALUE_NAMES, GenFTConfig
 from .frozen_weight import FrozenWeight, blocks_gradients, is_kind_of_layer, kind_name, without_dense
 from .heads import heads
 from .matching import FullMatch, Names, full_matches, upwards
-from .modules import GenFTLinear, check_adaptable, is_conv1d
+from .modules import GenFTLinear
 from .row_blocks import RowBlocks
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..generator import GenFTGenerator
 from ..instance_forward import carry_instance_forward, check_instance_forward
-from ..merged_state import MarksMerged
+from ..merging import MarksMerged
 from ..update import compute_dtype
 from .layout import Layout
 from .products import expert_linear_node

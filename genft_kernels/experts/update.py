@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,9 @@ from .. import _torch_private, backends, reference
 from ..checks import check_linear, check_transforms
 from ..config import GenFTConfig, is_factored
 from ..generator import GenFTGenerator
+from ..merging import MergeableUpdate
 from ..parameters import GeneratorParameters, for_blocks
 from ..sharing.source import Source
-from ..units import GenFTUpdate
 from ..update import Factors, compute_dtype, forward_seed, generate_factors
 from .layout import Layout
 from .products import expert_linear_node
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .layer import GenFTExperts
 
 
-class ExpertUpdate(GenFTUpdate):
+class ExpertUpdate(MergeableUpdate):
     """Every expert's own units beside the generator, for one projection whose weights are stacked in one parameter.
 
     Each expert is a layer to the generator, each half of gate and up a block of it. With `expert_specific="expert"` the
@@ -33,8 +33,6 @@ class ExpertUpdate(GenFTUpdate):
     """
 
     experts: GenFTExperts  # whose parameter it is
-    _unmerged: nn.Parameter | None = None
-    _enabled = True
 
     def __init__(self, experts: GenFTExperts, name: str, layout: Layout, generator: GenFTGenerator, backend: str):
         super().__init__()
@@ -46,11 +44,6 @@ class ExpertUpdate(GenFTUpdate):
 
     def _shape_of_units(self, shape: tuple[int, int]) -> tuple[int, ...]:
         return shape_of_units(self.config, self.layout, shape)
-
-    @property
-    def updates(self) -> dict[str, GenFTUpdate]:
-        """Itself, as a layer has its updates by their paths within it."""
-        return {"": self}
 
     @property
     def weight(self) -> Tensor:
@@ -107,44 +100,15 @@ class ExpertUpdate(GenFTUpdate):
             yield layout._replace(experts=1).join(torch.stack(halves))[0]
 
     @property
-    def merged(self) -> bool:  # type: ignore[override]
-        """Whether the experts' parameter holds W + dW."""
-        return self._unmerged is not None
+    def _place(self) -> tuple[nn.Module, str]:
+        return self.experts, self.parameter_name
 
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Rebind the experts' parameter to W + dW, rounded to nearest; W itself is kept untouched for `unmerge`.
-
-        Raises:
-            RuntimeError: already merged; or the weight is computed, or the units are by a hook.
-        """
-        if self.merged:
-            raise RuntimeError("the update is merged already: call unmerge() first")
-        # A hook computes them before each forward, and not now.
-        computed = any(name in vars(self) for name in self.specific_names)
-        if computed or self.parameter_name not in self.experts._parameters:
-            raise RuntimeError(
-                "its weight or its units are computed (pruned or parametrized): make that permanent first "
-                "(prune.remove, parametrize.remove_parametrizations)"
-            )
-        frozen = self.weight
-        merged = torch.empty_like(frozen)
-        matrices = zip(self.layout.matrices(frozen), self.layout.matrices(merged), strict=True)
+    def _updated_weight(self) -> Tensor:
+        merged = torch.empty_like(self.weight)
+        matrices = zip(self.layout.matrices(self.weight), self.layout.matrices(merged), strict=True)
         for (matrix, out), delta in zip(matrices, self.deltas(), strict=True):  # a float32 stack would be large
             out.copy_(matrix.to(delta.dtype) + delta)
-        self.__dict__["_unmerged"] = frozen
-        setattr(self.experts, self.parameter_name, nn.Parameter(merged, requires_grad=False))
-        self.generator.group.forget(self)
-
-    def unmerge(self) -> None:
-        """Rebind the experts' parameter to the very W that it was.
-
-        Raises:
-            RuntimeError: not merged.
-        """
-        if not self.merged:
-            raise RuntimeError("the update is not merged")
-        setattr(self.experts, self.parameter_name, self.__dict__.pop("_unmerged"))
+        return merged
 
     @property
     def active(self) -> bool:
@@ -213,12 +177,6 @@ class ExpertUpdate(GenFTUpdate):
             "merged" if self.merged else "",
         ]
         return ", ".join(part for part in parts if part)
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ExpertUpdate:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self._unmerged is not None:  # not registered, so it is moved by hand
-            self._unmerged.data = fn(self._unmerged.data)
-        return self
 
 
 def shape_of_units(config: GenFTConfig, layout: Layout, shape: tuple[int, int]) -> tuple[int, ...]:

@@ -154,14 +154,14 @@ FAULTS = [
     ),
     Fault(
         "experts: merging loses W",
-        f"{ROOM}/update.py",
+        "genft_kernels/merging.py",
         'self.__dict__["_unmerged"] = frozen',
         'self.__dict__["_unmerged"] = nn.Parameter(frozen.clone(), requires_grad=False)',
         ADAPTER,
     ),
     Fault(
         "experts: W stays behind when the model moves",
-        f"{ROOM}/update.py",
+        "genft_kernels/merging.py",
         "            self._unmerged.data = fn(self._unmerged.data)\n",
         "            pass\n",
         ADAPTER,

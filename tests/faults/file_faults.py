@@ -69,14 +69,14 @@ FAULTS = [
     ),
     Fault(
         "state dict: no mark of merged layers",
-        "genft_kernels/merged_state.py",
+        "genft_kernels/merging.py",
         "destination[prefix + MARK] = torch.tensor(True)",
         "pass",
         ["tests/model/test_merged_state.py"],
     ),
     Fault(
         "state dict: loaded into a merged layer",
-        "genft_kernels/merged_state.py",
+        "genft_kernels/merging.py",
         "        if self.merged:\n            errors",
         "        if False:\n            errors",
         ["tests/model/test_merged_state.py"],
@@ -118,7 +118,7 @@ FAULTS = [
     ),
     Fault(
         "bad input: any bias",
-        "genft_kernels/modules.py",
+        "genft_kernels/adaptable.py",
         "check_bias(linear.bias,",
         "(lambda *ignored: None)(linear.bias,",
         BAD_INPUT,

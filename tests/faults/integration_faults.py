@@ -105,7 +105,7 @@ FAULTS = [
     ),
     Fault(
         "sharded: adapted after it",
-        "genft_kernels/modules.py",
+        "genft_kernels/adaptable.py",
         'if any(type(parameter).__name__ == "DTensor" for parameter in linear.parameters(recurse=False)):',
         "if False:",
         SHARDED,
@@ -161,7 +161,7 @@ FAULTS = [
     ),
     Fault(
         "targets: Falcon's layers are none",
-        "genft_kernels/modules.py",
+        "genft_kernels/adaptable.py",
         ' or type(linear).__name__ == "FalconLinear"',
         "",
         [*DEFAULTS, "-k", "falcon"],

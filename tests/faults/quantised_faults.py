@@ -95,7 +95,7 @@ FAULTS = [
     ),
     Fault(
         "quantised: unknown kinds of tensors are taken for dense",
-        "genft_kernels/modules.py",
+        "genft_kernels/adaptable.py",
         'if is_tensor_subclass(weight) and not type(weight).__module__.startswith("torch."):',
         "if False:",
         REFUSED,

@@ -10,9 +10,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from ...adaptable import check_adaptable, is_conv1d
 from ...frozen_weight import FrozenWeight, kind_name, kind_of
 from ...generator import GenFTGenerator, registered
-from ...modules import check_adaptable, is_conv1d
 from ...row_blocks import RowBlocks
 from ...sharing.source import is_tensor_subclass
 from ...targets import frozen_weight

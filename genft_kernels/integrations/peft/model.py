@@ -15,6 +15,7 @@ from peft.utils.integrations import init_empty_weights
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from ...adaptable import is_conv1d
 from ...arguments import about
 from ...config import GenFTConfig
 from ...experts.targets import find_expert_targets
@@ -23,7 +24,6 @@ from ...files.names import STACKED
 from ...frozen_weight import kind_of
 from ...generator import GenFTGenerator
 from ...matching import ends
-from ...modules import is_conv1d
 from ...row_blocks import RowBlocks
 from ...sharing.source import is_tensor_subclass
 from ...targets import check_called, check_gradients_pass, frozen_weight
