@@ -33,7 +33,7 @@ from .frozen_weight import FrozenWeight
 from .generator import GenFTGenerator
 from .heads import warn_of_fresh_heads
 from .instance_forward import carry_instance_forward
-from .matching import FullMatch, full_matches
+from .matching import FullMatch, full_matches, put
 from .modules import MORE_BLOCKS, GenFTLinear
 from .parameters import shared_shapes, specific_shapes
 from .quantised_linear import QuantisedGenFTLinear, frozen_dtype, mergeable_layers
@@ -124,9 +124,9 @@ def adapt_as_planned(model: nn.Module, config: GenFTConfig, plan: Plan, backend:
     model.requires_grad_(False)
     for target, layer in zip(targets, layers, strict=True):
         for name in target.names:
-            _set_submodule(model, name, layer)
+            put(model, name, layer)
     for name, module in (experts | trained).items():
-        _set_submodule(model, name, module)
+        put(model, name, module)
     setattr(model, GENERATORS, _Generators({_key(shape): generator for shape, generator in generators.items()}))
     keep_untied(model, to_save)
     by_name = {target.name: layer for target, layer in zip(targets, layers, strict=True)} | updates
@@ -171,10 +171,10 @@ def remove_genft(model: nn.Module, *, keep_update: bool = False, dequantize: boo
     }
     plain = {layer: _plain(layer, keep_update, present, dtype) for layer in dict.fromkeys(places.values())}
     for name, layer in places.items():
-        _set_submodule(model, name, plain[layer])
+        put(model, name, plain[layer])
     saved = {} if keep_update else state.saved_modules
     for name, original in saved.items():
-        _set_submodule(model, name, beside(original, model.get_submodule(name)))
+        put(model, name, beside(original, model.get_submodule(name)))
     let_tie(model)
     delattr(model, GENERATORS)
     delattr(model, STATE)
@@ -227,13 +227,13 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         for layer in layers:
             layer._enabled = False
         for name, original in saved.items():
-            _set_submodule(model, name, beside(original, trained[name]))
+            put(model, name, beside(original, trained[name]))
         yield model
     finally:
         for layer, was in zip(layers, enabled, strict=True):
             layer._enabled = was
         for name, module in trained.items():
-            _set_submodule(model, name, module)
+            put(model, name, module)
 
 
 class _Generators(nn.ModuleDict):
@@ -304,12 +304,6 @@ def _plain(
         original._parameters = dict(original._parameters)
     original.weight, original.bias = layer.weight, layer.bias
     return original.train(layer.training)
-
-
-def _set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    # Not setattr: the name keeps its place among its siblings.
-    model.get_submodule(parent)._modules[name] = module
 
 
 def _restore_required_grad(model: nn.Module, required_grad: dict[str, bool]) -> None:

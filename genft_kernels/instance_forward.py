@@ -1,4 +1,4 @@
-"""A layer whose forward was replaced on the instance: accelerate's hooks go along, anything else is refused."""
+"""A layer in another's place: hooks go along, accelerate's too; another forward of the instance's own is refused."""
 
 from __future__ import annotations
 
@@ -33,6 +33,12 @@ def carry_instance_forward(old: nn.Module, new: nn.Module) -> None:
         forward = functools.partial(vars(old)["forward"].func, new)
         new.__dict__.update({_HOOK: vars(old)[_HOOK], _WRAPPED: new.forward})
         new.__dict__["forward"] = functools.update_wrapper(forward, new.forward)
+
+
+def share_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Give `new` the very dictionaries of hooks of `old`, so that these go on working, and their handles too."""
+    hooks = {name: value for name, value in vars(old).items() if "_hooks" in name}
+    new.__dict__.update(hooks, _is_full_backward_hook=old._is_full_backward_hook)
 
 
 def _is_class_forward(module: nn.Module, forward: object) -> bool:

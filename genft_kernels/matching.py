@@ -8,6 +8,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 
+from torch import nn
+
 from .arguments import shown
 
 # The longest that a regular expression out of a file may take over a model's names; some never end.
@@ -76,6 +78,12 @@ class Names:
     def ending_in(self, entry: str) -> list[str]:
         """The names whose dotted end is `entry`, in the model's order."""
         return self._by_end.get(entry, [])
+
+
+def put(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Have `model` hold a module at a path; not by setattr, so that the name keeps its place among its siblings."""
+    parent, _, name = path.rpartition(".")
+    model.get_submodule(parent)._modules[name] = module
 
 
 def ends(path: str) -> Iterator[str]:

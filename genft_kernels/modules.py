@@ -16,7 +16,7 @@ from .checks import check_device, check_floating_dtype, check_sizes
 from .config import GenFTConfig
 from .frozen_weight import kind_of, kind_of_classes
 from .generator import GenFTGenerator, registered
-from .instance_forward import carry_instance_forward
+from .instance_forward import carry_instance_forward, share_hooks
 from .merging import MarksMerged, MergeableUpdate
 from .sharing.source import is_tensor_subclass
 from .together import updated_linear
@@ -102,9 +102,7 @@ class GenFTLinear(MarksMerged, MergeableUpdate, nn.Linear):
             from .quantised_linear import QuantisedGenFTLinear as cls  # noqa: N813  # which is one of these
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        # The same dictionaries, so that hooks on the original go on working, and their handles too.
-        hooks = {name: value for name, value in vars(linear).items() if "_hooks" in name}
-        layer.__dict__.update(hooks, _is_full_backward_hook=linear._is_full_backward_hook)
+        share_hooks(linear, layer)
         layer._hold(linear)
         out_features, in_features = layer.frozen_weight.shape
         layer.in_features, layer.out_features = in_features, out_features

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .arguments import about
 from .checks import autocasts
 from .frozen_weight import FrozenWeight, packed_tensors
-from .instance_forward import carry_instance_forward
+from .instance_forward import carry_instance_forward, share_hooks
 from .modules import GenFTLinear
 from .sharing.source import is_tensor_subclass
 from .together import updated_linear
@@ -99,8 +99,7 @@ class QuantisedGenFTLinear(GenFTLinear):
         plain.weight = nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:
             plain.bias = nn.Parameter(self.bias.detach().to(dtype, copy=True), requires_grad=False)
-        hooks = {name: value for name, value in vars(self).items() if "_hooks" in name}
-        plain.__dict__.update(hooks, _is_full_backward_hook=self._is_full_backward_hook)
+        share_hooks(self, plain)
         carry_instance_forward(self, plain)
         return plain.train(self.training)
 

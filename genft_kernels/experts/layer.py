@@ -10,16 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ..generator import GenFTGenerator
-from ..instance_forward import carry_instance_forward, check_instance_forward
+from ..instance_forward import carry_instance_forward, check_instance_forward, share_hooks
 from ..merging import MarksMerged
-from ..update import compute_dtype
 from .layout import Layout
-from .products import expert_linear_node
+from .products import expert_product
 from .update import ExpertUpdate
 
-# What a module shares with the one whose place it takes: hooks go on working, and a parameter that is rebound in one is
-# rebound in the other.
-_SHARED = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_is_full_backward_hook")
+# What a module shares with the one whose place it takes: a parameter that is rebound in one is rebound in the other.
+_SHARED = ("_parameters", "_buffers", "_non_persistent_buffers_set")
 
 
 def update_name(parameter_name: str) -> str:
@@ -37,8 +35,8 @@ class GenFTExperts(MarksMerged, nn.Module):
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
         check_instance_forward(original)
-        shared = {name: value for name, value in vars(original).items() if "_hooks" in name or name in _SHARED}
-        self.__dict__.update(shared, _original=original)
+        share_hooks(original, self)
+        self.__dict__.update({name: vars(original)[name] for name in _SHARED}, _original=original)
         self._modules = dict(original._modules)
         carry_instance_forward(original, self)
         self.training = original.training
@@ -118,8 +116,7 @@ class GenFTExperts(MarksMerged, nn.Module):
         if update is not None and update.active:
             return update(x, offsets, bias)
         weight = getattr(self, name) if update is None else update.present_weight
-        weight, x = weight.mT if self.original.is_transposed else weight, x.to(compute_dtype(x))
-        return expert_linear_node(x, offsets, weight, bias, None, None, None, 1.0, "identity", 0.0, 0, "eager")
+        return expert_product(x, offsets, weight.mT if self.original.is_transposed else weight, bias)
 
 
 def _materialised(update: ExpertUpdate) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..config import is_factored
 from ..operation import Operation
 from ..ops import compute
+from ..update import Action, Factors, compute_dtype
 
 
 @torch.library.custom_op("genft::expert_linear", mutates_args=())
@@ -177,3 +178,17 @@ def _run(operation: str, *args: Any) -> Any:
 
 
 expert_linear_node = Operation(expert_linear, expert_linear_backward, _setup, _gradients, _compute)
+SIDE_BY_SIDE = Action(1.0, "identity")  # of factors that have their scales within
+
+
+def expert_product(
+    x: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors | None = None,
+    action: Action = SIDE_BY_SIDE, backend: str = "eager",
+) -> Tensor:  # fmt: skip
+    """y [S, out] in x's dtype or autocast's, by `expert_linear`; without factors of the weights alone."""
+    (h, b, stream), (scale, psi, dropout, seed) = factors or (None, None, 0), action
+    dtype = compute_dtype(x)
+    bias = None if bias is None else bias.to(dtype)
+    return expert_linear_node(
+        x.to(dtype), offsets, weight, bias, h, b, seed, float(scale), psi, dropout, stream, backend
+    )

@@ -15,9 +15,9 @@ from ..generator import GenFTGenerator
 from ..merging import MergeableUpdate
 from ..parameters import GeneratorParameters, for_blocks
 from ..sharing.source import Source
-from ..update import Factors, compute_dtype, forward_seed, generate_factors
+from ..update import Action, Factors, compute_dtype, forward_seed, generate_factors
 from .layout import Layout
-from .products import expert_linear_node
+from .products import expert_product
 
 if TYPE_CHECKING:
     from .layer import GenFTExperts
@@ -117,13 +117,11 @@ class ExpertUpdate(MergeableUpdate):
 
     def forward(self, x: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
         """y [S, out] = x (W + dW)^T + bias, each row by its expert: e has rows `offsets[e]` to `offsets[e + 1]`."""
-        (h, b, stream), seed, backend = self.whole_factors(x)
-        config, dtype = self.config, compute_dtype(x)
-        dropout = config.dropout if self.training else 0.0
-        bias = None if bias is None else bias.to(dtype)
-        settings = float(config.scaling), config.outer_activation, dropout, stream, backend
+        factors, seed, backend = self.whole_factors(x)
+        config = self.config
+        action = Action(config.scaling, config.outer_activation, config.dropout if self.training else 0.0, seed)
         matrices = self.layout.matrices(self.stored_weight)
-        return expert_linear_node(x.to(dtype), offsets, matrices, bias, h, b, seed, *settings)
+        return expert_product(x, offsets, matrices, bias, factors, action, backend)
 
     def whole_factors(self, x: Tensor) -> tuple[Factors, Tensor | None, str]:
         """The updates of the experts' whole matrices for tokens like x [S, in], each expert's seed, and the backend."""

@@ -104,10 +104,9 @@ FAULTS = [
     Fault(
         "experts: a small update is added to a rounded y",
         f"{ROOM}/update.py",
-        "return expert_linear_node(x.to(dtype), offsets, matrices, bias, h, b, seed, *settings)",
-        "one = ('identity', 0.0, stream, backend)\n"
-        "        y = expert_linear_node(x.to(dtype), offsets, matrices, bias, None, None, seed, 1.0, *one)\n"
-        "        return y + expert_linear_node(x.to(dtype), offsets, 0 * matrices, None, h, b, seed, *settings)",
+        "return expert_product(x, offsets, matrices, bias, factors, action, backend)",
+        "rest = expert_product(x, offsets, 0 * matrices, None, factors, action, backend)\n"
+        "        return expert_product(x, offsets, matrices, bias) + rest",
         PRODUCTS,
     ),
     Fault(

@@ -101,7 +101,7 @@ FAULTS = [
     Fault(
         "peft: hooks of the base layer lost",
         f"{PEFT}/layer.py",
-        'self.__dict__.update({name: value for name, value in vars(base_layer).items() if "_hooks" in name})',
+        "share_hooks(base_layer, self)",
         "pass",
         TUNER,
     ),
@@ -109,8 +109,8 @@ FAULTS = [
     Fault(
         "peft: merged on top of a merged weight",
         f"{PEFT}/layer.py",
-        "weight = self.stored_weight\n        for",
-        "weight = self.bound_weight\n        for",
+        "adapters), self.stored_weight)",
+        "adapters), self.bound)",
         TUNER,
     ),
     Fault(
@@ -123,8 +123,8 @@ FAULTS = [
     Fault(
         "peft: merged in place, into tied weights",
         f"{PEFT}/layer.py",
-        "        self.base_layer.weight = weight",
-        "        self.base_layer.weight.data = weight.data",
+        "        self.base_layer.weight = holder",
+        "        self.base_layer.weight.data = holder.data",
         TUNER,
     ),
     Fault(
@@ -230,7 +230,7 @@ FAULTS = [
     Fault(
         "peft: layers stay after a failed adapter",
         f"{PEFT}/model.py",
-        "                    _put(model, path, layer.base_layer)",
+        "                    put(model, path, layer.base_layer)",
         "                    pass",
         TUNER,
     ),
@@ -296,8 +296,8 @@ FAULTS = [
     Fault(
         "peft experts: disabled ones stay merged",
         f"{PEFT}/experts.py",
-        "return self.bound_weight if self._enabled else self.stored_weight",
-        "return self.bound_weight",
+        "return self.bound if self._enabled else self.stored_weight",
+        "return self.bound",
         EXPERTS,
     ),
     Fault(

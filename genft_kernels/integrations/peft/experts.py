@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from ...config import is_factored
 from ...experts.layer import GenFTExperts, update_name
 from ...experts.layout import Layout
-from ...experts.products import expert_linear_node
+from ...experts.products import expert_product
 from ...experts.update import ExpertUpdate
 from ...generator import GenFTGenerator
-from ...update import compute_dtype
+from ...update import Factors
 from .layer import AdapterLayer, SharedTensors
 
 
@@ -64,19 +64,19 @@ class ExpertStack(AdapterLayer):
     @property
     def weight(self) -> Tensor:
         """The parameter; PEFT would look for it in a base layer."""
-        return self.bound_weight
+        return self.bound
 
     @property
-    def bound_weight(self) -> nn.Parameter:
+    def bound(self) -> nn.Parameter:
         return getattr(self.experts, self.parameter_name)
 
-    def _bind(self, weight: nn.Parameter) -> None:
-        setattr(self.experts, self.parameter_name, weight)
+    def _bind(self, holder: nn.Parameter) -> None:
+        setattr(self.experts, self.parameter_name, holder)
 
     @property
     def present_weight(self) -> Tensor:
         """The weight of a product that has no update beside it: while merged and not disabled W + dW."""
-        return self.bound_weight if self._enabled else self.stored_weight
+        return self.bound if self._enabled else self.stored_weight
 
     @property
     def frozen_weight(self) -> Tensor:
@@ -127,11 +127,9 @@ class ExpertStack(AdapterLayer):
         made = [update.whole_factors(x) for update in updates]
         h = torch.cat([factors.h for factors, _, _ in made], -1)  # [E, in, k1 + k2 + ...]
         b = torch.cat([made[i][0].b * update.config.scaling for i, update in enumerate(updates)], -1)
-        dtype, ((_, _, stream), _, backend) = compute_dtype(x), made[0]
-        bias = None if bias is None else bias.to(dtype)
-        settings = 1.0, "identity", 0.0, stream, backend
+        (_, _, stream), _, backend = made[0]
         matrices = self.layout.matrices(self.stored_weight)
-        return expert_linear_node(x.to(dtype), offsets, matrices, bias, h, b, None, *settings)
+        return expert_product(x, offsets, matrices, bias, Factors(h, b, stream), backend=backend)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """PEFT converts layers alone; `export_lora` writes experts, of a model that `apply_genft` has adapted."""

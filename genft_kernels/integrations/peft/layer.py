@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...adaptable import check_adaptable, is_conv1d
 from ...frozen_weight import FrozenWeight, kind_name, kind_of
 from ...generator import GenFTGenerator, registered
+from ...instance_forward import share_hooks
 from ...row_blocks import RowBlocks
 from ...sharing.source import is_tensor_subclass
 from ...targets import frozen_weight
@@ -101,18 +102,27 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """Begin with no adapter."""
         self.genft_own = nn.ModuleDict()
         self.__dict__["genft_shared"] = shared  # not registered: one key in a state dict, and it is the model's
-        self._frozen: dict[str, nn.Parameter] = {}  # "weight" while it is merged; a dict, so that it is not registered
+        self._frozen: dict[str, Any] = {}  # what `bound` was, while merged; a dict, so that it is not registered
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
     @property
-    def bound_weight(self) -> nn.Parameter:
-        """W as the base layer stores it, or W + dW while merged."""
+    def frozen_weight(self) -> Tensor | FrozenWeight:
+        """W as a matrix, merged or not."""
         raise NotImplementedError
 
-    def _bind(self, weight: nn.Parameter) -> None:
-        """Make `weight` the present one."""
+    @property
+    def bound(self) -> Any:
+        """The parameter that holds W, or W + dW while merged."""
         raise NotImplementedError
+
+    def _bind(self, holder: Any) -> None:
+        """Make `holder` the present one."""
+        raise NotImplementedError
+
+    def _holder(self, weight: Tensor) -> Any:
+        """One of another W, as W is stored."""
+        return nn.Parameter(weight.to(self.stored_weight.dtype).contiguous(), requires_grad=False)
 
     def _with_updates(self, adapters: Sequence[str]) -> Tensor:
         """W with these adapters' updates, stored as W is; of its dtype or a wider one."""
@@ -121,7 +131,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     @property
     def stored_weight(self) -> Tensor:
         """W as the base layer stores it, merged or not."""
-        return self._frozen["weight"] if self._frozen else self.bound_weight
+        return self._frozen["weight"] if self._frozen else self.bound
 
     def _add(self, adapter_name: str, update: GenFTUpdate) -> None:
         self.genft_own[adapter_name] = update.train(self.training)
@@ -136,16 +146,16 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def cast_adapter(self, adapter_name: str, autocast: bool) -> None:
         """Make an adapter's tensors float32 over a 16-bit W, or without `autocast` of W's dtype."""
-        dtype = self.stored_weight.dtype
+        dtype = self.frozen_weight.dtype
         for container in (self.genft_own, self.genft_shared):
             container[adapter_name].to(adapter_dtype(dtype) if autocast else dtype)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Rebind the base layer's weight to W with the adapters' updates, rounded once; W itself is kept.
+        """Rebind W to itself with the adapters' updates, rounded once; what was there is kept.
 
         Raises:
-            ValueError: `safe_merge`, and the merged weight would hold NaN or infinity.
+            ValueError: `safe_merge`, and the merged weight would hold NaN or infinity; or as `_holder`.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.genft_own]
         if not names:
@@ -153,12 +163,13 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         merged = self._with_updates([*self.merged_adapters, *names])
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
-        self._frozen.setdefault("weight", self.bound_weight)
-        self._bind(nn.Parameter(merged.to(self.stored_weight.dtype).contiguous(), requires_grad=False))
+        holder = self._holder(merged)
+        self._frozen.setdefault("weight", self.bound)
+        self._bind(holder)
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Give the base layer the very W that it had."""
+        """Bring back the very W that was there."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -168,7 +179,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def _apply(self, fn: Any, recurse: bool = True) -> AdapterLayer:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for frozen in self._frozen.values():  # not registered, so it is moved by hand
-            frozen.data = fn(frozen.data)
+            if isinstance(frozen, nn.Module):
+                frozen._apply(fn)
+            else:
+                frozen.data = fn(frozen.data)
         return self
 
 
@@ -184,9 +198,7 @@ class GenFTLayer(AdapterLayer):
     def __init__(self, base_layer: nn.Module, shared: SharedTensors) -> None:
         super().__init__()
         check_adaptable(base_layer)
-        # The same dictionaries, so that hooks on the base layer go on working. Its forward is called, never itself.
-        self.__dict__.update({name: value for name, value in vars(base_layer).items() if "_hooks" in name})
-        self._is_full_backward_hook = base_layer._is_full_backward_hook
+        share_hooks(base_layer, self)  # its forward is called, never itself
         self.base_layer = base_layer
         self.fan_in_fan_out = is_conv1d(base_layer)
         self.out_features, self.in_features = frozen_weight(base_layer).shape
@@ -198,7 +210,7 @@ class GenFTLayer(AdapterLayer):
         self._add(adapter_name, AdapterUpdate(self, generator, blocks))
 
     @property
-    def bound_weight(self) -> nn.Parameter:
+    def bound(self) -> Any:
         return self.base_layer.weight
 
     @property
@@ -210,12 +222,11 @@ class GenFTLayer(AdapterLayer):
         weight = base._parameters.get("weight")
         return base.weight if weight is None else weight
 
-    def _bind(self, weight: nn.Parameter) -> None:
-        self.base_layer.weight = weight
+    def _bind(self, holder: Any) -> None:
+        self.base_layer.weight = holder
 
     @property
     def frozen_weight(self) -> Tensor:
-        """W [out, in], merged or not."""
         return self.stored_weight.t() if self.fan_in_fan_out else self.stored_weight
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -224,10 +235,7 @@ class GenFTLayer(AdapterLayer):
         return delta.t() if self.fan_in_fan_out else delta
 
     def _with_updates(self, adapters: Sequence[str]) -> Tensor:
-        weight = self.stored_weight
-        for name in adapters:
-            weight = weight + self.get_delta_weight(name)
-        return weight
+        return sum(map(self.get_delta_weight, adapters), self.stored_weight)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         if adapter_names is not None:

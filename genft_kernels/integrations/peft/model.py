@@ -23,7 +23,7 @@ from ...files.fingerprint import Fingerprint
 from ...files.names import STACKED
 from ...frozen_weight import kind_of
 from ...generator import GenFTGenerator
-from ...matching import ends
+from ...matching import ends, put
 from ...row_blocks import RowBlocks
 from ...sharing.source import is_tensor_subclass
 from ...targets import check_called, check_gradients_pass, frozen_weight
@@ -77,7 +77,7 @@ class PeftGenFTModel(BaseTuner):
                 if isinstance(layer, ExpertStack):
                     del layer.experts._modules[path.rpartition(".")[2]]
                 else:
-                    _put(model, path, layer.base_layer)
+                    put(model, path, layer.base_layer)
             _release_experts(model, [each for each in _experts(model).values() if not each.updates])
             del self.genft_shared[adapter_name]
             if not adapted:
@@ -150,7 +150,7 @@ class PeftGenFTModel(BaseTuner):
             experts = model.get_submodule(path)
             if not isinstance(experts, AdapterExperts):
                 experts = AdapterExperts(experts)
-                _put(model, path, experts)
+                put(model, path, experts)
             stack = experts.stack(target.parameter, target.layout, self.genft_shared)
             with init_empty_weights() if low_cpu_mem_usage else contextlib.nullcontext():
                 generator = self._generator(adapter_name, native, target.layout.block_shape, target.weight.dtype)
@@ -260,12 +260,7 @@ def _release_experts(model: nn.Module, released: list[AdapterExperts]) -> None:
     """Give some experts modules their places back."""
     for path, experts in _experts(model).items():
         if experts in released:
-            _put(model, path, experts.release())
-
-
-def _put(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    model.get_submodule(parent)._modules[name] = module  # not setattr: the name keeps its place
+            put(model, path, experts.release())
 
 
 def adapted_paths(model: nn.Module, adapter_name: str) -> set[str]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ...frozen_weight import FrozenWeight, is_kind_of_layer, kind_name, kind_of
@@ -26,18 +25,15 @@ class QuantisedGenFTLayer(GenFTLayer):
         requantise: torchao's configuration anew, by a call, where the model knows it; else its kinds cannot merge.
     """
 
-    base_layer: Any
-    _unmerged: Any  # the base layer while another is merged; not registered
-
     def __init__(self, base_layer: nn.Module, shared: Any, requantise: Any = None) -> None:
         super().__init__(base_layer, shared)
         self._dense_dtype = frozen_weight(base_layer).dtype
         self._requantise = requantise
-        self.__dict__["_unmerged"] = None
 
     @property
     def frozen_weight(self) -> FrozenWeight:  # type: ignore[override]
-        return FrozenWeight(self._unmerged or self.base_layer, (self.out_features, self.in_features), self._dense_dtype)
+        module = self._frozen.get("weight", self.base_layer)
+        return FrozenWeight(module, (self.out_features, self.in_features), self._dense_dtype)
 
     @property
     def stored_weight(self) -> Tensor:
@@ -49,55 +45,32 @@ class QuantisedGenFTLayer(GenFTLayer):
         self.base_layer.train()
         return self
 
-    def cast_adapter(self, adapter_name: str, autocast: bool) -> None:
-        """Make an adapter's tensors float32, or without `autocast` of the dense W's dtype."""
-        dtype = torch.promote_types(self._dense_dtype, torch.float32) if autocast else self._dense_dtype
-        for container in (self.genft_own, self.genft_shared):
-            container[adapter_name].to(dtype)
+    @property
+    def bound(self) -> Any:
+        """The base layer, or while merged another in its place."""
+        return self.base_layer
 
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put a layer in the base layer's place that holds W with the adapters' updates, quantised again.
+    def _bind(self, holder: Any) -> None:
+        self.base_layer = holder
+
+    def _holder(self, weight: Tensor) -> nn.Module:
+        """A layer over another W, quantised again.
 
         Raises:
-            ValueError: `safe_merge`, and the merged weight would hold NaN or infinity; or a torchao model that was not
-                loaded by transformers, which alone knows how it was quantised.
+            ValueError: a torchao model that was not loaded by transformers, which alone knows how it was quantised.
             NotImplementedError: a kind that is not of bitsandbytes, torchao or HQQ.
         """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.genft_own]
-        if not names:
-            return
         frozen = self.frozen_weight
-        merged = frozen.dense()
-        for name in (*self.merged_adapters, *names):
-            merged = merged + self.get_delta_weight(name)
-        if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
-        layer = _quantised_again(frozen.module, merged.to(frozen.dtype), self._requantise)
-        self.__dict__["_unmerged"] = frozen.module
-        self.base_layer = layer
-        self.merged_adapters.extend(names)
+        return _quantised_again(frozen.module, weight.to(frozen.dtype), self._requantise)
 
-    def unmerge(self) -> None:
-        """Bring the very base layer back."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        self.base_layer = self._unmerged
-        self.__dict__["_unmerged"] = None
-        self.merged_adapters.clear()
+    def _with_updates(self, adapters: Sequence[str]) -> Tensor:
+        return sum(map(self.get_delta_weight, adapters), self.frozen_weight.dense())
 
     def _updated(self, x: Tensor, adapters: list[str]) -> Tensor:
         updates = [self.genft_own[name] for name in adapters if name in self.genft_own]
         if not updates:
             return self.base_layer.forward(x)
         return updated_quantised(x, self.frozen_weight, self.base_layer.bias, updates)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> GenFTLayer:
-        super()._apply(fn, recurse)
-        if self._unmerged is not None:
-            self._unmerged._apply(fn)
-        return self
 
 
 def layer_over(target: nn.Module, shared: Any, model: nn.Module) -> GenFTLayer:
@@ -139,7 +112,7 @@ def _put_bitsandbytes(layer: Any, weight: Tensor) -> None:
     before = layer.weight
     bits = 4 if isinstance(layer, bnb.nn.Linear4bit) else 8
     warnings.warn(
-        f"Merge genft module to {bits}-bit linear may get different generations due to rounding errors.", stacklevel=4
+        f"Merge genft module to {bits}-bit linear may get different generations due to rounding errors.", stacklevel=5
     )
     if bits == 4:
         kept = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
