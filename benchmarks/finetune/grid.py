@@ -27,13 +27,13 @@ def finalists(rows: Iterable[Row]) -> list[Setting]:
     return [setting_of(row) for row in sorted(first, key=lambda row: row["loss"][-1])[:FINALISTS]]
 
 
-def choice(rows: Sequence[Row], by: str = "loss") -> Setting | None:
-    """The setting with the best mean over the seeds, among those tried with all of them; None where there is none."""
+def choice(rows: Sequence[Row]) -> Setting | None:
+    """The setting with the lowest mean loss, among those tried with every seed; None where there is none."""
     results: dict[Setting, list[Row]] = {}
     for row in rows:
         results.setdefault(setting_of(row), []).append(row)
     whole = {
-        setting: _score(runs, by)
+        setting: statistics.mean(run["loss"][-1] for run in runs)
         for setting, runs in results.items()
         if {run["seed"] for run in runs} == set(SEEDS) and all(run["status"] == "measured" for run in runs)
     }
@@ -43,7 +43,3 @@ def choice(rows: Sequence[Row], by: str = "loss") -> Setting | None:
 def setting_of(row: Row) -> Setting:
     """The setting of a run."""
     return Setting(*(row[name] for name in Setting._fields))
-
-
-def _score(runs: Sequence[Row], by: str) -> float:
-    return statistics.mean(run[by][-1] for run in runs)

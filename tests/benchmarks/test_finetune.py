@@ -112,7 +112,7 @@ def test_digits_are_those_that_the_transformer_has_not_seen(monkeypatch):
 
 
 def test_next_tokens_are_labels_and_padding_has_none(monkeypatch):
-    found = dialogue.Texts.of([Example("a b c", ""), Example("d e", "")], tokenizer)
+    found = dialogue.Texts(texts.tokenised([Example("a b c", ""), Example("d e", "")], tokenizer, 128))
     (inputs,), labels = found.batch([0, 1])
     first, second = found.tokens
     assert inputs.tolist() == [first[:-1].tolist(), [int(second[0]), 0]]
@@ -246,7 +246,7 @@ def test_evaluation_in_batches_is_that_of_each_text_alone(task):
 
 
 def test_perplexity_leaves_padding_out():
-    found = dialogue.Texts.of([Example("a b c", ""), Example("d e", "")], tokenizer)
+    found = dialogue.Texts(texts.tokenised([Example("a b c", ""), Example("d e", "")], tokenizer, 128))
     logits = torch.randn(60, 60, generator=torch.Generator().manual_seed(0))
     model = torch.nn.Embedding.from_pretrained(logits)
     task = problem.Problem("", found, found, lambda: model, problem.Places((), None), PERPLEXITY, "llama")

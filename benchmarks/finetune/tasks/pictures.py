@@ -8,7 +8,6 @@ test) and mirrored at random, and normalised by ImageNet's mean and deviation.
 
 import json
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..recipe import Recipe
-from .problem import DemoError, Places, Problem, quiet_transformers
+from .problem import DemoError, Examples, Logits, Places, Problem, quiet_transformers
 
 RECIPE = Recipe(
     epochs=100, batch_size=64, schedule="cosine", warmup=0.1, weight_decay=1e-4, lowest=0.01, clip_norm=float("inf")
@@ -55,7 +54,7 @@ def load(benchmark: str, name: str, data: Path, model: Path) -> Problem:
 
     def fresh() -> nn.Module:
         found = AutoModelForImageClassification.from_pretrained(model, num_labels=classes, ignore_mismatched_sizes=True)
-        return ImageClassifier(found)
+        return Logits(found, "pixel_values")
 
     places = Places.query_and_value(fresh(), "classifier")
     parts = Pictures(train, crop=fgvc, random=fgvc), Pictures(test, crop=fgvc)
@@ -63,20 +62,8 @@ def load(benchmark: str, name: str, data: Path, model: Path) -> Problem:
     return Problem(title, *parts, fresh, places, "accuracy", official="vtab", evaluation_batch=64)
 
 
-class ImageClassifier(nn.Module):
-    """An image classifier as a function of pixels that returns logits."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Logits [batch, labels]."""
-        return self.model(pixel_values=pixels).logits
-
-
 @dataclass(frozen=True)
-class Pictures:
+class Pictures(Examples):
     """Images that are read as they are asked for."""
 
     listed: Listed
@@ -86,14 +73,6 @@ class Pictures:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", torch.tensor([kind for _, kind in self.listed]))
-
-    def __len__(self) -> int:
-        return len(self.listed)
-
-    @cached_property
-    def lengths(self) -> list[int]:
-        """All are of one length."""
-        return [1] * len(self)
 
     def batch(self, rows: list[int]) -> tuple[tuple[Tensor, ...], Tensor]:
         """Pixels [batch, 3, side, side] and labels of the given rows."""

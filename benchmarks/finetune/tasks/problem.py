@@ -1,10 +1,10 @@
 """The problem that a task hands to training: a fresh model, examples, and where methods adapt."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -42,16 +42,34 @@ class Places(NamedTuple):
         return {"target_modules": list(self.targets), "modules_to_save": [self.head] if self.head else None}
 
 
-class Examples(Protocol):
+class Examples:
     """Labelled inputs, as numbers."""
 
-    lengths: Sequence[int]  # tokens of each; batches are of like lengths
+    labels: Sized
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Tokens of each, because batches are of like lengths; here all are of one."""
+        return [1] * len(self)
 
     def batch(self, rows: list[int]) -> tuple[tuple[Tensor, ...], Tensor]:
         """The model's inputs for these rows, and their labels."""
-        ...
+        raise NotImplementedError
+
+
+class Logits(nn.Module):
+    """A model of transformers as a function of its inputs, in the order of their names, that returns logits."""
+
+    def __init__(self, model: nn.Module, *names: str):
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Logits [batch, ..., labels]; of the last names there may be no inputs."""
+        return self.model(**dict(zip(self.names, inputs, strict=False))).logits
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,9 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from .problem import DemoError
 
 SPLIT_SEED = 20251
@@ -26,6 +29,11 @@ class Split(NamedTuple):
     train: list[Example]
     test: list[Example]
     labels: list[str]
+
+
+def numbered(examples: Sequence[Example], labels: list[str] | None) -> Tensor:
+    """The position of each example's label in `labels`; without these the number that it is."""
+    return torch.tensor([float(label) if labels is None else labels.index(label) for _, label in examples])
 
 
 def same_text_key(text: str) -> str:

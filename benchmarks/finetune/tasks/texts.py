@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .problem import DemoError, Places, Problem, packaged_file, quiet_transformers
-from .splits import Example, Split
+from .problem import DemoError, Examples, Places, Problem, packaged_file, quiet_transformers
+from .splits import Example, Split, numbered
 
 MAX_TOKENS = 64
 
@@ -29,29 +29,37 @@ class TextClassifier(nn.Module):
         return self.classifier((states * mask).sum(1) / mask.sum(1))
 
 
+def tokenised(examples: list[Example], tokenizer: Any, most: int) -> list[Tensor]:
+    """The token numbers of every text, cut off at `most`."""
+    ids = tokenizer([example.text for example in examples], truncation=True, max_length=most)["input_ids"]
+    return [torch.tensor(text) for text in ids]
+
+
 @dataclass(frozen=True)
-class Encoded:
-    """Tokenised examples; `batch` pads only as far as the longest text of that batch."""
+class Tokens(Examples):
+    """Tokenised texts."""
 
     tokens: list[Tensor]
-    labels: Tensor
-    pad_token: int
-
-    @classmethod
-    def of(cls, examples: list[Example], labels: list[str], tokenizer: Any) -> "Encoded":
-        """Tokenise every text once; labels become their position in `labels`."""
-        texts = [example.text for example in examples]
-        ids = tokenizer(texts, truncation=True, max_length=MAX_TOKENS)["input_ids"]
-        targets = torch.tensor([labels.index(example.label) for example in examples])
-        return cls([torch.tensor(text) for text in ids], targets, tokenizer.pad_token_id)
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Tokens of each text."""
         return [len(text) for text in self.tokens]
+
+
+@dataclass(frozen=True)
+class Encoded(Tokens):
+    """Tokenised examples; `batch` pads only as far as the longest text of that batch."""
+
+    labels: Tensor
+    pad_token: int
+
+    @classmethod
+    def of(cls, examples: list[Example], labels: list[str], tokenizer: Any) -> "Encoded":
+        """Tokenise every text once; labels become their position in `labels`."""
+        return cls(tokenised(examples, tokenizer, MAX_TOKENS), numbered(examples, labels), tokenizer.pad_token_id)
 
     def batch(self, rows: list[int]) -> tuple[tuple[Tensor, ...], Tensor]:
         """Token numbers and attention mask of the given rows, and their labels."""
