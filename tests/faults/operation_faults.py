@@ -82,8 +82,8 @@ FAULTS = [
     Fault(
         "factored: a bias of 16 bits before the big product",
         BACKENDS + "eager/factored.py",
-        "scale).addmm_(tokens, weight.t())",
-        "scale).add_(0 if bias is None else bias).addmm_(tokens, weight.t()).sub_(0 if bias is None else bias)",
+        "y.addmm_(tokens, weight.t())",
+        "y.add_(0 if bias is None else bias).addmm_(tokens, weight.t()).sub_(0 if bias is None else bias)",
         EAGER,
     ),
     Fault(
@@ -152,9 +152,23 @@ FAULTS = [
     Fault(
         "eager: update added to a rounded y",
         BACKENDS + "eager/factored.py",
-        "scale).addmm_(tokens, weight.t())",
-        "scale).add_(tokens @ weight.t())",
+        "y.addmm_(tokens, weight.t())",
+        "y.add_(tokens @ weight.t())",
         EAGER,
+    ),
+    Fault(
+        "eager: one token's update added to a rounded y",
+        BACKENDS + "eager/factored.py",
+        "y[0].addmv_(weight, tokens[0])",
+        "y[0].add_(weight @ tokens[0])",
+        ["tests/ops/test_precision.py", *QUICK, "-k", "few_tokens"],
+    ),
+    Fault(
+        "eager: a vector's product where W lies in columns",
+        BACKENDS + "eager/factored.py",
+        " and weight.is_contiguous()",
+        "",
+        ["tests/ops/test_precision.py", *QUICK, "-k", "few_tokens"],
     ),
     Fault(
         "eager: fold rounded to nearest",

@@ -9,7 +9,7 @@ from genft_kernels import reference
 from genft_kernels.backends.eager import factored as eager_factored
 from genft_kernels.backends.eager import rounding as stochastic_rounding
 from genft_kernels.backends.eager.rounding import round_stochastically
-from genft_kernels.functional import genft_linear
+from genft_kernels.functional import factored_linear, genft_linear
 from tests.helpers.accuracy import factored_gains, gain
 from tests.helpers.cases import Case, Runner, make_data, runnable, slow_if_interpreted
 
@@ -63,6 +63,28 @@ def test_delta_gain_of_long_sums(dtype, extended, monkeypatch):
     monkeypatch.setattr(eager_factored, "_extends", lambda tensor: extended)
     y_gain, dx_gain = factored_gains("eager", torch.device("cpu"), dtype, tokens=64, features=4096, narrow=256)
     assert abs(y_gain - 1) <= 0.05 and abs(dx_gain - 1) <= 0.05
+
+
+@pytest.mark.parametrize("vendor", [True, False], ids=["oneDNN", "plain"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_delta_gain_of_few_tokens(tokens, dtype, transposed, vendor):
+    """Decoding has products of its own; thousands of outputs, since one token's gain has few numbers."""
+    n_out, n_in, k, scale = 24_000 // tokens, 256, 5, 0.5
+    x, weight = torch.randn(tokens, n_in).to(dtype), (torch.randn(n_out, n_in) / 16).to(dtype)
+    weight = weight.t().contiguous().t() if transposed else weight
+    h, b, bias = (torch.randn(*shape).to(dtype) for shape in ((n_in, k), (n_out, k), (n_out,)))
+    frozen, delta = x.double() @ weight.double().t(), x.double() @ h.double() @ b.double().t()
+    b = (b * (1e-3 / scale * frozen.norm() / delta.norm())).to(dtype)
+    delta = scale * (x.double() @ h.double() @ b.double().t())
+    torch.backends.mkldnn.set_flags(vendor)
+    try:
+        y, biased = (factored_linear(x, weight, each, h, b, scale=scale, backend="eager") for each in (None, bias))
+    finally:
+        torch.backends.mkldnn.set_flags(True)
+    assert abs(gain(y, frozen, delta) - 1) <= 0.07
+    assert torch.allclose(biased, y + bias, rtol=0, atol=0)
 
 
 def test_delta_gain_sees_a_swallowed_update():
