@@ -31,7 +31,7 @@ PYTHON = sys.executable
 # Compiled once for all checks, and kept for the next call where the user's cache folder is not.
 KERNEL_CACHE = {"GENFT_CACHE_DIR": str(REPOSITORY / "build" / "kernels")}
 GRACE = 10.0  # seconds from an interrupt to a kill
-_PYTEST = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "-m")
+_PYTEST = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m")
 # Few tests at a time to each process, since those that compile take long; and one thread, since all share the CPU.
 _GPU_TESTS = (
     "tests/backends/test_gpu.py", "tests/backends/test_backends.py", "tests/ops/test_precision.py",

@@ -17,7 +17,7 @@ from benchmarks.decode.methods import TARGETS, Decoder, decoders
 from benchmarks.layer.cases import DTYPES
 from benchmarks.measure import command, memory, timing
 from benchmarks.measure.environment import device_name, environment
-from benchmarks.measure.gate import WrongResult, refusal
+from benchmarks.measure.gate import WrongResult, refusal, relative_error
 from benchmarks.measure.rows import ResultStore, Row
 
 SUITE = "decode"
@@ -54,7 +54,7 @@ def _run_case(
         start = case | {"method": each.name, "k": each.k, "trained": each.trained}
         try:
             check(each, base, prompt, TOLERANCE[case["dtype"]])
-            rows[each.name] = start | {"peak_bytes": _peak(each, prompt, device)}
+            rows[each.name] = start | {"peak_bytes": memory.most_bytes(clock(each.model, prompt, device), device)}
             found[each.name] = each
         except Exception as error:
             yield start | refusal(error)
@@ -79,7 +79,7 @@ def _run_case(
 
 def clock(model: nn.Module, prompt: Tensor, device: torch.device) -> Callable[[], timing.Sample]:
     """Times the prompt, and a token after it, in seconds."""
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize = timing.waiting_for(device)
 
     @torch.no_grad()
     def once() -> timing.Sample:
@@ -98,11 +98,6 @@ def clock(model: nn.Module, prompt: Tensor, device: torch.device) -> Callable[[]
     return once
 
 
-def _peak(each: Decoder, prompt: Tensor, device: torch.device) -> int | None:
-    once = clock(each.model, prompt, device)
-    return memory.peak_bytes(once, device) if device.type == "cuda" else memory.process_growth(once)
-
-
 @torch.no_grad()
 def check(each: Decoder, base: nn.Module, prompt: Tensor, tolerance: float) -> None:
     """Compare logits, of a prompt and of a token decoded after it, with the base's whose weights are W + dW.
@@ -115,7 +110,7 @@ def check(each: Decoder, base: nn.Module, prompt: Tensor, tolerance: float) -> N
     first = each.model(input_ids=prompt[:, :-1], use_cache=True)
     last = each.model(input_ids=prompt[:, -1:], past_key_values=first.past_key_values)
     for part, actual, wanted in (("the prompt", first.logits, exact[:, :-1]), ("a token", last.logits, exact[:, -1:])):
-        error = ((actual.double() - wanted).norm() / wanted.norm()).item()
+        error = relative_error(actual, wanted)
         if not error <= tolerance:
             raise WrongResult(
                 f"logits of {part} are off by {error:.2g} of their norm, where {tolerance:.2g} is allowed"
@@ -157,10 +152,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = command.parser_of("benchmarks.decode", __doc__)
     command.add_device_option(parser)
     parser.add_argument("--dtype", nargs="+", choices=TOLERANCE, default=list(TOLERANCE))
-    parser.add_argument(
-        "--seconds", type=command.positive(float), default=30.0,
-        help="clock time of a case, in which each method has at least seven turns (default %(default)s)",
-    )  # fmt: skip
+    command.add_seconds_option(parser, 30.0, ", in which each method has at least seven turns")
     return parser.parse_args(argv)
 
 

@@ -5,6 +5,7 @@ one turn. Rows go to benchmarks/results/<device>/experts.jsonl.
 """
 
 import dataclasses
+import itertools
 import statistics
 import sys
 import time
@@ -14,21 +15,23 @@ import torch
 from torch import nn
 
 from benchmarks.experts.methods import METHODS, Method, Shape
+from benchmarks.layer import cases as layer_cases
 from benchmarks.measure import command, memory, timing
 from benchmarks.measure.environment import device_name, environment
 from benchmarks.measure.rows import ResultStore, Row
+from benchmarks.step.methods import trained
 
 SUITE = "experts"
 # What a row of the suite is told apart by.
 KEY = ("hidden", "inner", "experts", "chosen", "tokens", "dtype", "k", "method")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = ("float32", "bfloat16")
 CPU = torch.device("cpu")
 
 
 def run(methods: Sequence[Method], shape: Shape, dtype_name: str, k: int, turns: int) -> Iterator[Row]:
     """Measure every method, at least `turns` turns: rows keyed by `KEY`."""
     fields = environment(CPU)
-    blocks = {method.name: method.build(shape, DTYPES[dtype_name], k) for method in methods}
+    blocks = {method.name: method.build(shape, layer_cases.DTYPES[dtype_name], k) for method in methods}
     clocks = {name: _clock(block, shape) for name, block in blocks.items()}
     samples = timing.take_turns(clocks, seconds=0, least=turns)
     for name, block in blocks.items():
@@ -47,9 +50,8 @@ def _call(block: nn.Module, shape: Shape):
     """(forward, forward with backward), each a call without arguments."""
     generator = torch.Generator().manual_seed(2)
     dtype = next(parameter for name, parameter in block.named_parameters() if "gate.weight" in name).dtype
-    x = torch.randn(1, shape.tokens, shape.hidden, generator=generator).to(dtype).requires_grad_()
-    slope = torch.randn(1, shape.tokens, shape.hidden, generator=generator).to(dtype)
-    leaves = [x, *(parameter for parameter in block.parameters() if parameter.requires_grad)]
+    x, slope = (torch.randn(1, shape.tokens, shape.hidden, generator=generator).to(dtype) for _ in range(2))
+    leaves = [x.requires_grad_(), *trained(block).values()]
     return lambda: block(x), lambda: torch.autograd.grad(block(x), leaves, slope)
 
 
@@ -68,17 +70,13 @@ def _clock(block: nn.Module, shape: Shape):
 def _counted(block: nn.Module, shape: Shape) -> Row:
     """Figures that are counted rather than timed."""
     forward, both = _call(block, shape)
-    stacks = sum(p.numel() * p.element_size() for name, p in block.named_parameters() if p.dim() == 3 and _frozen(p))
+    stacks = [p for p in block.parameters() if p.dim() == 3 and not p.requires_grad]
     return {
-        "trained": sum(p.numel() for p in block.parameters() if p.requires_grad),
-        "stack_bytes": stacks,
+        "trained": sum(p.numel() for p in trained(block).values()),
+        "stack_bytes": sum(p.numel() * p.element_size() for p in stacks),
         "kept_bytes": memory.kept_bytes(forward, tuple(block.parameters())),
         "peak_bytes": memory.peak_bytes(both, CPU),
     }
-
-
-def _frozen(parameter: nn.Parameter) -> bool:
-    return not parameter.requires_grad
 
 
 def summary(row: Row) -> str:
@@ -103,11 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     shape = Shape(**{field.name: getattr(chosen, field.name) for field in dataclasses.fields(Shape)})
     store = ResultStore.of_command(device_name(CPU), SUITE, KEY, chosen.output)
-    for dtype_name in chosen.dtype:
-        for row in run(METHODS, shape, dtype_name, chosen.k, chosen.turns):
-            store.upsert([row])
-            print(summary(row), flush=True)
-    return 0
+    each = (run(METHODS, shape, dtype_name, chosen.k, chosen.turns) for dtype_name in chosen.dtype)
+    return command.record(itertools.chain.from_iterable(each), store, summary)
 
 
 if __name__ == "__main__":

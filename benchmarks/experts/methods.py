@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from benchmarks.step.methods import trained
 from genft_kernels import GenFTConfig, apply_genft
 
 TARGETS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -39,8 +40,7 @@ class Block(nn.Module):
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in self.parameters():
-                drawn = torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5
-                parameter.copy_(drawn)
+                parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
         self.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,19 +61,15 @@ class Method:
         model = self.adapt(Block(shape, dtype, self.implementation), k).train()
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+            for parameter in trained(model).values():
+                parameter.normal_(std=0.02, generator=generator)
         return model
 
 
-def _genft(**settings) -> Callable[[nn.Module, int], nn.Module]:
+def _genft(preset: str = "fast", **settings) -> Callable[[nn.Module, int], nn.Module]:
     def adapt(block: nn.Module, k: int) -> nn.Module:
-        shared = k // 2
-        config = GenFTConfig.preset(
-            **({"name": "fast"} | settings), shared_dim=shared, specific_dim=k - shared, target_parameters=TARGETS
-        )
-        return apply_genft(block, config)
+        sizes = {"shared_dim": k // 2, "specific_dim": k - k // 2}
+        return apply_genft(block, GenFTConfig.preset(preset, **sizes, **settings, target_parameters=TARGETS))
 
     return adapt
 
@@ -85,16 +81,12 @@ def _lora(block: nn.Module, k: int) -> nn.Module:
     return inject_adapter_in_model(config, block)
 
 
-def _frozen(block: nn.Module, k: int) -> nn.Module:
-    return block
-
-
 METHODS = [
-    Method("frozen", _frozen),
+    Method("frozen", lambda block, k: block),
     Method("genft-fast", _genft()),
     Method("genft-fast-layer", _genft(expert_specific="layer")),
-    Method("genft-fast-both", _genft(name="fast-both")),
-    Method("genft-tiled", _genft(name="fast-both", outer_activation="leaky_relu")),
+    Method("genft-fast-both", _genft("fast-both")),
+    Method("genft-tiled", _genft("fast-both", outer_activation="leaky_relu")),
     Method("lora-grouped", _lora),
     Method("lora-eager", _lora, implementation="eager"),
 ]

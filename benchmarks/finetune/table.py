@@ -3,10 +3,9 @@
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from benchmarks.measure.rows import Row
-from benchmarks.report.tables import markdown
+from benchmarks.report.tables import grouped, markdown
 
 from .grid import setting_of
 from .methods import METHODS
@@ -24,15 +23,15 @@ def tables(rows: Iterable[Row]) -> str:
     """A table for each task, data and number of epochs, with a line for each method and size."""
     return "\n".join(
         f"{data}, {epochs} epochs, {same[0]['metric']}:\n\n{table(same)}"
-        for (_, data, epochs), same in _by(rows, "task", "data", "epochs").items()
+        for (_, data, epochs), same in grouped(rows, "task", "data", "epochs").items()
     )
 
 
 def summary(rows: Iterable[Row]) -> str:
     """One table of all tasks, with a line for each method and size beside LoRA of that size."""
     lines = []
-    for (task, _, _), same in _by(rows, "task", "data", "epochs").items():
-        measured = _by((row for row in same if row["status"] == "measured"), "method", "size")
+    for (task, _, _), same in grouped(rows, "task", "data", "epochs").items():
+        measured = grouped((row for row in same if row["status"] == "measured"), "method", "size")
         for (method, size), runs in measured.items():
             if method != BASELINE:
                 baseline = measured.get((BASELINE, size), [])
@@ -42,21 +41,13 @@ def summary(rows: Iterable[Row]) -> str:
     return markdown(SHORT_HEADER, lines)
 
 
-def _by(rows: Iterable[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
-    """Rows by these fields."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[name] for name in names), []).append(row)
-    return groups
-
-
 def table(rows: Sequence[Row]) -> str:
     """A line for each method and size; then what else chance has in it, and what did not run.
 
     The best epoch is picked on the part that is judged by, as the official code does. Peak memory is that of one
     forward and backward over the longest examples, beyond weights and optimizer state.
     """
-    measured = _by((row for row in rows if row["status"] == "measured"), "method", "size")
+    measured = grouped((row for row in rows if row["status"] == "measured"), "method", "size")
     lines = [_line(runs, measured.get((BASELINE, size), [])) for (_, size), runs in measured.items()]
     others = {(row["method"], row["reason"]): None for row in rows if row["status"] != "measured"}
     notes = [f"- {METHODS[method].title}: {reason}" for method, reason in others]

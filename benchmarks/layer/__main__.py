@@ -56,10 +56,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES)
     parser.add_argument("--k", nargs="+", type=int, choices=SPLITS)
     parser.add_argument("--form", nargs="+", choices=FORMS)
-    parser.add_argument(
-        "--seconds", type=command.positive(float), default=14.0,
-        help="clock time of a case on a CPU (default %(default)s)",
-    )  # fmt: skip
+    command.add_seconds_option(parser, 14.0, " on a CPU")
     parser.add_argument("--resume", action="store_true", help="leave out cases that have all rows of these sources")
     parser.add_argument("--list", action="store_true", help="show the cases and what is unavailable, and stop")
     options = parser.parse_args(argv)

@@ -33,6 +33,12 @@ def add_device_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", type=_device, default=default, help="default %(default)s")
 
 
+def add_seconds_option(parser: argparse.ArgumentParser, default: float, of_case: str) -> None:
+    """`--seconds`, the clock time of a case."""
+    help = f"clock time of a case{of_case} (default %(default)s)"
+    parser.add_argument("--seconds", type=positive(float), default=default, help=help)
+
+
 def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
     """An argparse type: a finite number above 0, whole where `kind` is int."""
 
@@ -66,7 +72,7 @@ def record(
     try:
         for row in rows:
             store.upsert([row])
-            red += row["status"] not in ("measured", "unavailable")
+            red += row.get("status", "measured") not in ("measured", "unavailable")
             if shown != (shown := heading(row)):
                 print(f"\n{shown}")
             print(f"{line(row)} {row['status']}: {row['reason']}" if "reason" in row else line(row), flush=True)

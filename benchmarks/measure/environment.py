@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import genft_kernels
+from genft_kernels.backends.card import processor
 
 REPOSITORY = Path(__file__).parents[2]
 _PACKAGES = ("triton", "peft", "unsloth", "nemo-automodel", "transformers")
@@ -19,7 +20,7 @@ def device_name(device: torch.device) -> str:
     """The device as its maker calls it; a CPU with the number of threads that PyTorch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_cpu_model()}, {torch.get_num_threads()} threads"
+    return f"{processor()}, {torch.get_num_threads()} threads"
 
 
 def environment(device: torch.device) -> dict[str, str | int | None]:
@@ -66,12 +67,3 @@ def _commit() -> str | None:
 
 def _git(*arguments: str) -> str:
     return subprocess.check_output(["git", *arguments], cwd=REPOSITORY, stderr=subprocess.DEVNULL, text=True).strip()
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -100,6 +100,11 @@ def process_growth(work: Callable[[], object]) -> int | None:
     return max(_resident("VmHWM") - before, 0)
 
 
+def most_bytes(work: Callable[[], object], device: torch.device) -> int | None:
+    """The most memory during `work` beyond what was there: of tensors on a GPU, on a CPU of the whole process."""
+    return peak_bytes(work, device) if device.type == "cuda" else process_growth(work)
+
+
 def _resident(field: str) -> int:
     (line,) = (each for each in Path("/proc/self/status").read_text().splitlines() if each.startswith(f"{field}:"))
     return 1024 * int(line.split()[1])

@@ -75,6 +75,11 @@ def cpu_clock(workload: Workload) -> Callable[[], Sample]:
     return fastest
 
 
+def waiting_for(device: torch.device) -> Callable[[], object]:
+    """A call that ends when all that was asked of the device is done."""
+    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+
 def quantiles(values: list[float]) -> tuple[float, float, float]:
     """(p20, p50, p80)."""
     fifths = statistics.quantiles(values, n=5, method="inclusive")

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from benchmarks.measure.rows import Row
-from benchmarks.report.tables import markdown, mebibytes, number
+from benchmarks.report.tables import grouped, markdown, mebibytes, number
 
 SUITE = "experts"
 CASE = ("hidden", "inner", "experts", "chosen", "tokens", "dtype", "k")
@@ -18,9 +18,7 @@ beside parameters, peak the most that is alive at once.
 
 def section(rows: list[Row]) -> str:
     """A table for each case."""
-    cases: dict[tuple[object, ...], list[Row]] = {}
-    for row in rows:
-        cases.setdefault(tuple(row[field] for field in CASE), []).append(row)
+    cases = grouped(rows, *CASE)
     return "\n".join([INTRODUCTION, *(f"#### {_title(found[0])}\n\n{_table(found)}" for found in cases.values())])
 
 

@@ -1,6 +1,7 @@
 """Markdown tables, and what every suite's tables share."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from benchmarks.measure.rows import RUN_FIELDS, Row
 
@@ -29,17 +30,21 @@ def provenance(rows: Iterable[Row]) -> str:
     return ", ".join(value if name == "device" else f"{name} {value}" for name, value in words.items()) + ".\n"
 
 
+def grouped(rows: Iterable[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
+    """Rows by these fields."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return groups
+
+
 def by_case(rows: Iterable[Row], key: Sequence[str], order: Iterable[str]) -> dict[tuple, dict[str, Row]]:
     """Measured rows by case and by the last field of `key`, names in `order`, cases as they first appear."""
-    groups: dict[tuple, dict[str, Row]] = {}
-    for row in rows:
-        if row["status"] == "measured":
-            *case, name = (row[field] for field in key)
-            groups.setdefault(tuple(case), {})[name] = row
-    return {
-        case: {name: found[name] for name in [*(each for each in order if each in found), *found]}
-        for case, found in groups.items()
-    }
+    cases = {}
+    for case, same in grouped((row for row in rows if row["status"] == "measured"), *key[:-1]).items():
+        found = {row[key[-1]]: row for row in same}
+        cases[case] = {name: found[name] for name in [*(each for each in order if each in found), *found]}
+    return cases
 
 
 def not_timed(rows: Iterable[Row], key: Sequence[str], name: str) -> str:

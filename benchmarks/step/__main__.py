@@ -70,13 +70,9 @@ def _counted(step: Step, device: torch.device) -> Row:
     return {
         "layers": config.num_hidden_layers, "width": config.hidden_size, "trained": trained,
         "kept_bytes": memory.kept_bytes(lambda: step.run(1), (*step.model.parameters(), *step.model.buffers())),
-        "peak_bytes": _peak(step, device),
+        "peak_bytes": memory.most_bytes(step.run, device),
         "launches_per_layer": round(launches / step.layers, 1) if launches and step.layers else None,
     }  # fmt: skip
-
-
-def _peak(step: Step, device: torch.device) -> int | None:
-    return memory.peak_bytes(step.run, device) if device.type == "cuda" else memory.process_growth(step.run)
 
 
 def _measured(step: Step, samples: dict[str, list[timing.Sample]]) -> Row:
@@ -134,10 +130,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", nargs="+", choices=MODELS)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES)
     parser.add_argument("--accumulation", nargs="+", type=command.positive(int), metavar="N", help="micro-batches")
-    parser.add_argument(
-        "--seconds", type=command.positive(float), default=8.0,
-        help="clock time of a case, in which each method has at least three steps (default %(default)s)",
-    )  # fmt: skip
+    command.add_seconds_option(parser, 8.0, ", in which each method has at least three steps")
     parser.add_argument("--list", action="store_true", help="show the cases and stop")
     options = parser.parse_args(argv)
     if version("transformers") is None:

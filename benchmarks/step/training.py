@@ -62,8 +62,7 @@ class Step:
 
 def clock(step: Step, device: torch.device) -> Callable[[], timing.Sample]:
     """Times a step, and of that what the generator takes, forward and backward, in seconds."""
-
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize = timing.waiting_for(device)
 
     def once() -> timing.Sample:
         generations = step.generations

@@ -28,7 +28,7 @@ def identity(device: torch.device) -> dict[str, str | None]:
     of_cuda = device.type == "cuda"
     driver = Path("/proc/driver/nvidia/version")
     return {
-        "card": torch.cuda.get_device_name(device) if of_cuda else _processor(),
+        "card": torch.cuda.get_device_name(device) if of_cuda else processor(),
         "capability": ".".join(map(str, torch.cuda.get_device_capability(device))) if of_cuda else None,
         "driver": driver.read_text().splitlines()[0] if of_cuda and driver.exists() else None,
         "torch": torch.__version__,
@@ -73,7 +73,8 @@ def write(path: Path, content: dict[str, Any]) -> None:
     os.replace(unfinished.name, path)
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The CPU's model, as its maker calls it."""
     information = Path("/proc/cpuinfo")
     lines = information.read_text(errors="replace").splitlines() if information.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
