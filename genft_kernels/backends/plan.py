@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,8 @@ from ..philox import COLUMN_STREAM
 from . import KERNEL_DTYPES
 from .eager import operations as eager
 from .launchers import Launchers, Outcome, Sum, Update
+
+Thin = TypeVar("Thin", Tensor, Update)
 
 _EDGE = 64  # of a tile, in whose multiples long sums are split
 
@@ -43,7 +46,7 @@ class Kernels:
         if m:
             columns, parts = _split(n, _tiles(m) * _tiles(k) * layers, 2 * _multiprocessors(thin.device), 256)
             target = outcome if parts == 1 else Outcome(_parts(thin, parts, layers, m, k))
-            self._launchers.thin_product(matrices, thin.contiguous(), target, columns)
+            self._launchers.thin_product(matrices, _dense(thin), target, columns)
             if parts > 1:
                 self._launchers.sum_parts(Sum(target.out, outcome))
         return outcome.out, outcome.pre
@@ -56,7 +59,7 @@ class Kernels:
         rows, parts = _split(m, _tiles(n) * _tiles(k) * layers, 2 * _multiprocessors(dz.device), 256)
         out = dz.new_empty((layers, k, n))
         target = out if parts == 1 else _parts(dz, parts, layers, k, n)
-        self._launchers.thin_transposed(dz.contiguous(), matrices, target, rows)
+        self._launchers.thin_transposed(_dense(dz), matrices, target, rows)
         if parts > 1:
             self._launchers.sum_parts(Sum(target, Outcome(out)))
         return out
@@ -66,7 +69,7 @@ class Kernels:
         k = down.shape[1]
         _check_row(y, down, bias=(bias, (k,)))
         outcome = _outcome(down.new_empty((*y.right.shape[:2], k)), bias, inner)
-        self._launchers.row_forward(_contiguous(y), down.contiguous(), outcome)
+        self._launchers.row_forward(_dense(y), _dense(down), outcome)
         return outcome.out, outcome.pre
 
     def row_backward(
@@ -78,11 +81,11 @@ class Kernels:
         pre = pre if inner != "identity" else None
         _check_row(y, down, grad=(grad, shape), pre=(pre, shape))
         dz = activation_backward(inner, grad, pre)  # [L, in, k]
-        y, down = _contiguous(y), down.contiguous()
+        y, down = _dense(y), _dense(down)
         given = zip((y.left, y.right, down), need_matrices, strict=True)
         grads = [torch.empty_like(each) if need else None for each, need in given]
         if any(need_matrices):
-            self._launchers.row_backward(y, down, dz.contiguous(), *grads)
+            self._launchers.row_backward(y, down, _dense(dz), *grads)
         return *grads, dz.sum((0, 1)) if need_bias else None
 
     def fold(self, weight: Tensor, update: Update, scale: float) -> Tensor:
@@ -92,7 +95,7 @@ class Kernels:
         transposed = weight.stride(0) == 1 and weight.stride(1) != 1
         new = update.right.new_empty
         out = new((n_in, n_out)).t() if transposed else new((n_out, n_in))
-        self._launchers.fold(weight, _contiguous(update), scale, out)
+        self._launchers.fold(weight, _dense(update), scale, out)
         return out
 
     def contract(
@@ -112,7 +115,7 @@ class Kernels:
             for shape, need in zip(shapes, needs, strict=True)
         )
         targets = None if dh is None else dh.parts, None if db is None else db.parts
-        self._launchers.contract(dy, x, _contiguous(update), scale, targets, tokens)
+        self._launchers.contract(dy, x, _dense(update), scale, targets, tokens)
         self._launchers.sum_parts(*(each for each in (dh, db) if each is not None))
         return None if dh is None else dh.outcome.out, None if db is None else db.outcome.out
 
@@ -219,16 +222,23 @@ def _multiprocessors(device: torch.device) -> int:
 
 def _outcome(out: Tensor, bias: Tensor | None, activation: str) -> Outcome:
     pre = None if activation == "identity" else torch.empty_like(out)
-    return Outcome(out, None if bias is None else bias.contiguous(), activation, pre)
+    return Outcome(out, None if bias is None else _dense(bias), activation, pre)
 
 
 def _parts(like: Tensor, parts: int, *shape: int) -> Tensor:
     return torch.empty((parts, *shape), dtype=torch.float32, device=like.device)
 
 
-def _contiguous(update: Update) -> Update:
-    seed = None if update.seed is None else update.seed.contiguous()
-    return update._replace(left=update.left.contiguous(), right=update.right.contiguous(), seed=seed)
+def _dense(thin: Thin) -> Thin:
+    """A thin tensor, or an update's, contiguous, as the ops do not promise it and launchers want it.
+
+    Of the package's own only one is not: the gradient of a stage that has no activation and a one beside its units, for
+    the bias of the next product. It is made in one piece with the gradient of that one, so a copy cannot be helped.
+    """
+    if isinstance(thin, Tensor):
+        return thin.contiguous()
+    seed = None if thin.seed is None else _dense(thin.seed)
+    return thin._replace(left=_dense(thin.left), right=_dense(thin.right), seed=seed)
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------

@@ -94,6 +94,39 @@ def test_layers_in_one_call_equal_each_alone(name, strides, on):
         assert relative_error(grad, expected) <= allowed, key
 
 
+def apart(tensor):
+    """The same values, each apart from its neighbour in memory."""
+    return tensor if tensor is None else torch.stack([tensor, torch.full_like(tensor, 9)], -1)[..., 0]
+
+
+@pytest.mark.parametrize("on", RUNNERS)
+def test_thin_matrices_may_lie_anywhere_in_memory(on):
+    """The ops do not promise that they are contiguous."""
+    operations, (n_in, n_out, k), generator = backends.load(on.backend), (20, 12, 5), torch.Generator().manual_seed(2)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator).to(on.device)
+
+    weights, x, dy = list(random(2, n_out, n_in)), random(7, n_in), random(7, n_out)
+    seeds = torch.tensor([3, -(2**40)], device=on.device)
+    down, bias, of_out = random(2, k, n_in), random(k), random(2, n_out, k)
+    row, of_in = (random(2, n_out, 3), random(2, n_in, 3), random(2, k, n_out)), random(2, n_in, k)
+    h, b, psi, every = random(n_in, k), random(n_out, k), ("leaky_relu", 0.3), [True] * 4
+
+    def results(lie):
+        stage, update = (lie(seeds), *psi, "tanh"), (lie(seeds[:1]), 0.5, *psi, philox.ROW_STREAM)
+        thin, factors = [lie(each) for each in row], (lie(h), lie(b))
+        yield from operations.column(weights, lie(down), lie(bias), "tanh")
+        yield from operations.column_backward(lie(of_out), weights, lie(of_out), "identity", [True, True])
+        yield from operations.row(*thin, lie(bias), *stage)
+        yield from operations.row_backward(lie(of_in), *thin, lie(of_in), *stage[:-1], "identity", every)
+        yield operations.linear(x, weights[0], None, *factors, *update)[0]
+        yield from operations.linear_backward(dy, x, weights[0], *factors, None, *update, every)
+
+    for found, expected in zip(results(apart), results(lambda tensor: tensor), strict=True):
+        assert relative_error(found, expected) <= 1e-5
+
+
 @pytest.mark.parametrize("on", RUNNERS)
 @pytest.mark.parametrize(
     "name", [pytest.param("dropout-square", marks=slow_if_interpreted), "dropout-tiled-bias-out_in",

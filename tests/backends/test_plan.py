@@ -1,13 +1,15 @@
 """The plan of the kernel backends: how long sums are cut, and what it launches, counted."""
 
 import os
+import sys
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from genft_kernels import philox
+from genft_kernels import GenFTConfig, apply_genft, backends, philox
 from genft_kernels.backends import plan
+from genft_kernels.backends.cuda import launch
 
 H100, A100 = 132, 108  # multiprocessors
 
@@ -79,3 +81,34 @@ def test_launches_are_as_few_as_they_can_be(features, layers):
             calls.names.clear()
             call()
             assert (names, calls.names) == (expected, [])
+
+
+FORMS = {"factored": {}, "tiled": {"outer_activation": "leaky_relu"}, "dropout": {"dropout": 0.1}}
+
+
+@pytest.mark.parametrize("phi, bias", [("identity", False), ("tanh", False), ("tanh", True), ("identity", True)])
+@pytest.mark.parametrize("transform", ["both", "column", "row"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_step_of_a_group_makes_its_thin_matrices_as_kernels_take_them(form, transform, phi, bias, monkeypatch):
+    """But for one: the gradient of a one beside the units is in one piece with theirs."""
+    monkeypatch.setattr(backends, "_device_reason", lambda name, device: None)
+    monkeypatch.setattr(launch, "start", lambda device, kernel, arguments: started.append(kernel))
+    started, copied = [], []
+
+    def contiguous(tensor, *args):
+        if sys._getframe(1).f_globals["__name__"] == plan.__name__ and not tensor.is_contiguous():
+            copied.append(tensor.shape)
+        return plain(tensor, *args)
+
+    plain = torch.Tensor.contiguous
+    monkeypatch.setattr(torch.Tensor, "contiguous", contiguous)
+    config = dict(transform=transform, inner_activation=phi, bias=bias, zero_delta=False, **FORMS[form])
+    # Wide enough that the tokens' gradients lie on a CPU as on a GPU.
+    model = torch.nn.Sequential(*(torch.nn.Linear(24, 24, dtype=torch.bfloat16) for _ in range(3)))
+    targets = GenFTConfig(shared_dim=3, specific_dim=2, target_modules=["0", "1", "2"], **config)
+    apply_genft(model, targets, backend="cuda").train()
+    for _ in range(2):
+        model(torch.randn(2, 7, 24, dtype=torch.bfloat16)).square().mean().backward()
+    # Kernels' row stage is the tiled form's; the last stage's units stand beside no other product.
+    stages = (1 if transform != "both" else 2 if form != "factored" else 1) if bias and phi == "identity" else 0
+    assert started and len(copied) == 2 * stages

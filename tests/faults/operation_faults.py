@@ -14,8 +14,30 @@ INTERPRETED = [
 GROUPED = ["tests/backends/test_backends.py", *QUICK, "-k", "triton and one_call"]
 CPU_PASS = ["tests/backends/test_cpu_pass.py", *QUICK, "-k", "plain or bits"]
 EAGER = ["tests/backends/test_backends.py", "tests/ops/test_precision.py", *QUICK, "-k", "eager"]
+ANYWHERE = ["tests/backends/test_backends.py", "-k", "anywhere and cuda-cpu"]
 
 FAULTS = [
+    Fault(
+        "plan: strided thin matrices reach the kernels",
+        BACKENDS + "plan.py",
+        "return thin.contiguous()",
+        "return thin",
+        ANYWHERE,
+    ),
+    Fault(
+        "plan: an update's strided factors reach the kernels",
+        BACKENDS + "plan.py",
+        "thin._replace(left=_dense(thin.left), right=_dense(thin.right), seed=seed)",
+        "thin",
+        ANYWHERE,
+    ),
+    Fault(
+        "generation: thin matrices are made as kernels do not take them",
+        "genft_kernels/update.py",
+        "with_zero_units(down, -2), up,",
+        "with_zero_units(down, -2).mT.contiguous().mT, up,",
+        ["tests/backends/test_plan.py", "-k", "step_of_a_group"],
+    ),
     Fault(
         "philox: counter of the transposed element",
         BACKENDS + "triton/math.py",

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..launchers import Pair, Update
 from .fold import check_features
-from .launch import launch, update
+from .launch import launch, rows, update
 
 
 def contract(dy: Tensor, x: Tensor, given: Update, scale: float, parts: Pair, tokens: int) -> None:
     """Write the parts of dh [split and out tile, in, k] and db [split and in tile, out, k], those that are not None."""
     check_features(dy.shape[1], x.shape[1])
     dtype = given.right.dtype
-    launch("contract", (*_rows(dy, dtype), *_rows(x, dtype), dy.shape[0], tokens), update(given), scale, *parts, dtype)
-
-
-def _rows(tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
-    """(tokens [T, n] whose rows are contiguous, the distance of the rows)."""
-    tokens = tokens.to(dtype)
-    tokens = tokens if tokens.stride(1) == 1 or tokens.shape[1] == 1 else tokens.contiguous()
-    return tokens, tokens.stride(0)
+    launch("contract", (*rows(dy, dtype), *rows(x, dtype), dy.shape[0], tokens), update(given), scale, *parts, dtype)
 
 
 def tile_of_contract(dy: Tensor, k: int, activation: str, dropout: float) -> tuple[int, int]:

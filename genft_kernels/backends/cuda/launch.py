@@ -107,6 +107,14 @@ def matrices(given: list[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], int
     return [each for each, *_ in stored], *layout, len(given), rows, columns
 
 
+def rows(given: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
+    """Tokens [T, n] in `dtype`: (they, the distance of their rows). A copy is made only where rows have gaps, as in the
+    gradient of a sum, or for another dtype."""
+    stored = given.to(dtype)
+    stored = stored if stored.stride(1) == 1 or stored.shape[1] == 1 else stored.contiguous()
+    return stored, stored.stride(0)
+
+
 def update(given: Update, layers: int = 1) -> tuple[object, ...]:
     """An update, or a stack of them."""
     left, right, activation, dropout, seed, stream = given
