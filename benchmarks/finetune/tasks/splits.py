@@ -2,7 +2,7 @@
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +41,7 @@ def same_text_key(text: str) -> str:
     return "".join(re.findall(r"\w+", text.casefold())) or text
 
 
-def distinct(examples: Sequence[Example]) -> list[Example]:
+def distinct(examples: Iterable[Example]) -> list[Example]:
     """The first spelling of every text, without those that occur under more than one label."""
     first: dict[str, Example] = {}
     ambiguous = set()
