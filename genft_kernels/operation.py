@@ -127,13 +127,19 @@ def _is_handle(value: object) -> bool:
 
 def keep(ctx: Any, *values: Tensor | FrozenWeight | None) -> None:
     """Save tensors for backward, and the handles among them beside: what they stand for is not kept."""
-    ctx.handles = {place: value for place, value in enumerate(values) if isinstance(value, FrozenWeight)}
-    ctx.save_for_backward(*(None if place in ctx.handles else value for place, value in enumerate(values)))
+    ctx.handles = {}
+    if FrozenWeight in map(type, values):
+        ctx.handles = {place: value for place, value in enumerate(values) if isinstance(value, FrozenWeight)}
+        values = tuple(None if place in ctx.handles else value for place, value in enumerate(values))
+    ctx.save_for_backward(*values)
 
 
 def kept(ctx: Any) -> list[Any]:
     """The tensors that were kept."""
-    return [ctx.handles.get(place, tensor) for place, tensor in enumerate(ctx.saved_tensors)]
+    tensors = list(ctx.saved_tensors)
+    for place, handle in ctx.handles.items():
+        tensors[place] = handle
+    return tensors
 
 
 def _tell_flop_counters() -> None:

@@ -28,8 +28,8 @@ FAULTS = [
     Fault(
         "quantised: all W of a generation are dense at once",
         OPS,
-        'each if backend == "eager" and isinstance(each, list) else opened(each)',
-        "opened(each)",
+        '{FrozenWeight} if backend == "eager" else {FrozenWeight, list}',
+        "{FrozenWeight, list}",
         KEPT,
     ),
     Fault(
