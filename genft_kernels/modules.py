@@ -14,7 +14,7 @@ from .adaptable import check_adaptable, is_conv1d
 from .arguments import check_flag, check_type
 from .checks import check_device, check_floating_dtype, check_sizes
 from .config import GenFTConfig
-from .frozen_weight import kind_of, kind_of_classes
+from .frozen_weight import FrozenWeight, kind_of, kind_of_classes
 from .generator import GenFTGenerator, registered
 from .instance_forward import carry_instance_forward, share_hooks
 from .merging import MarksMerged, MergeableUpdate
@@ -122,7 +122,7 @@ class GenFTLinear(MarksMerged, MergeableUpdate, nn.Linear):
         Raises:
             ValueError: the generator is of another shape, or the blocks are cut or adapted otherwise.
         """
-        more = MoreBlocks(self, generator, blocks)
+        more = MoreBlocks(self, generator, self.backend, blocks)
         taken = [index for update in self.updates.values() for index in update.blocks.adapted]
         if more.blocks.cut != self.blocks.cut or set(taken) & set(more.blocks.adapted):
             raise ValueError(f"blocks {more.blocks} beside blocks {self.blocks} of one weight")
@@ -235,22 +235,28 @@ class GenFTLinear(MarksMerged, MergeableUpdate, nn.Linear):
         return ", ".join(part for part in parts if part)
 
 
-class MoreBlocks(GenFTUpdate):
-    """The units of further blocks of a fused weight, of another size than a layer's others; the layer holds W."""
+class UpdateOfLayer(GenFTUpdate):
+    """Units over a weight that a layer above them holds."""
 
-    layer: GenFTLinear
+    layer: Any
 
-    def __init__(
-        self, layer: GenFTLinear, generator: GenFTGenerator, blocks: tuple[int | Sequence[int], Sequence[int]]
-    ) -> None:
+    def __init__(self, layer: Any, generator: GenFTGenerator, backend: str, blocks: Any) -> None:
         super().__init__()
         self.__dict__.update(layer=layer, generator=generator)  # not registered: they have owners
-        self._fan_in_fan_out = layer._fan_in_fan_out
-        self.join(generator, layer.backend, (layer.in_features, layer.out_features), blocks)
+        out_features, in_features = self.frozen_weight.shape
+        self.join(generator, backend, (in_features, out_features), blocks)
 
     @property
     def stored_weight(self) -> Tensor:
         return self.layer.stored_weight
+
+    @property
+    def frozen_weight(self) -> Tensor | FrozenWeight:
+        return self.layer.frozen_weight
+
+
+class MoreBlocks(UpdateOfLayer):
+    """The units of further blocks of a fused weight, of another size than a layer's others."""
 
     @property
     def merged(self) -> bool:  # type: ignore[override]  # as the layer is

@@ -101,6 +101,13 @@ FAULTS = [
         REFUSED,
     ),
     Fault(
+        "quantised: further blocks are generated from the codes",
+        "genft_kernels/modules.py",
+        "        return self.layer.frozen_weight",
+        "        return self.layer.stored_weight",
+        ["tests/quantised/test_quantised_states.py", "-k", "several_sizes"],
+    ),
+    Fault(
         "quantised: an adapted layer's weight may be replaced by a quantised one",
         "genft_kernels/modules.py",
         'if name == "weight" and is_tensor_subclass(value)',

@@ -156,3 +156,15 @@ def test_export_over_a_quantised_base_is_that_over_the_dense_one(tmp_path):
     mine, dense = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("mine", "dense"))
     assert set(mine) == set(dense)
     assert all(torch.allclose(mine[key], dense[key], rtol=1e-5, atol=1e-6) for key in mine)
+
+
+def test_blocks_of_several_sizes_are_generated_from_the_dense_weight():
+    """As of a fused q, k and v whose heads are grouped; not from the codes, which may have the same shape."""
+    torch.manual_seed(0)
+    model = quantised(nn.Sequential(nn.Linear(6, 18), nn.Linear(18, 6)), names=("0",))
+    twin, x, blocks = dense_twin(model), torch.randn(3, 6), {"0": ((8, 4, 6), (0, 1, 2))}
+    for each in (model, twin):
+        torch.manual_seed(3)
+        apply_genft(each, config(shared_dim=2, specific_dim=1, target_modules=["0"], fused_blocks=blocks))
+    assert torch.equal(model(x), twin(x))
+    assert torch.equal(model[0].delta_weight(), twin[0].delta_weight())

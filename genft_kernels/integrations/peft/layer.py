@@ -14,6 +14,7 @@ from ...adaptable import check_adaptable, is_conv1d
 from ...frozen_weight import FrozenWeight, kind_name, kind_of
 from ...generator import GenFTGenerator, registered
 from ...instance_forward import share_hooks
+from ...modules import UpdateOfLayer
 from ...row_blocks import RowBlocks
 from ...sharing.source import is_tensor_subclass
 from ...targets import frozen_weight
@@ -60,25 +61,8 @@ class StoredGenerator(GenFTGenerator):
         return not PLAIN.issuperset(map(type, self.tensors()))
 
 
-class AdapterUpdate(GenFTUpdate):
-    """One adapter's own units in one layer, which holds the weight."""
-
-    layer: GenFTLayer
-
-    def __init__(self, layer: GenFTLayer, generator: GenFTGenerator, blocks: RowBlocks | None):
-        super().__init__()
-        self.__dict__.update(layer=layer, generator=generator)  # not registered: they have owners
-        self._fan_in_fan_out = layer.fan_in_fan_out
-        out_features, in_features = self.frozen_weight.shape
-        self.join(generator, "auto", (in_features, out_features), blocks)
-
-    @property
-    def stored_weight(self) -> Tensor:
-        return self.layer.stored_weight
-
-    @property
-    def frozen_weight(self) -> Tensor | FrozenWeight:
-        return self.layer.frozen_weight
+class AdapterUpdate(UpdateOfLayer):
+    """One adapter's own units in one layer."""
 
     def extra_repr(self) -> str:
         return f"shared_dim={self.config.shared_dim}, specific_dim={self.config.specific_dim}"
@@ -207,7 +191,7 @@ class GenFTLayer(AdapterLayer):
 
     def update_layer(self, adapter_name: str, generator: GenFTGenerator, blocks: RowBlocks | None = None) -> None:
         """Add an adapter."""
-        self._add(adapter_name, AdapterUpdate(self, generator, blocks))
+        self._add(adapter_name, AdapterUpdate(self, generator, "auto", blocks))
 
     @property
     def bound(self) -> Any:
