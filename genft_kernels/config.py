@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _SPECIFIC_INITS = ("kaiming_uniform", "zeros", "xavier_uniform", "normal")
 _CHOICES = {
     "inner_activation": ACTIVATIONS, "outer_activation": ACTIVATIONS, "ratio_scope": ("weight", "all"),
-    "transform": ("both", "column", "row"), "delta_layout": ("in_out", "out_in"),
+    "transform": ("both", "column", "row", "sum"), "delta_layout": ("in_out", "out_in"),
     "init_shared": ("linear", "trunc_normal"), "init_specific_down": _SPECIFIC_INITS,
     "init_specific_up": _SPECIFIC_INITS, "expert_specific": ("expert", "layer"),
 }  # fmt: skip
@@ -47,14 +47,16 @@ class GenFTConfig:
         weight_ratio: rho, a number, or "rms" for 1 / root mean square of each W.
         ratio_scope: "weight" scales W by rho; "all" scales the four matrices, specific units included.
         scaling: sigma, the factor on the update.
-        transform: "both" stages, or the "column" or "row" stage alone.
+        transform: "both" stages, one after the other; the "column" or "row" stage alone; or "sum", both stages of W
+            side by side: psi and dropout act on the sum of their outputs, and the update has 2 k units.
         tie_specific: where in == out and both stages exist, use one specific pair in both of them.
         delta_layout: "in_out": `dW = sigma * D.T`; "out_in": `dW = sigma * D` (square weights, both stages).
         init_shared: "linear" (as `nn.Linear`) or "trunc_normal" (std 0.02, biases zero).
         init_specific_down, init_specific_up: kaiming_uniform, zeros, xavier_uniform or normal (std 0.01).
         zero_delta: start from a zero update. True (or "up", which becomes True): the last stage's up matrices and up
-            bias are zero. "down", for a single stage: its down matrices and its biases are zero, and its up matrices
-            [n, k] are drawn from U(±1/sqrt(n)), whatever `init_shared` and `init_specific_up` say.
+            bias are zero, of a sum those of both stages. "down", but for "both": the down matrices and all biases
+            are zero, and the up matrices [n, k] are drawn from U(±1/sqrt(n)), whatever `init_shared` and
+            `init_specific_up` say.
         target_modules: suffixes of module names, or one regular expression that matches whole names (as in PEFT);
             "all-linear" stands for every linear layer but the output embedding, a model's head and what is in
             `modules_to_save`, None for the query and value projections and whatever `fused_blocks` names.
@@ -119,7 +121,7 @@ class GenFTConfig:
         if self.delta_layout == "out_in" and self.transform != "both":
             raise ValueError(f"delta_layout='out_in' needs transform='both', got transform={self.transform!r}")
         if self.zero_delta == "down" and self.transform == "both":
-            raise ValueError("zero_delta='down' needs transform='column' or 'row', got transform='both'")
+            raise ValueError("zero_delta='down' needs transform='column', 'row' or 'sum', got transform='both'")
         settle = functools.partial(object.__setattr__, self)
         settle("zero_delta", True if self.zero_delta == "up" else self.zero_delta)
         at_zero = {True: ("outer_activation",), "down": ("outer_activation", "inner_activation")}
@@ -190,6 +192,7 @@ class GenFTConfig:
         """Settings by name (docs/method.md#settings), with the learning rates that were found good for them.
 
         - "fast", to begin with: the column stage alone. 1e-3 to 4e-3 by `parameter_groups`, a new head 1e-2.
+        - "fast-sum": the column and the row stage side by side, as many parameters as "fast". Rates as there.
         - "fast-both": both stages and a tanh between them. 1e-3 to 2e-3.
         - "wegeft": the form of WeGeFT, once GIFT (arXiv 2312.00700): all units shared, W as it is. Not swept.
         - "glue", "vtab", "llama": the official settings. "glue" 2e-3 to 1e-2, the others not swept. They are true to
@@ -242,6 +245,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "fast": dict(
         shared_dim=12, specific_dim=7, transform="column", weight_ratio="rms", scaling=0.1, zero_delta="down",
+    ),
+    "fast-sum": dict(
+        shared_dim=12, specific_dim=3, transform="sum", weight_ratio="rms", scaling=0.1, zero_delta="down",
     ),
     "fast-both": dict(shared_dim=24, specific_dim=4, weight_ratio=16.0, inner_activation="tanh"),
     "wegeft": dict(shared_dim=8, specific_dim=0, transform="column", zero_delta="down"),

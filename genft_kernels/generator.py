@@ -138,9 +138,10 @@ def check_layer_shape(in_features: int, out_features: int, config: GenFTConfig) 
 
 
 def zeroed_names(config: GenFTConfig) -> frozenset[str]:
-    """The tensors that start at zero by `zero_delta`: of the stage that makes the update."""
+    """The tensors that start at zero by `zero_delta`: of the stages that make the update."""
     ends = {False: (), True: ("up", "up_bias"), "down": ("down", "down_bias", "up_bias")}[config.zero_delta]
-    return frozenset(f"{'column' if config.transform == 'column' else 'row'}_{end}" for end in ends)
+    stages = {"both": ("row",), "sum": ("column", "row")}.get(config.transform, (config.transform,))
+    return frozenset(f"{stage}_{end}" for stage in stages for end in ends)
 
 
 def draw_up(parameter: torch.Tensor) -> None:

@@ -54,13 +54,18 @@ def delta_weight(
     ratio = rho if config.ratio_scope == "all" else 1.0
     masks = _dropout_masks(weight, config, training, seed)
 
+    column = p.column_down, p.column_down_bias, p.column_up, p.column_up_bias
+    row = p.row_down, p.row_down_bias, p.row_up, p.row_up_bias
+    if config.transform == "sum":
+        c = _bottleneck(scaled_weight, ratio, phi, *column)  # [out, in]
+        d = _bottleneck(scaled_weight.T, ratio, phi, *row)  # [in, out]
+        return config.scaling * (activate(psi, c + d.T) * masks[ROW_STREAM])
     if config.transform != "row":
-        column = p.column_down, p.column_down_bias, p.column_up, p.column_up_bias
         y1 = activate(psi, _bottleneck(scaled_weight, ratio, phi, *column)) * masks[COLUMN_STREAM]  # [out, in]
         if config.transform == "column":
             return config.scaling * y1
     row_input = scaled_weight.T if config.transform == "row" else y1.T  # [in, out]
-    d = _bottleneck(row_input, ratio, phi, p.row_down, p.row_down_bias, p.row_up, p.row_up_bias)  # [in, out]
+    d = _bottleneck(row_input, ratio, phi, *row)  # [in, out]
     # The mask belongs to the element of dW, so it is applied once D stands in the weight's orientation.
     d = activate(psi, d if config.delta_layout == "out_in" else d.T)  # [out, in]
     return config.scaling * (d * masks[ROW_STREAM])

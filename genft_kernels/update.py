@@ -89,15 +89,19 @@ def generate_factors(
     def units(stage: str, ratio: float | torch.Tensor | None) -> _Units:
         return _Units.of(params, stage, (ratio, matrix_ratio), device, dtype)
 
-    if transform == "row":
-        row = units("row", rho)
-        h = _column([weight.t() for weight in weights], row, phi, backend, known)  # [L, in, k]
-        return Factors(*row.joined(h, config.hidden_dim), ROW_STREAM)
-    column = units("column", rho)
-    h1 = _column(list(weights), column, phi, backend, known)  # [L, out, k]
-    left, right = column.joined(h1, config.hidden_dim)
-    if transform == "column":
-        return Factors(right, left, COLUMN_STREAM)
+    def of_weights(stage: str, matrices: list[Frozen]) -> tuple[torch.Tensor, torch.Tensor]:
+        of_stage = units(stage, rho)
+        return of_stage.joined(_column(matrices, of_stage, phi, backend, known), config.hidden_dim)
+
+    if transform != "row":
+        left, right = of_weights("column", list(weights))  # [L, out, k], [L, in, k]
+        if transform == "column":
+            return Factors(right, left, COLUMN_STREAM)
+    if transform != "both":
+        h, b = of_weights("row", [weight.t() for weight in weights])  # [L, in, k], [L, out, k]
+        if transform == "sum":
+            h, b = torch.cat([right, h], 2), torch.cat([left, b], 2)  # [L, in, 2 k], [L, out, 2 k]
+        return Factors(h, b, ROW_STREAM)
     row, psi = units("row", matrix_ratio), config.outer_activation
     stage = computed if is_factored(psi, dropout) else known.stage  # thin products are not worth keeping
     h = stage(ops.row_node, phi, left, right, row.down, row.down_bias, seed, psi, dropout, phi, backend)  # [L, in, k]

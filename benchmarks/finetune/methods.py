@@ -161,6 +161,7 @@ METHODS: dict[str, Method] = {
     "lora": Method("PEFT LoRA", lora),
     "wegeft": Method("GenFT wegeft (column stage, all units shared)", sized("wegeft")),
     "row": Method("GenFT row stage, as fast", sized("fast", transform="row")),
+    "fast-sum": Method("GenFT fast-sum (column and row stage side by side)", sized("fast-sum")),
     "fast-both": Method("GenFT fast-both (factored form)", sized("fast-both")),
     "tiled": Method("GenFT fast-both, leaky_relu (tiled form)", sized("fast-both", outer_activation="leaky_relu")),
     "official": Method("GenFT, official preset", official, rates=(2.5e-3, 5e-3, 1e-2), sized=False),

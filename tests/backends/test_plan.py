@@ -87,10 +87,10 @@ FORMS = {"factored": {}, "tiled": {"outer_activation": "leaky_relu"}, "dropout":
 
 
 @pytest.mark.parametrize("phi, bias", [("identity", False), ("tanh", False), ("tanh", True), ("identity", True)])
-@pytest.mark.parametrize("transform", ["both", "column", "row"])
+@pytest.mark.parametrize("transform", ["both", "column", "row", "sum"])
 @pytest.mark.parametrize("form", FORMS)
 def test_a_step_of_a_group_makes_its_thin_matrices_as_kernels_take_them(form, transform, phi, bias, monkeypatch):
-    """But for one: the gradient of a one beside the units is in one piece with theirs."""
+    """But for one: the gradient of a one, or of units, beside a stage's own is in one piece with theirs."""
     monkeypatch.setattr(backends, "_device_reason", lambda name, device: None)
     monkeypatch.setattr(launch, "start", lambda device, kernel, arguments: started.append(kernel))
     started, copied = [], []
@@ -110,5 +110,7 @@ def test_a_step_of_a_group_makes_its_thin_matrices_as_kernels_take_them(form, tr
     for _ in range(2):
         model(torch.randn(2, 7, 24, dtype=torch.bfloat16)).square().mean().backward()
     # Kernels' row stage is the tiled form's; the last stage's units stand beside no other product.
-    stages = (1 if transform != "both" else 2 if form != "factored" else 1) if bias and phi == "identity" else 0
+    two = transform == "sum" or (transform == "both" and form != "factored")
+    beside = bias or transform == "sum"
+    stages = (2 if two else 1) if beside and phi == "identity" else 0
     assert started and len(copied) == 2 * stages

@@ -27,6 +27,7 @@ FORMS = {
     "column": dict(transform="column"),
     "column-rms-all": dict(transform="column", weight_ratio="rms", ratio_scope="all"),
     "row": dict(transform="row", bias=True),
+    "sum": dict(transform="sum", bias=True),
     "both-bias-rms": dict(bias=True, weight_ratio="rms", scaling=0.5),
     "tiled": dict(outer_activation="leaky_relu"),
     "tiled-row": dict(outer_activation="silu", transform="row", bias=True),
@@ -123,7 +124,7 @@ def test_units_are_each_experts_or_the_layers(form):
 
 def test_zero_delta_starts_at_the_frozen_model():
     plain, model = mixtral(), mixtral()
-    for zero in (dict(zero_delta=True), dict(zero_delta="down", transform="column")):
+    for zero in (dict(zero_delta=True), dict(zero_delta="down", transform="column"), dict(transform="sum")):
         apply_genft(model, settings(**zero))
         torch.testing.assert_close(answer(model, tokens()), answer(plain, tokens()))
         remove_genft(model)

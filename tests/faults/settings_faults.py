@@ -16,6 +16,13 @@ FAULTS = [
         MODULES,
     ),
     Fault(
+        "start of a sum: one of its stages is not at zero",
+        "genft_kernels/generator.py",
+        '"sum": ("column", "row")',
+        '"sum": ("row",)',
+        MODULES,
+    ),
+    Fault(
         "start by the downs: the up bias is left as it is drawn",
         "genft_kernels/generator.py",
         '("down", "down_bias", "up_bias")',

@@ -53,6 +53,7 @@ EXACT = {
     "rms-all": (Encoder, dict(weight_ratio="rms", ratio_scope="all"), 3),
     "column": (Encoder, dict(transform="column", bias=True), 4),
     "row": (Encoder, dict(transform="row", bias=True), 4),
+    "sum": (Encoder, dict(transform="sum", bias=True), 8),
     "several-shapes": (GroupedQueryBlock, dict(target_modules="all-linear", bias=True), 4),
     "fused": (FusedEncoder, dict(fused_blocks={"qkv": (3, (0, 2))}, delta_layout="out_in", bias=True), 8),
     "fused-unequal": (

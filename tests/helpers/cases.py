@@ -84,6 +84,8 @@ CASES = [
     Case("column-tiled-bias", 17, 33, {**TILED, "transform": "column", "bias": True, "dropout": 0.2}),
     Case("row-factored-bias", 33, 17, {"transform": "row", "bias": True, "inner_activation": "tanh"}),
     Case("row-tiled", 17, 33, {**TILED, "transform": "row", "dropout": 0.2}),
+    Case("sum-factored-bias", 33, 17, {**FACTORED, "transform": "sum", "bias": True, "weight_ratio": "rms"}),
+    Case("sum-tiled", 17, 33, {**TILED, "transform": "sum", "dropout": 0.2, "ratio_scope": "all", "weight_ratio": 1.7}),
     Case("shared-only", 40, 24, {**TILED, "specific_dim": 0}),
     Case("specific-only", 24, 40, {**TILED, "shared_dim": 0}),
     Case("ratio-all-factored", 30, 50, {**FACTORED, "ratio_scope": "all", "weight_ratio": 1.4, "bias": True}),

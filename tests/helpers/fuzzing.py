@@ -32,7 +32,7 @@ CHANGES = {
 @st.composite
 def configs(draw):
     """Settings that suit every layer of the tower."""
-    transform = draw(st.sampled_from(["both", "both", "column", "row"]))
+    transform = draw(st.sampled_from(["both", "both", "column", "row", "sum"]))
     layout = draw(st.sampled_from(["in_out", "out_in"])) if transform == "both" else "in_out"
     names = st.sets(st.sampled_from(["query", "value", "fused", "down"]), min_size=1)
     targets = draw(names if layout == "in_out" else names.map(lambda found: found - {"down"} or {"query"}))

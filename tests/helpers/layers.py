@@ -18,6 +18,7 @@ CONFIGS = {
     "column": (12, 7, dict(transform="column", bias=True)),
     "column-square": (9, 9, dict(transform="column", outer_activation="gelu")),
     "row": (7, 12, dict(transform="row", bias=True, weight_ratio="rms")),
+    "sum": (7, 12, dict(transform="sum", bias=True, outer_activation="tanh")),
     "shared-only": (12, 7, dict(specific_dim=0)),
     "specific-only": (9, 9, dict(shared_dim=0, specific_dim=3)),
     "dropout": (9, 9, dict(dropout=0.2)),

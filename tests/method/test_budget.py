@@ -36,7 +36,7 @@ def test_units_of_one_shape(layers, parameters, units):
 @pytest.mark.parametrize(
     "settings",
     [
-        dict(), dict(bias=True), dict(transform="row"), dict(transform="row", bias=True),
+        dict(), dict(bias=True), dict(transform="row"), dict(transform="row", bias=True), dict(transform="sum"),
         dict(transform="both", zero_delta=True), dict(transform="both", zero_delta=True, bias=True),
         dict(transform="both", zero_delta=True, tie_specific=False),
     ],

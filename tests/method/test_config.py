@@ -67,7 +67,9 @@ def test_zero_delta_by_its_names():
     assert up == GenFTConfig(transform="column") and up.to_dict()["zero_delta"] is True
     assert down.to_dict()["zero_delta"] == "down" != up
     assert GenFTConfig.from_dict(json.loads(json.dumps(down.to_dict()))) == down
-    with pytest.raises(ValueError, match="zero_delta='down' needs transform='column' or 'row', got transform='both'"):
+    with pytest.raises(
+        ValueError, match="zero_delta='down' needs transform='column', 'row' or 'sum', got transform='both'"
+    ):
         GenFTConfig(zero_delta="down")
 
 
@@ -129,6 +131,9 @@ def test_presets_are_those_of_the_table():
     assert GenFTConfig.preset("fast") == GenFTConfig(
         shared_dim=12, specific_dim=7, transform="column", weight_ratio="rms", scaling=0.1, zero_delta="down"
     )
+    assert GenFTConfig.preset("fast-sum") == GenFTConfig(
+        shared_dim=12, specific_dim=3, transform="sum", weight_ratio="rms", scaling=0.1, zero_delta="down"
+    )
     assert GenFTConfig.preset("fast-both") == GenFTConfig(
         shared_dim=24, specific_dim=4, weight_ratio=16, inner_activation="tanh"
     )
@@ -136,5 +141,7 @@ def test_presets_are_those_of_the_table():
         shared_dim=8, specific_dim=0, transform="column", zero_delta="down"
     )
     assert GenFTConfig.preset("glue", dropout=0.0).dropout == 0
-    with pytest.raises(ValueError, match="preset must be one of glue, vtab, llama, fast, fast-both, wegeft; got"):
+    with pytest.raises(
+        ValueError, match="preset must be one of glue, vtab, llama, fast, fast-sum, fast-both, wegeft; got"
+    ):
         GenFTConfig.preset("cola")

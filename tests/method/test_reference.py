@@ -33,7 +33,7 @@ def scalar_delta(weight, params, config, seed):
     keep = [philox.keep_mask(torch.tensor([seed]), s, in_features, out_features, config.dropout).t() for s in (0, 1)]
     drop = [k.double().div(1 - config.dropout).tolist() for k in keep]  # [in][out]
 
-    def stage(rows, down, up, down_bias, up_bias):
+    def stage(rows, down, up, down_bias, up_bias, psi=psi):
         """psi(phi(rows A^T + a) B^T + c), a list of rows."""
         result = []
         for row in rows:
@@ -49,6 +49,13 @@ def scalar_delta(weight, params, config, seed):
         return result
 
     transposed = [list(column) for column in zip(*w, strict=True)]
+    if config.transform == "sum":
+        c, d = (
+            stage(rows, *(p[f"{name}_{end}"] for end in ("down", "up", "down_bias", "up_bias")), psi=lambda z: z)
+            for name, rows in (("column", w), ("row", transposed))
+        )  # [out][in], [in][out]
+        each = [[psi(c[j][i] + d[i][j]) * drop[1][i][j] for i in range(in_features)] for j in range(out_features)]
+        return torch.tensor(each, dtype=torch.float64) * config.scaling
     if config.transform != "row":
         y1 = stage(w, p["column_down"], p["column_up"], p["column_down_bias"], p["column_up_bias"])  # [out][in]
         y1 = [[y1[j][i] * drop[0][i][j] for i in range(in_features)] for j in range(out_features)]

@@ -65,7 +65,7 @@ def test_parameters_are_shared_units_then_specific_ones(inputs, outputs, setting
     widths = {"column_down": inputs, "column_up": inputs, "row_down": outputs, "row_up": outputs}
     for name, width in widths.items():
         matrix = getattr(params, name)
-        if layer.config.transform not in ("both", name.partition("_")[0]):
+        if layer.config.transform not in ("both", "sum", name.partition("_")[0]):
             assert matrix is None
             continue
         units = matrix if name.endswith("down") else matrix.t()
@@ -83,7 +83,7 @@ def test_parameters_are_shared_units_then_specific_ones(inputs, outputs, setting
         "row_down_bias": k,
         "row_up_bias": outputs,
     }.items():
-        exists = layer.config.bias and layer.config.transform in ("both", name.partition("_")[0])
+        exists = layer.config.bias and layer.config.transform in ("both", "sum", name.partition("_")[0])
         assert (getattr(params, name).shape == (size,)) if exists else (getattr(params, name) is None)
         assert getattr(params, name) is getattr(generator, name)
 
@@ -195,7 +195,7 @@ def test_zero_delta_starts_at_the_frozen_layer_and_trains(inputs, outputs, setti
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("init", ["linear", "trunc_normal"])
-@pytest.mark.parametrize("transform, ups", [("column", 48), ("row", 24)])
+@pytest.mark.parametrize("transform, ups", [("column", (48,)), ("row", (24,)), ("sum", (48, 24))])
 def test_zero_delta_by_the_downs_draws_the_ups_by_their_own_fan(transform, ups, init, bias):
     settings = dict(transform=transform, bias=bias, init_shared=init, init_specific_up="zeros", inner_activation="gelu")
     layer = GenFTLinear(48, 24, config=config(shared_dim=9, specific_dim=7, **settings, zero_delta="down"))
@@ -204,8 +204,8 @@ def test_zero_delta_by_the_downs_draws_the_ups_by_their_own_fan(transform, ups, 
     layer(x).square().sum().backward()
     for name, parameter in layer.named_parameters():
         if name.endswith("_up"):
-            largest = parameter.abs().max()
-            assert 0.9 / ups**0.5 < largest <= 1 / ups**0.5 and not parameter.grad.any(), name
+            largest, n = parameter.abs().max(), parameter.shape[0]
+            assert n in ups and 0.9 / n**0.5 < largest <= 1 / n**0.5 and not parameter.grad.any(), name
         elif parameter.requires_grad and not name.endswith("_up_bias"):
             assert not parameter.any() and parameter.grad.any(), name
     optimizer = torch.optim.SGD([parameter for parameter in layer.parameters() if parameter.requires_grad], lr=0.1)
@@ -222,8 +222,8 @@ def test_presets_construct_and_train(preset):
     assert layer.generator.row_up.grad.any()
 
 
-@pytest.mark.parametrize("preset", ["fast", "wegeft"])
-def test_presets_of_the_column_stage_are_products_of_w_and_thin_matrices(preset):
+@pytest.mark.parametrize("preset", ["fast", "fast-sum", "wegeft"])
+def test_presets_of_single_stages_are_products_of_w_and_thin_matrices(preset):
     settings = GenFTConfig.preset(preset)
     layer = GenFTLinear(32, 24, config=settings)
     assert not layer.delta_weight().any()
@@ -231,8 +231,10 @@ def test_presets_of_the_column_stage_are_products_of_w_and_thin_matrices(preset)
         for parameter in layer.generator.parameters():
             parameter.normal_()
     params, weight = layer.parameters_of_generator(), layer.weight
-    rho = 1 / weight.square().mean().sqrt() if preset == "fast" else 1.0
+    rho = 1.0 if preset == "wegeft" else 1 / weight.square().mean().sqrt()
     expected = settings.scaling * rho * (weight @ params.column_down.T) @ params.column_up.T
+    if preset == "fast-sum":
+        expected = expected + settings.scaling * rho * params.row_up @ (params.row_down @ weight)
     assert torch.allclose(layer.delta_weight(), expected, rtol=1e-5, atol=1e-6)
     x = torch.randn(4, 32)
     assert torch.allclose(layer(x), F.linear(x, weight + expected, layer.bias), rtol=1e-4, atol=1e-5)

@@ -19,7 +19,7 @@ DIMENSIONS = st.sampled_from([1, 3, 63, 500])
 
 @st.composite
 def drawn_cases(draw):
-    transform = draw(st.sampled_from(["both", "column", "row"]))
+    transform = draw(st.sampled_from(["both", "column", "row", "sum"]))
     in_features, out_features = draw(DIMENSIONS), draw(DIMENSIONS)
     square = in_features == out_features and transform == "both"
     shared = draw(st.integers(0, 6))

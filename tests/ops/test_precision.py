@@ -19,6 +19,7 @@ PATHS = {
     "dropout": dict(dropout=0.1),
     "tiled-dropout-bias": dict(outer_activation="gelu", dropout=0.1, bias=True),
     "column": dict(transform="column"),
+    "sum": dict(transform="sum"),
     "row-tiled": dict(transform="row", outer_activation="tanh"),
 }
 

@@ -43,6 +43,7 @@ MODELS = {
     "specific-only": (Encoder, dict(shared_dim=0, tie_specific=False)),
     "column": (Encoder, dict(transform="column", bias=True)),
     "row-dropout": (Encoder, dict(transform="row", dropout=0.3)),
+    "sum": (Encoder, dict(transform="sum", bias=True)),
     "out_in": (Encoder, dict(delta_layout="out_in", bias=True)),
 }
 every_model = pytest.mark.parametrize("make, settings", MODELS.values(), ids=MODELS)
