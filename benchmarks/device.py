@@ -8,7 +8,6 @@ puts them. A later call leaves out the cases that the same sources have measured
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import os
@@ -24,8 +23,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.measure import command
 from benchmarks.measure.environment import REPOSITORY, device_name, environment
-from benchmarks.measure.rows import RESULTS, ResultStore
+from benchmarks.measure.rows import ResultStore
 
 PYTHON = sys.executable
 # Compiled once for all checks, and kept for the next call where the user's cache folder is not.
@@ -171,16 +171,11 @@ def run_all(todo: Sequence[Check], store: ResultStore, fields: dict, minutes: fl
 
 def main(argv: list[str] | None = None) -> int:
     """Run the checks and return the exit status: 1 if one failed, 2 for bad arguments or without a GPU."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.device", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--minutes", type=float, default=9.0, help="in all (default %(default)s)")
+    parser = command.parser_of("benchmarks.device", __doc__)
+    parser.add_argument("--minutes", type=command.positive(float), default=9.0, help="in all (default %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="CHECK", help="the checks to run, by the start of their names")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="default benchmarks/results")
     parser.add_argument("--list", action="store_true", help="show the checks and stop")
     options = parser.parse_args(argv)
-    if not options.minutes > 0:
-        parser.error("--minutes must be above 0")
     output = options.output.resolve()
     with tempfile.TemporaryDirectory() as scratch:
         todo = checks(output, Path(scratch))

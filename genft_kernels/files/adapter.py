@@ -244,11 +244,10 @@ def _check_base(weights: Mapping[str, Tensor | FrozenWeight], fingerprints: Mapp
 def _check_tensors(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
     missing, extra = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
     if missing or extra:
-        problems = [f"missing {', '.join(missing[:3])}"] * bool(missing) + [
-            f"unexpected {', '.join(extra[:3])}"
-        ] * bool(extra)
+        differing = {"missing": missing, "unexpected": extra}
+        problems = "; ".join(f"{kind} {', '.join(names[:3])}" for kind, names in differing.items() if names)
         count = f" ({len(missing)} missing, {len(extra)} unexpected)"
-        raise ValueError(f"the adapter's tensors do not fit the model: {'; '.join(problems)[:1000]}{count}")
+        raise ValueError(f"the adapter's tensors do not fit the model: {problems[:1000]}{count}")
     for name, tensor in found.items():
         shape, dtype = wanted[name].shape, wanted[name].dtype
         if tensor.shape != shape and not name.endswith(_EXTRA_STATE):

@@ -17,12 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ..adapted_model import (
-    Adapted,
-    adapted_layers,
-    adapter_state,
-    check_enabled,
-)
+from ..adapted_model import Adapted, adapted_layers, adapter_state, check_enabled
 from ..arguments import check_type, is_finite
 from ..experts.update import ExpertUpdate
 from ..matching import Names
@@ -31,7 +26,7 @@ from ..sharing.source import is_tensor_subclass
 from . import folder
 from .format import CONFIG_FILE, TENSORS_FILE, is_ours
 from .lora_check import check_by_peft
-from .lora_experts import exact_stack, lora_names, target_parameters
+from .lora_experts import StackedUpdate, exact_stack, lora_names, target_parameters
 from .thin_update import ThinUpdate, exact, largest
 
 # What vLLM's --max-lora-rank may be.
@@ -115,16 +110,13 @@ def export_lora(
     stacks = {path: layer for path, layer in layers.items() if isinstance(layer, ExpertUpdate)}
     linear = {path: layer for path, layer in layers.items() if isinstance(layer, GenFTLinear)}
     factors = {path: _thin_update(path, layer, rank, energy) for path, layer in linear.items()}
-    stacked = {path: exact_stack(path, stack, rank, energy) for path, stack in stacks.items()}
-    ranks = [each.rank for each in factors.values()] + [each.rank for each in stacked.values()]
-    highest = rank or max(ranks)
+    stacked = {name: exact_stack(path, stacks[path], rank, energy) for path, name in lora_names(stacks).items()}
+    made: dict[str, ThinUpdate | StackedUpdate] = {**factors, **stacked}
+    highest = rank or max(each.rank for each in made.values())
     tensors = {}
-    for path, name in lora_names(stacks).items():
-        down, up = stacked[path].tensors(highest)
+    for name, each in made.items():
+        down, up, *_ = each.padded(highest)
         tensors[f"{_PREFIX}{name}.lora_A.weight"], tensors[f"{_PREFIX}{name}.lora_B.weight"] = down, up
-    for path, each in factors.items():
-        down, up, _ = each.padded(highest)
-        tensors[f"{_PREFIX}{path}.lora_A.weight"], tensors[f"{_PREFIX}{path}.lora_B.weight"] = down, up
     saved = tuple(adapter_state(model).saved_modules)
     for path in saved:
         for name, tensor in model.get_submodule(path).state_dict().items():

@@ -29,7 +29,7 @@ class StackedUpdate(NamedTuple):
     def rank(self) -> int:
         return self.down.shape[1]
 
-    def tensors(self, rank: int) -> tuple[Tensor, Tensor]:
+    def padded(self, rank: int) -> tuple[Tensor, Tensor]:
         """`lora_A` and `lora_B`, with units of zeros up to `rank`."""
         missing = rank - self.rank
         down = nn.functional.pad(self.down, (0, 0, 0, missing))

@@ -96,7 +96,10 @@ def test_what_pytorch_remarks_on_a_gpu_fails_no_test(monkeypatch):
 
 @pytest.mark.parametrize(
     "arguments, words",
-    [(["--minutes", "0"], "--minutes must be above 0"), (["--only", "nonsense"], "--only: no nonsense; there are")],
+    [
+        (["--minutes", "0"], "--minutes: must be above 0, got 0"),
+        (["--only", "nonsense"], "--only: no nonsense; there are"),
+    ],
 )
 def test_bad_arguments_are_usage_errors(arguments, words, capsys):
     with pytest.raises(SystemExit) as error:
