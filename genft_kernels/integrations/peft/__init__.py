@@ -16,7 +16,7 @@ from peft.utils import register_peft_method
 if not hasattr(BaseTuner, "_get_adapter_state_dict"):  # by which a tuner has a say in what is saved
     raise ImportError(f"genft_kernels.integrations.peft needs peft 0.21 or newer: this is {peft.__version__}")
 
-from . import base_state, conversion
+from . import replaced
 from .config import BESIDE_A_MODEL, PREFIX, PeftGenFTConfig
 from .model import PeftGenFTModel
 from .swap import swap_adapter
@@ -25,5 +25,4 @@ __all__ = ["PeftGenFTConfig", "swap_adapter"]
 
 register_peft_method(name="genft", config_cls=PeftGenFTConfig, model_cls=PeftGenFTModel, prefix=PREFIX)
 PEFT_TYPE_TO_CONFIG_MAPPING[BESIDE_A_MODEL] = PeftGenFTConfig
-base_state.install()
-conversion.install()
+replaced.install()

@@ -265,7 +265,7 @@ class GenFTLayer(AdapterLayer):
         return torch.cat(outputs)[order]
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether the update is an addition to W (genft_kernels/integrations/peft/conversion.py)."""
+        """Whether the update is an addition to W (genft_kernels/integrations/peft/replaced.py)."""
         return True
 
     def __repr__(self) -> str:

@@ -1,16 +1,25 @@
-"""PEFT's `convert_to_lora` and `save_as_lora` for GenFT layers: by the factors, which are a LoRA already."""
+"""Functions of PEFT's that a tuner has no say in, and what takes their places."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from peft.tuners.lora import conversion
+from peft.utils import save_and_load
 from torch import Tensor
 
 from ...files.thin_update import exact
-from .layer import GenFTLayer
+from .layer import SHARED, GenFTLayer
 
-_by_svd = conversion._convert_module_to_lora
+_of_layers, _by_svd = save_and_load._get_adapter_state_dict_key_prefixes, conversion._convert_module_to_lora
+
+
+def adapter_key_prefixes(model: Any) -> set[str]:
+    """Prefixes of the adapters' keys in the wrapped model, as PEFT's function of that name; shared ones, too.
+
+    The model has these, because transformers' `add_adapter` keeps no tuner.
+    """
+    return _of_layers(model) | ({SHARED} & set(model.base_model.model._modules))
 
 
 def convert_module_to_lora(
@@ -37,5 +46,6 @@ def convert_module_to_lora(
 
 
 def install() -> None:
-    """Put it in the place of PEFT's, which has no way for a tuner to say how it is converted."""
+    """Put them in the places of PEFT's."""
+    save_and_load._get_adapter_state_dict_key_prefixes = adapter_key_prefixes
     conversion._convert_module_to_lora = convert_module_to_lora
