@@ -13,6 +13,7 @@ from .metrics import PERPLEXITY
 
 SUITE = "finetune"
 BASELINE = "lora"
+SUMMARISED = ("fast", "fast-sum")  # the presets to begin with
 SHORT_HEADER = ("fine-tuned by `make compare`: equal size, tuned alike", "last epoch", "PEFT LoRA", "− LoRA [95 %]")
 HEADER = ("method", "trainable", "rate", "last epoch", "best epoch", "− LoRA [95 %]", "CPU ms / step", "peak MiB")
 # The 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom.
@@ -28,12 +29,12 @@ def tables(rows: Iterable[Row]) -> str:
 
 
 def summary(rows: Iterable[Row]) -> str:
-    """One table of all tasks, with a line for each method and size beside LoRA of that size."""
+    """One table of all tasks, with a line for each preset to begin with and size, beside LoRA of that size."""
     lines = []
     for (task, _, _), same in grouped(rows, "task", "data", "epochs").items():
         measured = grouped((row for row in same if row["status"] == "measured"), "method", "size")
         for (method, size), runs in measured.items():
-            if method != BASELINE:
+            if method in SUMMARISED:
                 baseline = measured.get((BASELINE, size), [])
                 title, _, _, last, _, apart, *_ = _line(runs, baseline)
                 theirs = _spread([run["score"][-1] for run in baseline]) if baseline else "–"

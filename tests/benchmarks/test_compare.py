@@ -117,7 +117,8 @@ def test_table_has_means_deviations_and_paired_differences():
     assert "| 9.000 | 8.000 | – |" in lower and "standard error" not in lower
     assert tables(lora + [row | {"task": "t", "data": "e"} for row in fast]).count("accuracy:\n") == 2
     assert tables(lora + [row | {"epochs": 9} for row in lora]).count("accuracy:\n") == 2
-    lines = summary(lora + fast).splitlines()[2:]
+    row = runs("row", 0.7, 0.8)
+    lines = summary(lora + fast + row).splitlines()[2:]
     titles = [line.split(" | ")[0].rpartition(": ")[2] for line in lines]
     assert titles == [METHODS["fast"].title] * 2  # LoRA stands beside them
     assert lines[0].endswith(" | 0.870 ± 0.085 | 0.850 ± 0.071 | +0.020 [-0.107, +0.147] |")
