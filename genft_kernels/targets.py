@@ -15,7 +15,6 @@ from .config import ALL_LINEAR, QUERY_AND_VALUE_NAMES, GenFTConfig
 from .frozen_weight import FrozenWeight, blocks_gradients, is_kind_of_layer, kind_name, without_dense
 from .heads import heads
 from .matching import FullMatch, Names, full_matches, upwards
-from .modules import GenFTLinear
 from .row_blocks import RowBlocks
 
 if TYPE_CHECKING:
@@ -198,8 +197,6 @@ def _linear_layers(model: nn.Module) -> str:
     """The layers that could be named, for an error message."""
     candidates: Counter[str] = Counter()
     for name, module in model.named_modules():
-        if isinstance(module, GenFTLinear):
-            continue
         try:
             check_adaptable(module)
         except (TypeError, ValueError):

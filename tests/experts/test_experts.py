@@ -124,7 +124,11 @@ def test_units_are_each_experts_or_the_layers(form):
 
 def test_zero_delta_starts_at_the_frozen_model():
     plain, model = mixtral(), mixtral()
-    for zero in (dict(zero_delta=True), dict(zero_delta="down", transform="column"), dict(transform="sum")):
+    for zero in (
+        dict(zero_delta=True),
+        dict(zero_delta="down", transform="column"),
+        dict(zero_delta=True, transform="sum"),
+    ):
         apply_genft(model, settings(**zero))
         torch.testing.assert_close(answer(model, tokens()), answer(plain, tokens()))
         remove_genft(model)
