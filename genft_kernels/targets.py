@@ -81,7 +81,8 @@ def find_targets(model: nn.Module, config: GenFTConfig, full_matches: FullMatch 
     if not paths:
         raise ValueError(_nothing_matched(model, config, wanted, names))
     for field in ("target_modules", "exclude_modules"):
-        unmatched = [entry for entry in _entries(getattr(config, field)) if not names.ending_in(entry)]
+        entries = getattr(config, field) or ()
+        unmatched = [] if isinstance(entries, str) else [entry for entry in entries if not names.ending_in(entry)]
         if unmatched:
             verb = "matches" if len(unmatched) == 1 else "match"
             warn(f"{field}: {_listing(map(repr, unmatched))} {verb} no module of the model. {_linear_layers(model)}")
@@ -177,10 +178,6 @@ def check_gradients_pass(model: nn.Module, adapted: Mapping[nn.Module, str]) -> 
         below = below or adapted.get(module)
         if below is not None and module not in adapted and (reason := blocks_gradients(module)) is not None:
             raise TypeError(f"{name!r} ({kind_name(module)}) comes after the target {below!r}: {reason}")
-
-
-def _entries(wanted: str | Iterable[str] | None) -> Iterable[str]:
-    return () if wanted is None or isinstance(wanted, str) else wanted
 
 
 def _nothing_matched(model: nn.Module, config: GenFTConfig, wanted: str | Iterable[str], names: Names) -> str:

@@ -122,7 +122,11 @@ def agreement(first: Iterable[Row], second: Iterable[Row]) -> Row:
         ValueError: they have no ratio in common.
     """
     mine, other = (
-        {tuple(row[field] for field in KEY): row["ratios"][BASELINE][1] for row in rows if _has_ratio(row)}
+        {
+            tuple(row[field] for field in KEY): row["ratios"][BASELINE][1]
+            for row in rows
+            if row["provider"] != BASELINE and BASELINE in row.get("ratios", ())
+        }
         for rows in (first, second)
     )
     apart = [max(mine[key], other[key]) / min(mine[key], other[key]) - 1 for key in mine if key in other]
@@ -132,7 +136,3 @@ def agreement(first: Iterable[Row], second: Iterable[Row]) -> Row:
     return {
         "ratios": len(apart), "median": statistics.median(apart), "worst": max(apart), "within_10_percent": within
     }  # fmt: skip
-
-
-def _has_ratio(row: Row) -> bool:
-    return row["provider"] != BASELINE and BASELINE in row.get("ratios", ())

@@ -152,14 +152,9 @@ class ExpertUpdate(MergeableUpdate):
         if torch.compiler.is_compiling() or self.sharded or _torch_private.tensors_are_fake():
             source = self.source()
             return generate_factors(
-                source.blocks,
-                self.parameters_of_generator(),
-                self.config,
-                dtype=dtype,
-                dropout=source.dropout,
-                seed=seeds,
-                backend=backend,
-            )
+                source.blocks, self.parameters_of_generator(), self.config, dtype=dtype, dropout=source.dropout,
+                seed=seeds, backend=backend,
+            )  # fmt: skip
         blocks = self.layout.experts * self.layout.halves
         each = [None] * blocks if seeds is None else list(seeds.split(1))
         found = self.generator.group.factors_for(self, dtype, backend, each)  # type: ignore[arg-type]

@@ -154,11 +154,7 @@ def _thin_update(path: str, layer: GenFTLinear, rank: int | None, energy: float 
 
 
 def _description(
-    model: nn.Module,
-    linear: dict[str, GenFTLinear],
-    stacks: dict[str, ExpertUpdate],
-    saved: tuple[str, ...],
-    rank: int,
+    model: nn.Module, linear: dict[str, GenFTLinear], stacks: dict[str, ExpertUpdate], saved: tuple[str, ...], rank: int
 ) -> dict[str, Any]:
     """PEFT's LoraConfig."""
     transposed = bool(linear) and all(layer._fan_in_fan_out for layer in linear.values())
