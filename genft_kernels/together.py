@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from . import _torch_private, backends, reference
 from .checks import check_linear, check_not_onnx, check_transforms
 from .config import is_factored
-from .evaluation import Asked, evaluated
 from .frozen_weight import frozen_linear
 from .parameters import GeneratorParameters
+from .short_road import Asked, asked_again
 from .units import GenFTUpdate
 from .update import Action, Factors, Frozen, apply_factors, compute_dtype, forward_seed, generate_factors
 
@@ -41,7 +41,7 @@ def updated_linear(x: Tensor, weight: Frozen, bias: Tensor | None, updates: Sequ
     Raises:
         ValueError: the updates cut W in different ways; an argument does not fit.
     """
-    y, question = evaluated(x, weight, bias, updates)
+    y, question = asked_again(x, weight, bias, updates)
     if y is not None:
         return y
     if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]

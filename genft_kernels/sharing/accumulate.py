@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ..arguments import check_type
 from ..units import GenFTUpdate
 from ..update import Factors
-from .cache import LayerGroup, Settings, Share
-from .source import Layer, Source
+from .cache import LayerGroup, Share
+from .source import Layer, Settings, Source
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,27 +22,11 @@ from .. import _torch_private
 from ..update import Factors
 from .node import Generation, Options
 from .snapshot import Glance, Snapshot, Together, Watch, compares_at_once, sample
-from .source import Layer, Source
+from .source import Layer, Settings, Source
 from .weight_norm import WeightNorms
 
 if TYPE_CHECKING:
     from .accumulate import Accumulation
-
-
-class Settings(NamedTuple):
-    """The circumstances that factors are generated under."""
-
-    backend: str
-    dtype: torch.dtype
-    dropout: float  # of the column stage, in effect
-    gradients: bool
-    inference: bool
-    stream: tuple[int, bool] | None  # on CUDA, the stream and whether it is being captured
-
-    @property
-    def captured(self) -> bool:
-        """Whether a CUDA graph is being made of what is computed."""
-        return self.stream is not None and self.stream[1]
 
 
 class Share:
@@ -76,25 +60,30 @@ class Share:
 
         In training a layer takes them once, but for the repetition of a checkpointed region.
         """
-        reader = threading.get_ident()
-        spent = source.training and reader in self._readers and not repeats
-        if (
-            spent
-            or self._settings != settings
-            or (factors := self.held(source.watched, source.shared.values())) is None
-        ):
+        if self._settings != settings:
             return None
-        self._readers.add(reader)
-        self.asked = asked
+        once = source.training and not repeats
+        factors = self.held(source.watched, source.shared.values(), once=once)
+        if factors is not None:
+            self._readers.add(threading.get_ident())
+            self.asked = asked
         return factors
 
-    def held(self, own: list[Tensor], shared: Collection[Tensor]) -> list[Factors] | None:
+    def follow(self, before: Share | None) -> None:
+        """Take the place of one: with the same settings and W, who asks as last time may have the factors."""
+        if before is not None and before._settings == self._settings and before.own.begins_as(self.own):
+            self.asked = before.asked
+
+    def held(self, own: list[Tensor], shared: Collection[Tensor], *, once: bool) -> list[Factors] | None:
         """The factors under the settings that they were made under, or None if they hold no more.
 
         Args:
             own, shared: W and the layer's own tensors, and the generator's, as they are now.
+            once: this thread may have them only if it has not taken them yet.
         """
         batch = self.batch
+        if once and (reader := threading.get_ident()) in self._readers:
+            return None
         if self.asked_in == batch.round and batch.generation.factors is not None:
             batch.begin_round(shared, self._settings)
         factors = batch.generation.factors  # read once: the backward of another thread may consume them meanwhile
@@ -107,6 +96,8 @@ class Share:
         if not same:
             return None
         self.asked_in = batch.round
+        if once:
+            self._readers.add(reader)
         return factors[self._blocks]
 
     def compare(self, shared: Collection[Tensor], own: list[Tensor]) -> bool:
@@ -238,7 +229,7 @@ class LayerGroup:
             seeds: of this forward, int64 [1] for each adapted block. Where the layer makes the generation, they are
                 its seeds in the column stage too. Unused where that has no dropout.
             asked: all that the other arguments follow from, and the modes of PyTorch that are looked at. A forward
-                that asks the same may have what the share holds (genft_kernels/evaluation.py).
+                that asks the same may have what the share holds (genft_kernels/short_road.py).
         """
         source = layer.source()
         gradients, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
@@ -317,6 +308,7 @@ class LayerGroup:
         shares = self.generate(sources, settings, seeds, values=kept and (len(sources) > 1 or not source.training))
         if kept:
             for each, share in shares.items():
+                share.follow(self._shares.get(each))
                 self._hold(each, share)
             shares[layer].take(source, settings, repeats, asked)
         return shares[layer].factors

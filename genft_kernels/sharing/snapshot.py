@@ -59,6 +59,12 @@ class Snapshot:
                 return False
         return self.sample is None or self.sample.same()
 
+    def begins_as(self, other: Snapshot) -> bool:
+        """Whether the first tensor of both, a frozen weight, is one in one state."""
+        if self._states is None or other._states is None:
+            return False
+        return [part[0] for part in self._states] == [part[0] for part in other._states]
+
 
 class Together:
     """Several snapshots as one, laid out so that few calls compare them and little memory is touched.

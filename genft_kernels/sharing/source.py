@@ -1,10 +1,11 @@
-"""`Source`: all that a layer's factors are generated from, as one value."""
+"""`Source`: all that a layer's factors are generated from, as one value; `Settings`: under what circumstances."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ..config import GenFTConfig
@@ -61,6 +62,22 @@ class Source(NamedTuple):
             if not isinstance(tensor, nn.Parameter) and not (tensor is self.weight and quantised):
                 return "its parameters are computed (pruned, parametrized, a replica)"
         return None
+
+
+class Settings(NamedTuple):
+    """The circumstances that factors are generated under."""
+
+    backend: str
+    dtype: torch.dtype
+    dropout: float  # of the column stage, in effect
+    gradients: bool
+    inference: bool
+    stream: tuple[int, bool] | None  # on CUDA, the stream and whether it is being captured
+
+    @property
+    def captured(self) -> bool:
+        """Whether a CUDA graph is being made of what is computed."""
+        return self.stream is not None and self.stream[1]
 
 
 class SharesTensors(Protocol):

@@ -197,8 +197,9 @@ def test_a_layer_that_is_not_resident_is_left_out():
     text = explain(model)
     assert "8x8: 7 layers on cpu in one generation" in text
     assert "8x8: 1 layer each in a generation of its own: its parameters are on the meta device" in text
-    with pytest.raises(ValueError, match="meta device"):
-        layer(torch.randn(3, 8, dtype=torch.float64, device="meta"))
+    for recorded in (False, True):
+        with torch.set_grad_enabled(recorded), pytest.raises(ValueError, match="meta device"):
+            layer(torch.randn(3, 8, dtype=torch.float64, device="meta"))
 
 
 @pytest.mark.parametrize("gradients_recorded", [False, True], ids=["no_grad", "grad"])

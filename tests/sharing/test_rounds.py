@@ -9,7 +9,7 @@ from torch import nn
 
 from genft_kernels import GenFTLinear
 from genft_kernels.sharing import cache, snapshot
-from tests.helpers.adapted_models import adapted, generations
+from tests.helpers.adapted_models import adapted, generations, train
 from tests.helpers.tiny_models import Encoder, tokens
 
 LAYERS = 3
@@ -114,6 +114,20 @@ def test_other_layers_than_in_the_last_forward_compare_for_themselves(model, mon
     for layer in (*layers(model)[:2], layers(model)[0]):
         layer(x)
     SILENT["own"](model)
+    assert torch.allclose(last(model)(x), copy.deepcopy(last(model))(x), rtol=1e-12)
+
+
+@pytest.mark.parametrize("change", SILENT.values(), ids=SILENT)
+@pytest.mark.parametrize("before", [1, -1], ids=["after the first layer", "where a forward left it out"])
+def test_training_sees_any_element_before_a_layer_that_is_asked(before, change, monkeypatch):
+    monkeypatch.setattr(snapshot, "_FIRST_BYTES", 16)
+    model = adapted(partial(Encoder, layers=LAYERS)).train()
+    for _ in range(2):
+        train(model)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    for layer in layers(model)[:before]:
+        layer(x)  # the first one generates for all
+    change(model)
     assert torch.allclose(last(model)(x), copy.deepcopy(last(model))(x), rtol=1e-12)
 
 

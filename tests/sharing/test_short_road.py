@@ -1,5 +1,6 @@
-"""The short road of evaluation: how little it takes, and that nothing wrong gets onto it."""
+"""The short road: how little it takes, and that nothing wrong gets onto it."""
 
+import copy
 import sys
 from functools import partial
 
@@ -8,8 +9,8 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-from genft_kernels import GenFTConfig, GenFTLinear, evaluation, refresh
-from tests.helpers.adapted_models import adapted, generations
+from genft_kernels import GenFTConfig, GenFTLinear, accumulate, refresh, short_road
+from tests.helpers.adapted_models import adapted, assert_close, generations, train
 from tests.helpers.tiny_models import Encoder, tokens
 
 
@@ -28,13 +29,17 @@ def layer():
 
 def calls(function) -> tuple[int, int]:
     """(calls of Python functions, of built-in ones) that a second run makes."""
+    function()
+    return calls_of_one(function)
+
+
+def calls_of_one(function) -> tuple[int, int]:
     found = {"call": 0, "c_call": 0}
 
     def count(frame, event, argument):
         if event in found:
             found[event] += 1
 
-    function()
     sys.setprofile(count)
     try:
         function()
@@ -45,14 +50,14 @@ def calls(function) -> tuple[int, int]:
 
 def taken(monkeypatch) -> list[bool]:
     """Whether each forward from now on took the short road."""
-    found, evaluated = [], evaluation.evaluated
+    found, asked_again = [], short_road.asked_again
 
     def noted(*args):
-        y, question = evaluated(*args)
+        y, question = asked_again(*args)
         found.append(y is not None)
         return y, question
 
-    monkeypatch.setattr("genft_kernels.together.evaluated", noted)
+    monkeypatch.setattr("genft_kernels.together.asked_again", noted)
     return found
 
 
@@ -183,3 +188,69 @@ def test_a_weight_that_is_transposed_in_its_place_is_seen():
         layer.weight.data = layer.weight.data.t()
         model(tokens())
     assert generations(model) == 2
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+def test_training_takes_it_where_another_layer_has_generated(monkeypatch):
+    model, found = adapted(partial(Encoder, layers=2)).train(), taken(monkeypatch)
+    first = train(model)
+    assert found == [False] * 4
+    assert_close(train(model), first, tolerance=0)
+    assert found[4:] == [False, True, True, True]
+
+
+def test_training_takes_it_once_without_a_backward_in_between():
+    model = adapted(partial(Encoder, layers=2)).train()
+    for count in range(1, 4):
+        model(tokens())
+        assert generations(model) == count
+
+
+SEEDED = {"dropout": dict(dropout=0.5), "tiled": dict(outer_activation="tanh")}
+
+
+@pytest.mark.parametrize("settings", SEEDED.values(), ids=SEEDED)
+def test_training_that_draws_a_seed_takes_the_long_road(settings, monkeypatch):
+    model, found = adapted(settings=settings).train(), taken(monkeypatch)
+    for _ in range(3):
+        train(model)
+    assert not any(found)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_accumulation_takes_the_long_road(training, monkeypatch):
+    model, found = adapted().train(training), taken(monkeypatch)
+    for _ in range(2):
+        model(tokens())
+    found.clear()
+    with accumulate(model):
+        model(tokens())
+    assert found and not any(found)
+
+
+def test_a_weight_that_is_to_train_is_refused_as_ever():
+    model = adapted(partial(Encoder, layers=2)).train()
+    for _ in range(2):
+        train(model)
+    model.layers[1].attention.value.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="keeps it frozen"):
+        model(tokens())
+
+
+def test_a_layer_in_training_makes_few_calls():
+    model = adapted(partial(Encoder, layers=2)).train()
+    first, second, *_ = [module for module in model.modules() if isinstance(module, GenFTLinear)]
+    x, made = torch.randn(1, 3, 8, dtype=torch.float64), []
+    for _ in range(3):
+        first(x)
+        made = calls_of_one(lambda: second(x))
+    assert made[0] <= 110 and made[1] <= 70
+
+
+def test_gradients_are_those_of_the_long_road():
+    model = adapted(partial(Encoder, layers=2)).train()
+    for _ in range(2):
+        train(model)
+    assert_close(train(model), train(copy.deepcopy(model)), tolerance=0)
