@@ -125,13 +125,9 @@ def run_check(check: Check, limit: float, log: Path) -> dict:
         begin = file.tell()
         try:
             process = subprocess.Popen(
-                check.command,
-                cwd=REPOSITORY,
-                env=environ,
-                stdout=file,
-                stderr=subprocess.STDOUT,
+                check.command, cwd=REPOSITORY, env=environ, stdout=file, stderr=subprocess.STDOUT,
                 start_new_session=True,
-            )
+            )  # fmt: skip
         except FileNotFoundError:
             return {"status": "unavailable", "seconds": 0.0, "last": f"{check.command[0]} is not on this machine"}
         try:

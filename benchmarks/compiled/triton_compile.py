@@ -97,16 +97,6 @@ def _launch(kernel: JITFunction, values: list, options: dict) -> Launch:
     return Launch(kernel, tuple(signature), tuple(constants), tuple(divisible), tuple(sorted(options.items())))
 
 
-def _assembler(target: str) -> pathlib.Path:
-    """The one of the wheel's two that Triton takes for a target."""
-    return pathlib.Path(get_ptxas(TARGETS[target].arch).path)
-
-
-def _architecture(target: str) -> str:
-    """A target as ptxas calls it; from sm_90 on with what is that generation's alone, as wgmma."""
-    return f"{target}a" if target in ("sm_90", "sm_100") else target
-
-
 def report(launch: Launch, target: str) -> dict:
     """The resources of the compiled kernel: registers, spilled bytes, shared bytes, and its matrix instructions."""
     compiled = launch.compile(target)
@@ -119,6 +109,8 @@ def report(launch: Launch, target: str) -> dict:
             "spills": numbers["vgpr_spill_count"],
             "matrix": {"mfma": len(re.findall(r"\bv_mfma", assembly))},
         }
+    assembler = pathlib.Path(get_ptxas(TARGETS[target].arch).path)  # the one of the wheel's two that Triton takes
+    architecture = f"{target}a" if target in ("sm_90", "sm_100") else target  # with that generation's own, as wgmma
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -126,7 +118,7 @@ def report(launch: Launch, target: str) -> dict:
         code = subprocess.check_output([_TOOLS / "nvdisasm", "-c", file.name], text=True)
     return row | {
         "hot_loops": machine_code.hot_loops(code),
-        "notes": machine_code.notes(_assembler(target), compiled.asm["ptx"], _architecture(target)),
+        "notes": machine_code.notes(assembler, compiled.asm["ptx"], architecture),
         "overwritten": machine_code.overwritten_operands(code),
         "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),

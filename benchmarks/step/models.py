@@ -70,14 +70,10 @@ _ALL = (
     _llama("llama-7b-4-layers", hidden_size=4096, intermediate_size=11008, num_attention_heads=32),
     _llama("llama-narrow-4-layers", hidden_size=1024, intermediate_size=2752, num_attention_heads=16),
     _llama(
-        "smollm2-4-layers-all-linear",
-        ALL_LINEAR,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_attention_heads=9,
+        "smollm2-4-layers-all-linear", ALL_LINEAR, hidden_size=576, intermediate_size=1536, num_attention_heads=9,
         num_key_value_heads=3,
     ),
-)
+)  # fmt: skip
 MODELS = {model.name: model for model in _ALL}
 
 

@@ -86,14 +86,9 @@ class PeftGenFTModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: PeftGenFTConfig,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        *args: Any,
+        cls, model: nn.Module, config: PeftGenFTConfig, adapter_name: str, state_dict: dict[str, Tensor], *args: Any,
         **kwargs: Any,
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Tensor]:  # fmt: skip
         """As ever; and the configuration, which is saved next, tells what the adapter was trained on."""
         config.fingerprints = _fingerprints(model, adapter_name)
         shared = {key: state_dict[key] for key in state_dict if f"{SHARED}.{adapter_name}." in key}
@@ -167,15 +162,9 @@ class PeftGenFTModel(BaseTuner):
         )
 
     def _create_and_replace(
-        self,
-        peft_config: PeftGenFTConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **kwargs: Any,
-    ) -> None:
+        self, peft_config: PeftGenFTConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
+        current_key: str, **kwargs: Any,
+    ) -> None:  # fmt: skip
         if isinstance(target, GenFTLayer):
             layer = target
         else:
