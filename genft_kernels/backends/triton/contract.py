@@ -5,8 +5,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launchers import Pair, Update
-from .launch import ceil_divide, dropout_arguments, edge, named, precision, slices, stages, unit_block
+from .launch import ceil_divide, dropout_arguments, edge, named, precision, slices, stages
 from .math import (
+    SLICE,
     activation_slope,
     add_product,
     keep_tile,
@@ -68,7 +69,8 @@ def contract(dy: Tensor, x: Tensor, update: Update, scale: float, parts: Pair, t
     (b, h, activation, dropout, seed, stream), (dh, db) = update, parts
     (t, n_out), (n_in, k) = dy.shape, h.shape
     block_out, block_in = tile_of_contract(dy, k, activation, dropout)
-    block_t, block_k = edge(dy), min(32, unit_block(k, h))
+    # No more units at once than divide k, and few where a tile of G fills the registers.
+    block_t, block_k = edge(dy), 32 if k % 32 == 0 and block_in < 128 else SLICE
     tiles = ceil_divide(n_out, block_out) * ceil_divide(n_in, block_in)
     _contract[(tiles, max(1, ceil_divide(t, tokens)))](
         dy, x, b, h, seed, dh, db, t, tokens, n_out, n_in, k,
