@@ -143,7 +143,11 @@ class GenFTLinear(MarksMerged, MergeableUpdate, nn.Linear):
     def _hold(self, linear: nn.Module) -> None:
         """Take W and the bias over."""
         source: Any = linear
-        self.weight, self.bias = source.weight, source.bias
+        self.weight = source.weight
+        if source.bias is None:
+            self.register_parameter("bias", None)  # as nn.Linear has it: a forward finds it among the parameters
+        else:
+            self.bias = source.bias
         self._fan_in_fan_out = is_conv1d(linear)
 
     def _freeze(self) -> None:

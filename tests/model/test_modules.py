@@ -88,6 +88,13 @@ def test_parameters_are_shared_units_then_specific_ones(inputs, outputs, setting
         assert getattr(params, name) is getattr(generator, name)
 
 
+def test_layer_without_a_bias_has_one_that_is_none_as_a_linear_has():
+    linear = nn.Linear(9, 9, bias=False)
+    layer = GenFTLinear.from_linear(linear, make_layer(9, 9, dtype=torch.float32).generator)
+    assert layer._parameters["bias"] is None is linear._parameters["bias"] and "bias" not in vars(layer)
+    assert layer.state_dict().keys() >= linear.state_dict().keys()
+
+
 def test_extra_repr_says_what_the_layer_is():
     layer = make_layer(12, 9)
     for part in ("in_features=12, out_features=9, bias=True", "shared_dim=3, specific_dim=2", "backend='auto'"):
