@@ -106,6 +106,7 @@ compare: env
 
 # Every provider side by side: minutes on a CPU, the full grid on a GPU. Other packages' LoRA kernels take part where
 # they are installed (pip install --no-deps unsloth nemo-automodel); without them they show as unavailable.
+# `pytest benchmarks --benchmark-only` times a few of them under pytest-benchmark, to compare with a run saved before.
 # The plot of cost over tokens alone: ARGS="--layer roberta-base-qv --dtype float32 --form factored".
 bench: env
 	$(BIN)/python -m benchmarks.layer $(ARGS)

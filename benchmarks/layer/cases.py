@@ -111,3 +111,8 @@ def gpu_grid() -> Iterator[Case]:
 def default_cases(device: torch.device) -> list[Case]:
     """`cpu_cases` or `gpu_grid`, as the device is."""
     return list(gpu_grid()) if device.type == "cuda" else cpu_cases()
+
+
+def suite_cases() -> list[Case]:
+    """The few of the pytest-benchmark suite: each form at an encoder's size, small enough to repeat often."""
+    return [Case(LAYERS["roberta-base-qv"], 1024, "float32", 26, form) for form in FORMS]

@@ -53,6 +53,11 @@ def is_done(store: ResultStore, providers: Sequence[Provider], case: Case, sourc
     return all(row is not None and row.get("sources") == sources for row in rows)
 
 
+def gated_workload(provider: Provider, case: Case, device: torch.device) -> Workload:
+    """A workload that passed its gate, for other clocks than this module's; WrongResult where it did not."""
+    return _gated(provider, Problem(case, device), {}).workload
+
+
 def unavailable(providers: Sequence[Provider], cases: Sequence[Case], device: torch.device) -> dict[str, str]:
     """By name, the providers that can run none of the cases here, with the reason of the first."""
     found = {provider.name: [provider.obstacle(case, device) for case in cases] for provider in providers}

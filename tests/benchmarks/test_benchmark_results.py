@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +17,8 @@ from benchmarks.measure.rows import RESULTS, ResultStore, folder_name, read_rows
 from benchmarks.report import __main__ as report
 from benchmarks.report import six_bars
 from tests.helpers.small_benchmarks import CPU, case, measure, of, select, wrong
+
+ROOT = Path(__file__).parents[2]
 
 # --- rows on disk ---------------------------------------------------------------------------------------------------
 
@@ -213,3 +219,13 @@ def test_two_runs_are_compared(results, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         report.main(["--compare", str(store.path), str(tmp_path / "absent.jsonl")])
     assert "no ratio in common" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_pytest_suite_runs_over_the_registry():
+    command = ["pytest", "benchmarks", "--benchmark-only", "-q", "-k", "factored and forward and (frozen or triton)"]
+    # pytest-benchmark would not measure in what it takes for a worker of pytest-xdist.
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout and "unavailable: it needs a CUDA device" in done.stdout

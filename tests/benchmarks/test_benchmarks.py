@@ -31,7 +31,7 @@ def test_every_provider_passes_its_gate(name, form, dtype):
     which, provider = case(form, dtype), PROVIDERS[name]
     if reason := provider.obstacle(which, CPU):
         pytest.skip(f"{provider.name}: {reason}")
-    harness._gated(provider, Problem(which, CPU), {})
+    harness.gated_workload(provider, which, CPU)
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler's
