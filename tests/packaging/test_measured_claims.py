@@ -200,12 +200,12 @@ def test_accuracy():
 
 def test_accuracy_on_digits():
     rows = [row for row in read_rows(RESULTS / ACCURACY / "finetune.jsonl") if row["task"] == "digits"]
-    apart, scores = {}, {}
+    apart, scores, lora = {}, {}, [row for row in rows if row["method"] == "lora"]
     for method in ("fast", "fast-sum", "row", "lora"):
         runs = [row for row in rows if row["method"] == method]
         finals = [row["score"][-1] for row in runs]
         scores[method] = f"{statistics.mean(finals):.3f} ± {statistics.stdev(finals):.3f}"
-        apart[method] = float(difference(runs, [row for row in rows if row["method"] == "lora"]).split()[0])
+        apart[method] = float(difference(runs, lora).split()[0])
     said(
         f"gets {scores['lora']} with LoRA, {scores['fast']} with `fast`, {scores['row']} with `fast` by",
         "docs/using.md",
@@ -214,6 +214,16 @@ def test_accuracy_on_digits():
     said(f"{-apart['fast']:.2f} behind on digits")
     said("`fast-sum` is level on both")
     assert abs(apart["fast-sum"]) < 0.02
+    others = {
+        method: statistics.mean(row["score"][-1] for row in rows if row["method"] == method)
+        for method in ("vera", "fourierft", "official", "fast-both", "wegeft", "bitfit", "probe")
+    }
+    said("VeRA has {vera:.3f}, FourierFT {fourierft:.3f}".format(**others), "docs/using.md")
+    said("has {official:.3f}, `fast-both` {fast-both:.3f}, `wegeft` {wegeft:.3f}".format(**others), "docs/using.md")
+    said("BitFit {bitfit:.3f}, a linear probe {probe:.3f}".format(**others), "docs/using.md")
+    said("FourierFT and VeRA lead on digits by 0.1")
+    leads = [float(difference([r for r in rows if r["method"] == m], lora).split()[0]) for m in ("vera", "fourierft")]
+    assert leads == pytest.approx([0.1, 0.1], abs=0.02)
 
 
 def test_learning_rates():
