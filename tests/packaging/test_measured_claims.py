@@ -52,17 +52,9 @@ def test_all_linear_costs():
     (few,) = (row for row in steps if (row["method"], row["batch"]) == ("genft-fast", 1))
     said(f"a step of {few['sequence']} tokens takes {few['ratios']['lora-19'][1]:.2f} times LoRA's")
     decoding = read_rows(RESULTS / CPU / "decode.jsonl")
-    ratios = {
-        targets: [
-            row["ratios"]["lora"]["token"][1]
-            for row in decoding
-            if row["method"] == "genft" and row["targets"] == targets
-        ]
-        for targets in ("q and v", "all linear")
-    }
-    said(f"decoding up to {max(ratios['all linear']):.2f}")
-    said("and so does unmerged decoding with q and v adapted")
-    assert ratios["q and v"] == pytest.approx([1, 1], abs=0.03)
+    ratios = [row["ratios"]["lora"]["token"][1] for row in decoding if row["method"] == "genft"]
+    assert len(ratios) == 4
+    said(f"unmerged decoding {min(ratios):.2f} to {max(ratios):.2f} times its")
 
 
 def test_memory_kept_for_backward():
