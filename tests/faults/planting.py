@@ -127,6 +127,8 @@ def fate(fault: Fault, folder: pathlib.Path, run: Run) -> tuple[str, str | None]
         path.write_text(sound)
     if NOT_COMPILED in result.stdout:
         return "NOT PLANTED, it does not compile", None
+    if result.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:
+        return "NO TEST RAN", None
     if result.returncode == 0:
         return "SURVIVED", None
     test = re.search(r"^(?:FAILED|ERROR) (\S+::.+?)(?: - .*)?$", result.stdout, re.MULTILINE)

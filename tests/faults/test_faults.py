@@ -1,9 +1,11 @@
 """The planted faults can still be planted: `make mutations` and `make cuda-faults` take long, this shows it at once."""
 
+import subprocess
+
 import pytest
 
 from tests.faults import cuda_faults, mutations
-from tests.faults.planting import ROOT, Fault, lost, main
+from tests.faults.planting import ROOT, Fault, fate, lost, main
 
 FAULTS = [*mutations.FAULTS, *cuda_faults.FAULTS]
 
@@ -21,6 +23,15 @@ def test_lost_fault_is_named():
     assert lost([Fault("gone", here, "no such " + "text", "", [])]) == [f"gone: its text occurs 0 times in {here}"]
     assert "occurs 0 times in no/such.py" in lost([Fault("gone", "no/such.py", "text", "", [])])[0]
     assert "its text occurs " in lost([Fault("twice", here, "import", "", [])])[0]
+
+
+def test_fault_that_no_test_looks_at_is_not_caught(tmp_path):
+    (tmp_path / "file.py").write_text("right")
+    ends = {0: "SURVIVED", 1: "caught", 5: "NO TEST RAN"}  # pytest's exit statuses
+    for status, expected in ends.items():
+        run = lambda folder, tests, status=status: subprocess.CompletedProcess(tests, status, "", "")  # noqa: E731
+        assert fate(Fault("", "file.py", "right", "wrong", []), tmp_path, run)[0] == expected
+    assert (tmp_path / "file.py").read_text() == "right"
 
 
 @pytest.mark.parametrize("words, status", [("", 1), ("here", 0), ("gone", 1), ("here gone", 1), ("nowhere", 0)])
