@@ -1,5 +1,8 @@
 """The recipe of the CUDA kernels, the search for nvcc, and which cards a build covers."""
 
+import contextlib
+from pathlib import Path
+
 import pytest
 
 from genft_kernels.backends.compiled import build
@@ -117,6 +120,15 @@ def test_python_without_headers(tree, tmp_path, monkeypatch):
         build.build(build.Recipe.read(tree), build.Nvcc(home / "bin" / "nvcc", "PATH"), ["sm_80"], tmp_path / "build")
 
 
+def processes_of(path) -> list[bytes]:
+    """The commands that run a script; none where the system does not tell."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            found.append(file.read_bytes())
+    return [command for command in found if str(path).encode() in command]
+
+
 VERSION = 'case "$*" in *--version*) echo "Cuda compilation tools, release 13.0, V13.0.88"; exit;; esac'
 
 
@@ -135,6 +147,7 @@ def test_an_nvcc_that_does_not_compile(script, message, tree, tmp_path, monkeypa
         monkeypatch.setattr(build, "LIMIT", 0.5)
     with pytest.raises(BuildError, match=message) as failure:
         build.build(build.Recipe.read(tree), nvcc, ["sm_80"], tmp_path / "build")
+    assert not processes_of(nvcc.path)
     assert str(failure.value).startswith(f"nvcc 13.0.88 ({nvcc.path}), compiling the CUDA kernels for sm_80, ")
 
 

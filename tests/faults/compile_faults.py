@@ -24,5 +24,18 @@ FAULTS = [
     ),
     Fault("compile cache: leftovers stay", CACHE, "shutil.rmtree(leftover, ignore_errors=True)", "pass", OF_CACHE),
     Fault("compiler: waited for without end", RUN, "timeout=limit", "timeout=30", OF_RUN),
-    Fault("compiler: its children left alone", RUN, "os.killpg(process.pid, signal.SIGKILL)", "process.kill()", OF_RUN),
+    Fault(
+        "compiler: its children left alone",
+        RUN,
+        "os.killpg(process.pid, how)",
+        "process.send_signal(signal.SIGKILL)",
+        OF_RUN,
+    ),
+    Fault(
+        "compiler: those of ninja left alone",
+        RUN,
+        "for how in (signal.SIGTERM, signal.SIGKILL):",
+        "for how in (signal.SIGKILL,):",
+        ["tests/backends/test_build.py", "-k", "does_not_compile"],
+    ),
 ]

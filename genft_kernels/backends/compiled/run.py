@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 LAST_LINES = 25
+GRACE = 2.0  # seconds in which a command may stop what it has started
 
 
 class BuildError(RuntimeError):
@@ -40,8 +41,7 @@ def run(who: str, command: Sequence[str | Path], limit: float, folder: Path | No
         try:
             output, _ = process.communicate(timeout=limit)
         except BaseException as error:  # an interrupt, too, must not leave compilers behind
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            _kill(process)
             if isinstance(error, subprocess.TimeoutExpired):
                 raise BuildError(f"{who} was not done after {limit:g} s") from error
             raise
@@ -49,3 +49,11 @@ def run(who: str, command: Sequence[str | Path], limit: float, folder: Path | No
         last = "\n".join(output.strip().splitlines()[-LAST_LINES:])
         raise BuildError(f"{who} failed with exit status {process.returncode}: {last or '(no output)'}")
     return output
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """End a command and all that it has started. Ninja's compilers are in groups of their own, which it alone ends."""
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, how)
+            process.wait(GRACE)
