@@ -124,9 +124,10 @@ def check_layer_shape(in_features: int, out_features: int, config: GenFTConfig) 
         raise ValueError(
             f"delta_layout='out_in' needs a square weight, got [{out_features}, {in_features}]: use 'in_out'"
         )
-    if config.hidden_dim > min(in_features, out_features):
+    stages, doubled = (2, ", doubled by the sum,") if config.transform == "sum" else (1, "")
+    if stages * config.hidden_dim > min(in_features, out_features):
         warn(
-            f"k = shared_dim + specific_dim = {config.hidden_dim} exceeds min(in, out) = "
+            f"k = shared_dim + specific_dim = {config.hidden_dim}{doubled} exceeds min(in, out) = "
             f"{min(in_features, out_features)}: the update is not low-rank"
         )
     tied_up_is_all = config.shared_dim == 0 and not config.bias and config.ties_specific(in_features, out_features)

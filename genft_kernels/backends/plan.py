@@ -232,8 +232,8 @@ def _parts(like: Tensor, parts: int, *shape: int) -> Tensor:
 def _dense(thin: Thin) -> Thin:
     """A thin tensor, or an update's, contiguous, as the ops do not promise it and launchers want it.
 
-    Of the package's own only one is not: the gradient of a stage that has no activation and a one beside its units, for
-    the bias of the next product. It is made in one piece with the gradient of that one, so a copy cannot be helped.
+    Of the package's own only one is not: the gradient of a stage that has no activation and beside its units a one, for
+    the bias of the next product, or the units of another stage. It is made in one piece with the gradient of these.
     """
     if isinstance(thin, Tensor):
         return thin.contiguous()

@@ -118,6 +118,8 @@ def test_wrong_arguments_are_named():
         GenFTLinear(9, 12, config=config(delta_layout="out_in"))
     with pytest.warns(UserWarning, match="k = shared_dim . specific_dim = 5 exceeds min"):
         GenFTLinear(4, 9, config=config())
+    with pytest.warns(UserWarning, match=r"k = .* = 5, doubled by the sum, exceeds min\(in, out\) = 8"):
+        GenFTLinear(8, 9, config=config(transform="sum"))
     with pytest.raises(ValueError, match="x must be .* in = 9"):
         make_layer()(torch.zeros(2, 8, dtype=torch.float64))
 

@@ -34,6 +34,7 @@ def factored(
 def _with_the_small_product_first(
     tokens: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, b: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
+    """As `factored`, y = sigma x h b^T first and x W^T added onto it."""
     if tokens.shape[0] > _FEW:
         xh = tokens @ h
         y = scaled_product(xh, b.t(), scale)
