@@ -12,6 +12,7 @@ _LABEL = re.compile(r"^\s*\.(L_x_\d+):")
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 _BRANCH = re.compile(r"\(\.(L_x_\d+)\)")
 _MATRIX = ("HGMMA", "HMMA", "UTCHMMA", "QGMMA")
+_SPILL = ("STL", "LDL")  # to and from memory of a thread's own, which registers have no room for
 
 
 def notes(ptxas: Path, ptx: str, target: str) -> list[str]:
@@ -33,16 +34,20 @@ def instructions(code: str) -> Iterator[tuple[str, str]]:
             yield instruction[1], instruction[2]
 
 
-def loops(code: str) -> Iterator[list[tuple[str, str]]]:
-    """The instructions of each innermost loop: from a label to the branch back to it."""
-    listed = list(instructions(code))
+def _loops(listed: list[tuple[str, str]]) -> Iterator[tuple[int, int]]:
+    """Places of each loop's label and of the branch back to it, in a list of instructions."""
     places = {operands: index for index, (opcode, operands) in enumerate(listed) if opcode == "label"}
-    found = []
     for index, (opcode, operands) in enumerate(listed):
         if opcode.startswith("BRA") and (target := _BRANCH.search(operands)):
             begin = places.get(target[1], index)
             if begin < index - 1:
-                found.append((begin, index))
+                yield begin, index
+
+
+def innermost_loops(code: str) -> Iterator[list[tuple[str, str]]]:
+    """The instructions of each loop that has no other in it."""
+    listed = list(instructions(code))
+    found = list(_loops(listed))
     for begin, end in found:
         if not any(begin <= other and last <= end and (other, last) != (begin, end) for other, last in found):
             yield [each for each in listed[begin:end] if each[0] != "label"]
@@ -51,12 +56,23 @@ def loops(code: str) -> Iterator[list[tuple[str, str]]]:
 def hot_loops(code: str) -> list[dict[str, int]]:
     """For each innermost loop with matrix instructions: how many it has, of how many, and its synchronous loads."""
     rows = []
-    for body in loops(code):
+    for body in innermost_loops(code):
         opcodes = [opcode for opcode, _ in body]
         if matrix := sum(opcode.startswith(_MATRIX) for opcode in opcodes):
             loads = sum(opcode.startswith("LDG.") for opcode in opcodes)
             rows.append({"instructions": len(body), "matrix": matrix, "loads": loads})
     return rows
+
+
+def spills(code: str) -> dict[str, int]:
+    """How many instructions there are, how many of them spill, and how many of those some loop repeats."""
+    listed = list(instructions(code))
+    found, places = list(_loops(listed)), [n for n, (opcode, _) in enumerate(listed) if opcode.startswith(_SPILL)]
+    return {
+        "instructions": sum(opcode != "label" for opcode, _ in listed),
+        "spills": len(places),
+        "spills_in_loops": sum(any(begin < place < end for begin, end in found) for place in places),
+    }
 
 
 def overwritten_operands(code: str) -> list[str]:

@@ -98,7 +98,7 @@ def _launch(kernel: JITFunction, values: list, options: dict) -> Launch:
 
 
 def report(launch: Launch, target: str) -> dict:
-    """The resources of the compiled kernel: registers, spilled bytes, shared bytes, and its matrix instructions."""
+    """The resources of the compiled kernel: registers, spills, shared bytes, and its matrix instructions."""
     compiled = launch.compile(target)
     row = {"kernel": launch.name, "target": target, "shared": compiled.metadata.shared}
     if target.startswith("gfx"):
@@ -106,7 +106,9 @@ def report(launch: Launch, target: str) -> dict:
         numbers = {key: int(value) for key, value in re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", assembly)}
         return row | {
             "registers": numbers["vgpr_count"],
+            "instructions": 0,
             "spills": numbers["vgpr_spill_count"],
+            "spills_in_loops": numbers["vgpr_spill_count"],  # it is not told where they are
             "matrix": {"mfma": len(re.findall(r"\bv_mfma", assembly))},
         }
     assembler = pathlib.Path(get_ptxas(TARGETS[target].arch).path)  # the one of the wheel's two that Triton takes
@@ -121,7 +123,7 @@ def report(launch: Launch, target: str) -> dict:
         "notes": machine_code.notes(assembler, compiled.asm["ptx"], architecture),
         "overwritten": machine_code.overwritten_operands(code),
         "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
-        "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
+        **machine_code.spills(code),
         "matrix": {
             name: count
             for name in ("HGMMA", "HMMA", "UTCHMMA")

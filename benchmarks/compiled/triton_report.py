@@ -1,9 +1,9 @@
 """`make kernels-report`: registers, spills, shared memory and matrix instructions of every shipped Triton kernel.
 
-Exits with 1 where a kernel spills, takes more shared memory than a block may have, or more registers than leave room
-for the programs that the plan counts on at once; where ptxas has a note C75xx, as
-for wgmma that wait for each other; where a loop that should copy asynchronously loads otherwise; where a register is
-written that a wgmma may still read; and where a matrix kernel has no wgmma on sm_90. No GPU is needed.
+Exits with 1 where a kernel spills in a loop or spills much, takes more shared memory than a block may have, or more
+registers than leave room for the programs that the plan counts on at once; where ptxas has a note C75xx, as for wgmma
+that wait for each other; where a loop that should copy asynchronously loads otherwise; where a register is written that
+a wgmma may still read; and where a matrix kernel has no wgmma on sm_90. No GPU is needed.
 """
 
 import argparse
@@ -31,6 +31,8 @@ PIPELINED_KERNELS = ("contract", "thin_product", "thin_transposed")
 # Of a multiprocessor, on every card; and how many programs `plan._split` counts on there at once, where more than one.
 REGISTERS = 65_536
 AT_ONCE = {"thin_product": 2, "thin_transposed": 2}
+# Of a kernel's instructions, that spill where no loop repeats them: more would be seen in its time.
+SPILT_SHARE = 0.01
 
 
 def shipped_launches(dtype: torch.dtype, k: int, features: tuple[int, int] = (768, 768)) -> list[Launch]:
@@ -76,8 +78,10 @@ def _no_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 def faults(row: dict) -> Iterator[str]:
     """Faults of a row, in words."""
-    if row["spills"]:
-        yield f"{row['spills']} spill instructions"
+    if row["spills_in_loops"]:
+        yield f"{row['spills_in_loops']} spill instructions in a loop"
+    elif row["spills"] > SPILT_SHARE * row["instructions"]:
+        yield f"{row['spills']} spill instructions of {row['instructions']}"
     if row["shared"] > SHARED_LIMIT[row["target"]]:
         yield f"{row['shared']} bytes of shared memory, more than {SHARED_LIMIT[row['target']]}"
     programs = AT_ONCE.get(row["kernel"], 1)
@@ -96,28 +100,40 @@ def faults(row: dict) -> Iterator[str]:
 
 
 def rows_of(
-    dtype: torch.dtype, k: int, targets: list[str], once: bool = False, features: tuple[int, int] = (768, 768)
+    dtype: torch.dtype,
+    k: int,
+    targets: list[str],
+    once: bool = False,
+    features: tuple[int, int] = (768, 768),
+    known: set[tuple[str, Launch]] | None = None,
 ) -> Iterator[dict]:
-    """Compile and describe every launch for every target, or with `once` the last launch of each kernel."""
+    """Compile and describe every launch for every target, or with `once` the last launch of each kernel.
+
+    Each is described once, and not if it is in `known`, which it is added to.
+    """
+    known = set() if known is None else known
     for target in targets:
         with mock.patch.object(launching, "shared_memory", lambda device, target=target: SHARED_LIMIT[target]):
             launches = shipped_launches(dtype, k, features)
         for launch in {launch.name: launch for launch in launches}.values() if once else launches:
+            if (target, launch) in known:
+                continue
+            known.add((target, launch))
             settings = {name: value for name, value in launch.constants if name.isupper()}
             row = report(launch, target)
             sizes = {"dtype": str(dtype).removeprefix("torch."), "k": k, "features": features}
             yield row | sizes | {"settings": settings, "triton": triton.__version__} | dict(launch.options)
 
 
-def _rows(dtype: torch.dtype, k: int, targets: list[str]) -> Iterator[dict]:
+def _rows(dtype: torch.dtype, k: int, targets: list[str], known: set[tuple[str, Launch]]) -> Iterator[dict]:
     """All launches for sm_80, sm_89 and sm_90; the last of each kernel, and once, to see that others compile.
 
-    In 16 bits with k as the package makes it on a GPU, for a small layer and a large one.
+    In 16 bits with k as the package makes it on a GPU, for a small layer and a large one; most kernels are the same.
     """
     common = [target for target in targets if target in ("sm_80", "sm_89", "sm_90")]
     half = dtype.itemsize == 2
     for features in ((768, 768), (4096, 4096)) if half else ((768, 768),):
-        yield from rows_of(dtype, -(-k // 16) * 16 if half else k, common, features=features)
+        yield from rows_of(dtype, -(-k // 16) * 16 if half else k, common, features=features, known=known)
     if dtype == torch.bfloat16 and k == 37:
         yield from rows_of(dtype, 48, [target for target in targets if target not in common], once=True)
 
@@ -146,7 +162,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=REPORTS / f"triton_{triton.__version__}_kernels.jsonl")
     options = parser.parse_args(argv)
     sizes = itertools.product((DTYPES[name] for name in options.dtype), options.k)
-    rows = itertools.chain.from_iterable(_rows(dtype, k, options.targets) for dtype, k in sizes)
+    known: set[tuple[str, Launch]] = set()
+    rows = itertools.chain.from_iterable(_rows(dtype, k, options.targets, known) for dtype, k in sizes)
     return gate(rows, options.output, line, faults)
 
 

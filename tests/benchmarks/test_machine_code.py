@@ -35,6 +35,31 @@ def test_hot_loop_is_the_innermost_with_matrix_instructions():
     assert machine_code.hot_loops(LOOP.replace("HMMA", "FFMA")) == []
 
 
+SPILLS = code(
+    "STL.64 [R1+0x8], R2",
+    "L_x_1",
+    "FADD R1, R1, R1",
+    "L_x_2",
+    "FFMA R1, R1, R1",
+    "@P0 BRA `(.L_x_2)",
+    "@!P1 BRA `(.L_x_1)",
+    "LDL.LU R99, [R1+0x8]",
+    "@P0 BRA `(.L_x_3)",
+    "FADD R2, R2, R2",
+    "L_x_3",
+    "EXIT",
+)
+
+
+def test_spills_in_loops_are_told_from_those_that_a_program_makes_once():
+    assert machine_code.spills(SPILLS) == {"instructions": 9, "spills": 2, "spills_in_loops": 0}
+    for once, of_loop in (("FADD R1, R1, R1", "STL [R1], R5"), ("FFMA R1, R1, R1", "@P2 LDL.64 R6, [R1+0x4]")):
+        found = machine_code.spills(SPILLS.replace(once, of_loop))
+        assert found == {"instructions": 9, "spills": 3, "spills_in_loops": 1}
+    assert machine_code.spills(SPILLS.replace("FADD R2, R2, R2", "LDL R2, [R1]"))["spills_in_loops"] == 0
+    assert machine_code.spills(LOOP)["spills"] == 0  # LDGSTS and LDG are none
+
+
 @pytest.mark.parametrize(
     "write, found",
     [
@@ -58,15 +83,17 @@ def test_operand_of_a_wgmma_that_is_overwritten_before_its_wait_is_found(write, 
 
 
 GOOD = dict(
-    kernel="contract", target="sm_90", dtype="bfloat16", k=32, spills=0, shared=1000, matrix={"HGMMA": 4}, notes=[],
-    overwritten=[], hot_loops=[{"instructions": 90, "matrix": 4, "loads": 0}], registers=128, num_warps=8,
+    kernel="contract", target="sm_90", dtype="bfloat16", k=32, shared=1000, matrix={"HGMMA": 4}, notes=[],
+    instructions=1000, spills=10, spills_in_loops=0, overwritten=[],
+    hot_loops=[{"instructions": 90, "matrix": 4, "loads": 0}], registers=128, num_warps=8,
 )  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "change, words",
     [
-        (dict(spills=2), "2 spill instructions"),
+        (dict(spills_in_loops=1), "1 spill instructions in a loop"),
+        (dict(spills=11), "11 spill instructions of 1000"),
         (dict(target="sm_89", shared=101_377), "more than 101376"),
         (dict(notes=["C7515"]), "ptxas notes C7515"),
         (dict(overwritten=["MOV R40, R1"]), "operand is overwritten by MOV R40, R1"),
