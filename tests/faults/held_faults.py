@@ -94,6 +94,20 @@ FAULTS = [
         STALE,
     ),
     Fault(
+        "merge: factors stay held",
+        "genft_kernels/merging.py",
+        "            update.generator.group.forget(update)\n",
+        "            pass\n",
+        GROUPS,
+    ),
+    Fault(
+        "refresh: factors stay held",
+        "genft_kernels/sharing/cache.py",
+        "        if layer in self._shares:\n            self._hold(layer, None)\n\n    def _hold",
+        "\n    def _hold",
+        STALE,
+    ),
+    Fault(
         "share: follows one of another W",
         "genft_kernels/sharing/cache.py",
         " and before.own.begins_as(self.own)",

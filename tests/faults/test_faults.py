@@ -1,5 +1,6 @@
 """The planted faults can still be planted: `make mutations` and `make cuda-faults` take long, this shows it at once."""
 
+import re
 import subprocess
 
 import pytest
@@ -16,6 +17,18 @@ def test_fault_can_be_planted(fault):
     assert fault.new != fault.old
     files = [argument for argument in fault.tests if argument.endswith(".py")]
     assert files and all((ROOT / file).is_file() for file in files), fault.tests
+
+
+def test_each_reason_why_factors_cease_to_hold_has_a_test_and_a_planted_fault():
+    table = (ROOT / "genft_kernels" / "sharing" / "README.md").read_text().partition("| planted fault |\n")[2]
+    rows = [line.strip("| ").split(" | ") for line in table.partition("\n\n")[0].splitlines()[1:]]
+    assert len(rows) > 10
+    tests = "".join(path.read_text() for path in (ROOT / "tests" / "sharing").glob("test_*.py"))
+    names = {fault.what for fault in FAULTS}
+    for reason, _, held_by, planted in rows:
+        named = re.findall(r"`(test_\w+)`", held_by)
+        assert named and all(f"def {test}(" in tests for test in named), reason
+        assert set(planted.split("; ")) <= names, reason
 
 
 def test_lost_fault_is_named():
