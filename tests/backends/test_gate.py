@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 import types
 
 import pytest
@@ -92,7 +93,7 @@ def test_gate_sees_addresses_of_32_bits():
         near = weight.stride(0) * (weight.shape[0] - 1) < 2**31
         return eager.linear(x, weight if near else torch.zeros_like(weight), *args)
 
-    assert re.search("^linear .*relu.*: an error of", gate.examine(backend(linear=linear), CPU))
+    assert re.search("^linear .*k 32, identity.*: an error of", gate.examine(backend(linear=linear), CPU))
 
 
 def test_gate_leaves_out_what_a_card_has_no_room_for(monkeypatch):
@@ -101,6 +102,36 @@ def test_gate_leaves_out_what_a_card_has_no_room_for(monkeypatch):
     assert case.lies == "far apart" and not gate._has_room(case, CARD) and gate._has_room(case, CPU)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (9 << 30, 80 << 30))
     assert gate._has_room(case, CARD)
+
+
+def test_gate_has_its_kernels_compiled_side_by_side(monkeypatch):
+    """Each thread waits for the others in its first operation, on the card in question."""
+    cases = [case for case in gate.CASES if case.row]
+    cards, together, ran = [], threading.Barrier(len(cases), timeout=60), threading.local()
+
+    def column(*args):
+        if not hasattr(ran, "before"):
+            ran.before = together.wait()
+        return eager.column(*args)
+
+    monkeypatch.setattr(torch.cuda, "set_device", cards.append)
+    gate._compile(backend(column=column), CPU)
+    assert cards == [CPU] * len(cases) and len(cases) > 2
+    with pytest.raises(ZeroDivisionError):
+        gate._compile(backend(row=lambda *args: 1 / 0), CPU)
+
+
+def test_gate_compiles_before_it_judges_on_a_card(monkeypatch):
+    judged = []
+    monkeypatch.setattr(gate, "CASES", gate.CASES[3:])
+    monkeypatch.setattr(gate, "_has_room", lambda case, device: False)
+    monkeypatch.setattr(gate, "_compile", lambda backend, device: judged.append(device))
+    monkeypatch.setattr(gate, "_results", lambda backend, case, dtype, device: judged.append(case) or iter(()))
+    monkeypatch.setattr(gate, "_masks_are_equal", lambda *args: True)
+    assert gate.examine(backend(), CARD) is None
+    assert judged == [CARD, *[gate.CASES[0]] * 5, *[gate.CASES[1]] * 5]
+    judged.clear()
+    assert gate.examine(backend(), CPU) is None and CPU not in judged
 
 
 @pytest.mark.slow
