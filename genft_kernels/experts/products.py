@@ -96,7 +96,7 @@ def _gradients(ctx: Any, grad: Tensor, backward: Callable) -> tuple[Tensor | Non
     return dx, None, None, None, dh, db, None, None, None, None, None, None
 
 
-def _forward(
+def _expert_linear(
     x: Tensor, offsets: Tensor, weight: Tensor, bias: Any, h: Any, b: Any,
     seed: Any, scale: float, activation: str, dropout: float, stream: int, backend: str,
 ) -> tuple[Tensor, Any]:  # fmt: skip
@@ -117,7 +117,7 @@ def _forward(
     return y, results[1] if kept else None
 
 
-def _backward(
+def _expert_linear_backward(
     grad: Tensor, x: Any, offsets: Tensor, weight: Any, h: Any, b: Any,
     xh: Any, seed: Any, scale: float, activation: str, dropout: float, stream: int,
     needs: list[bool], backend: str,
@@ -165,7 +165,7 @@ def _of(tensor: Tensor | None, index: int | slice) -> Tensor | None:
     return tensor[index : index + 1] if tensor.dim() == 1 and isinstance(index, int) else tensor[index]
 
 
-_OPERATIONS: dict[str, Callable] = {"expert_linear": _forward, "expert_linear_backward": _backward}
+_OPERATIONS: dict[str, Callable] = {"expert_linear": _expert_linear, "expert_linear_backward": _expert_linear_backward}
 
 
 def _compute(backend: str, operation: str, *args: Any) -> tuple[Tensor | None, ...]:

@@ -10,11 +10,7 @@ from torch import nn
 from genft_kernels import GenFTConfig, apply_genft, disabled, load_adapter, merge, remove_genft, save_adapter, unmerge
 from genft_kernels.files.format import CONFIG_FILE, TENSORS_FILE
 from tests.helpers.adapter_files import QUERY, SAVED, adapted, base, contents, edit_config, edit_tensors
-from tests.helpers.tiny_models import (
-    GroupedQueryBlock,
-    randomise,
-    snapshot,
-)
+from tests.helpers.tiny_models import GroupedQueryBlock, randomise, snapshot
 
 
 @pytest.fixture
@@ -32,6 +28,12 @@ def truncate(name: str, size: int):
         (directory / name).write_bytes((directory / name).read_bytes()[:size])
 
     return change
+
+
+def put_bytes(directory):
+    """Have the tensors' file hold bytes that are none, with the digest that the description says."""
+    (directory / TENSORS_FILE).write_bytes(b"x" * 99)
+    edit_config(directory, lambda config: config.update(tensors_sha256=hashlib.sha256(b"x" * 99).hexdigest()))
 
 
 def rename_tensor(tensors):
@@ -57,13 +59,7 @@ DAMAGES = {
     "unknown-field": (on_config(lambda d: d["config"].update(rank=3)), f"{CONFIG_FILE} is damaged.*rank"),
     "bad-field": (on_config(lambda d: d["config"].update(dropout=2)), f"{CONFIG_FILE} is damaged.*dropout"),
     "bad-fingerprint": (on_config(lambda d: d["fingerprints"].update(x=1)), f"{CONFIG_FILE} is damaged"),
-    "not-safetensors": (
-        lambda d: [
-            (d / TENSORS_FILE).write_bytes(b"x" * 99),
-            edit_config(d, lambda c: c.update(tensors_sha256=hashlib.sha256(b"x" * 99).hexdigest())),
-        ],
-        f"{TENSORS_FILE} is damaged or truncated",
-    ),
+    "not-safetensors": (put_bytes, f"{TENSORS_FILE} is damaged or truncated"),
     "missing-tensor": (
         on_tensors(lambda t: t.pop("genft_generators.8x8.row_up")),
         r"missing genft_generators.8x8.row_up \(1 missing, 0 unexpected\)",
