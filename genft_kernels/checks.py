@@ -121,14 +121,19 @@ def check_options(*, scale: object, activation: object, dropout: object, trainin
     check_flag("training", training)
 
 
-def check_parameters(params: GeneratorParameters, config: GenFTConfig, out_features: int, in_features: int) -> None:
-    """Raise unless `params` has exactly the tensors that `config` calls for, in the shapes of the layer."""
-    check_type("params", params, GeneratorParameters)
-    check_config(config)
+def check_layout(config: GenFTConfig, in_features: int, out_features: int) -> None:
+    """Raise ValueError unless `delta_layout` suits a weight of this shape."""
     if config.delta_layout == "out_in" and in_features != out_features:
         raise ValueError(
             f"delta_layout='out_in' needs a square weight, got [{out_features}, {in_features}]: use 'in_out'"
         )
+
+
+def check_parameters(params: GeneratorParameters, config: GenFTConfig, out_features: int, in_features: int) -> None:
+    """Raise unless `params` has exactly the tensors that `config` calls for, in the shapes of the layer."""
+    check_type("params", params, GeneratorParameters)
+    check_config(config)
+    check_layout(config, in_features, out_features)
     for name, shape in expected_shapes(config, in_features, out_features, config.hidden_dim).items():
         tensor = getattr(params, name)
         if shape is None:

@@ -11,9 +11,9 @@ from torch import nn
 
 from . import _torch_private
 from .arguments import warn
-from .checks import check_device, check_floating_dtype, check_sizes
+from .checks import check_device, check_floating_dtype, check_layout, check_sizes
 from .config import GenFTConfig, check_config
-from .parameters import expected_shapes
+from .parameters import GeneratorParameters, shared_shapes
 from .sharing.cache import LayerGroup
 from .sharing.source import is_tensor_subclass
 
@@ -54,12 +54,11 @@ class GenFTGenerator(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.config = config
-        shapes = expected_shapes(config, in_features, out_features, config.shared_dim)
-        for name, shape in shapes.items():
-            empty = None if shape is None or 0 in shape else torch.empty(shape, device=device, dtype=dtype)
-            parameter = None if empty is None else nn.Parameter(empty)
-            self.register_parameter(name, parameter)
-        self.tensor_names = tuple(name for name, parameter in self._parameters.items() if parameter is not None)
+        shapes = shared_shapes(config, in_features, out_features)
+        for name in GeneratorParameters._fields:
+            empty = torch.empty(shapes[name], device=device, dtype=dtype) if name in shapes else None
+            self.register_parameter(name, None if empty is None else nn.Parameter(empty))
+        self.tensor_names = tuple(shapes)
         self.reset_parameters()
 
     sharded = False
@@ -120,10 +119,7 @@ def registered(module: nn.Module, names: Sequence[str]) -> list[torch.Tensor]:
 def check_layer_shape(in_features: int, out_features: int, config: GenFTConfig) -> None:
     """Raise, or warn, where `config` does not suit layers of this shape."""
     check_sizes(in_features=in_features, out_features=out_features)
-    if config.delta_layout == "out_in" and in_features != out_features:
-        raise ValueError(
-            f"delta_layout='out_in' needs a square weight, got [{out_features}, {in_features}]: use 'in_out'"
-        )
+    check_layout(config, in_features, out_features)
     stages, doubled = (2, ", doubled by the sum,") if config.transform == "sum" else (1, "")
     if stages * config.hidden_dim > min(in_features, out_features):
         warn(

@@ -134,12 +134,10 @@ class GenFTUpdate(nn.Module):
 
     def source(self) -> Source:
         """All that the layer's factors are generated from, as it is now."""
-        config, weight = self.config, self.stored_weight
-        cut = self._blocks.split(self.frozen_weight)
-        blocks = [cut[index] for index in self._blocks.adapted]
+        config, blocks = self.config, self._adapted_blocks()
         return Source(
             config,
-            weight,
+            self.stored_weight,
             blocks,
             self.generator(),
             self.specific_parameters(),
@@ -148,6 +146,10 @@ class GenFTUpdate(nn.Module):
             self.training,
             self._obstacle(blocks[0]),
         )
+
+    def _adapted_blocks(self) -> list[Tensor] | list[FrozenWeight]:
+        cut = self._blocks.split(self.frozen_weight)
+        return [cut[index] for index in self._blocks.adapted]
 
     def watched(self) -> list[Tensor]:
         """W and the layer's own tensors, as `source` has them, without all that is more work."""

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from .. import _torch_private, backends, reference
 from ..checks import check_linear, check_transforms
 from ..config import GenFTConfig, is_factored
+from ..frozen_weight import FrozenWeight
 from ..generator import GenFTGenerator
 from ..merging import MergeableUpdate
 from ..parameters import GeneratorParameters, for_blocks
-from ..sharing.source import Source
 from ..update import Action, Factors, compute_dtype, forward_seed, generate_factors
 from .layout import Layout
 from .products import expert_product
@@ -64,14 +64,8 @@ class ExpertUpdate(MergeableUpdate):
         """All experts' W as they are stored, one below the other, merged or not; a matrix."""
         return self.stored_weight.flatten(0, -2)
 
-    def source(self) -> Source:
-        """All that the updates are generated from, as it is now."""
-        config, weight = self.config, self.stored_weight
-        blocks = self.layout.blocks(weight)
-        dropout = config.dropout if self.training and config.transform == "both" else 0.0
-        units = self.specific_parameters()
-        obstacle = self._obstacle(blocks[0])
-        return Source(config, weight, blocks, self.generator(), units, self.backend, dropout, self.training, obstacle)
+    def _adapted_blocks(self) -> list[Tensor] | list[FrozenWeight]:
+        return self.layout.blocks(self.stored_weight)
 
     def parameters_of_generator(self) -> GeneratorParameters:
         """The tensors of every block: matrices have a leading dimension E * halves, biases none; differentiable."""
