@@ -107,7 +107,7 @@ def test_gate_leaves_out_what_a_card_has_no_room_for(monkeypatch):
 def test_gate_has_its_kernels_compiled_side_by_side(monkeypatch):
     """Each thread waits for the others in its first operation, on the card in question."""
     cases = [case for case in gate.CASES if case.row]
-    cards, together, ran = [], threading.Barrier(len(cases), timeout=60), threading.local()
+    cards, together, ran = [], threading.Barrier(len(cases), timeout=20), threading.local()
 
     def column(*args):
         if not hasattr(ran, "before"):

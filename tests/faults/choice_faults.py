@@ -40,5 +40,21 @@ FAULTS = [
     Fault("gate: NaN is small enough", GATE, "if not error <= allowed:", "if error > allowed:", TESTS_OF_GATE),
     Fault("gate: races unseen", GATE, "if not all(torch.equal(found, other)", "if any(False", TESTS_OF_GATE),
     Fault("gate: masks not compared", GATE, "if case.dropout and case.row and", "if False and", TESTS_OF_GATE),
+    Fault("gate: compiles one case after the other", GATE, "Executor(len(cases),", "Executor(1,", TESTS_OF_GATE),
+    Fault(
+        "gate: compiles on another card",
+        GATE,
+        "initializer=torch.cuda.set_device, initargs=(device,)",
+        "initializer=None",
+        TESTS_OF_GATE,
+    ),
+    Fault("gate: what a thread raises is lost", GATE, "for _ in threads.map(", "if threads.map(", TESTS_OF_GATE),
+    Fault(
+        "gate: compiles as it goes",
+        GATE,
+        'if device.type == "cuda":\n        _comp',
+        "if False:\n        _comp",
+        TESTS_OF_GATE,
+    ),
     Fault("gate: memory that a card may lack", GATE, "[0] > 2 * _bytes", "[0] > 0 * _bytes", TESTS_OF_GATE),
 ]

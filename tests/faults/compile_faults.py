@@ -1,4 +1,4 @@
-"""Faults in what compiles code and keeps it: trust, damage, and compilers that do not end."""
+"""Faults in what compiles code and keeps it: trust, damage, compilers that do not end; and in what is read off it."""
 
 from tests.faults.planting import Fault
 
@@ -7,7 +7,21 @@ RUN = "genft_kernels/backends/compiled/run.py"
 OF_CACHE = ["tests/backends/test_compile_cache.py", "tests/backends/test_compile_cache_users.py"]
 OF_RUN = ["tests/backends/test_compiler_run.py"]
 
+MACHINE_CODE = "benchmarks/compiled/machine_code.py"
+REPORT = "benchmarks/compiled/triton_report.py"
+OF_REPORT = ["tests/benchmarks/test_machine_code.py"]
+
 FAULTS = [
+    Fault(
+        "kernels report: spills of inner loops only",
+        MACHINE_CODE,
+        "any(begin < place < end",
+        "all(begin < place < end",
+        OF_REPORT,
+    ),
+    Fault("kernels report: a spill is a store", MACHINE_CODE, '("STL", "LDL")', '("STL", "STL")', OF_REPORT),
+    Fault("kernels report: spills in loops pass", REPORT, 'if row["spills_in_loops"]', "if False", OF_REPORT),
+    Fault("kernels report: any number of spills passes", REPORT, "SPILT_SHARE = 0.01", "SPILT_SHARE = 1.0", OF_REPORT),
     Fault("compile cache: root trusts everybody", CACHE, "not in (0, os.geteuid())", "in ()", OF_CACHE),
     Fault("compile cache: what others may write is trusted", CACHE, "& 0o022", "& 0", OF_CACHE),
     Fault("compile cache: the folder not looked at", CACHE, "(folder, *(entry if", "(*(entry if", OF_CACHE),
