@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import check_type
-from ..units import GenFTUpdate
 from ..update import Factors
-from .cache import LayerGroup, Share
+from .cache import LayerGroup, Share, all_groups
 from .source import Layer, Settings, Source
 
 
@@ -61,11 +60,11 @@ class Accumulation:
     def __init__(self, model: nn.Module) -> None:
         """ValueError if `model` has no layer with an adapter, TypeError if it is no module."""
         check_type("model", model, nn.Module)
-        layers = [module for module in model.modules() if isinstance(module, GenFTUpdate)]
-        if not layers:
+        modules = set(model.modules())
+        self._groups = [group for group in all_groups() if not modules.isdisjoint(group.layers)]
+        if not self._groups:
             raise ValueError("accumulate(model) needs a model with GenFT layers: call apply_genft(model, config) first")
         self.active = False
-        self._groups = list({id(layer.generator.group): layer.generator.group for layer in layers}.values())
         self._held: dict[tuple[Layer, Settings], _Held] = {}
         self._marks = _Marks()
 

@@ -1,4 +1,4 @@
-"""Rules of CONTRIBUTING.md that can be counted: lines of files, parameters of functions, who allocates memory."""
+"""Rules that can be counted: lines of files, parameters of functions, who allocates memory, which way imports go."""
 
 import ast
 import re
@@ -63,6 +63,41 @@ def test_kernel_files_allocate_nothing(backend):
     in_torch = {path.name for path in paths if re.search(r"torch\." + allocation.pattern, path.read_text())}
     assert len(paths) > 5 and in_torch == set()
     assert allocation.search((PACKAGE / "backends" / "plan.py").read_text())  # it does
+
+
+def layers() -> dict[str, int]:
+    """The modules and folders of the package that docs/architecture.md draws one above the other, by their line."""
+    lines = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").partition("```")[2].partition("```")[0]
+    found = {}
+    for number, line in enumerate(lines.splitlines()):
+        found |= dict.fromkeys(re.findall(r"(?:^ |  )([a-z_]+)(?:/|:|  )", line), number)
+    return {name: n for name, n in found.items() if (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").exists()}
+
+
+def imported(path: Path) -> set[str]:
+    """The modules and folders of the package that a module of it imports, wherever it does, but for types."""
+    tree, names = ast.parse(path.read_text(encoding="utf-8")), set()
+    for_types = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node)]
+    left_out = {id(inner) for node in for_types for inner in ast.walk(node)}
+    folder = path.parent.relative_to(PACKAGE).parts
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level and id(node) not in left_out:
+            base = folder[: len(folder) + 1 - node.level]
+            for alias in node.names:
+                names.add((*base, *(node.module or alias.name).split("."))[0])
+    return names
+
+
+def test_imports_go_one_way():
+    levels = layers()
+    assert {"integrations", "targets", "modules", "units", "generator", "sharing", "ops", "backends"} <= set(levels)
+    upward = []
+    for name, level in levels.items():
+        paths = (PACKAGE / name).rglob("*.py") if (PACKAGE / name).is_dir() else [PACKAGE / f"{name}.py"]
+        for path in paths:
+            above = {each for each in imported(path) if levels.get(each, level) < level}
+            upward += [f"{path.relative_to(PACKAGE)} imports {each}" for each in sorted(above)]
+    assert upward == []
 
 
 def test_results_in_git_are_few():
