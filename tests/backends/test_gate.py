@@ -121,6 +121,22 @@ def test_gate_has_its_kernels_compiled_side_by_side(monkeypatch):
         gate._compile(backend(row=lambda *args: 1 / 0), CPU)
 
 
+def test_gate_asks_triton_for_few_kernels():
+    """Compiling is what takes its time on a card: nearly all by the cases that compile side by side, nothing twice."""
+    pytest.importorskip("triton")
+    from benchmarks.compiled.triton_compile import recording
+    from genft_kernels.backends.triton import operations as triton
+
+    counts = []
+    with recording() as launches:
+        for case in gate.CASES:
+            list(gate._results(triton, case, case.dtype, CPU))
+            counts.append(len(launches))
+        for judge in (gate._masks_are_equal, gate._bias, gate._gain):
+            judge(triton, gate.CASES[1], CPU)
+    assert counts == [8, 16, 23, 31, 35, 35] and len(launches) == 35
+
+
 def test_gate_compiles_before_it_judges_on_a_card(monkeypatch):
     judged = []
     monkeypatch.setattr(gate, "CASES", gate.CASES[3:])
