@@ -1,5 +1,4 @@
-# make test | test-all | test-quantised | test-integrations | types | lint | demo | compare | bench | bench-model | bench-report | kernels-report | cuda-report |
-# wheel | wheel-prebuilt | mutations | cuda-faults | gate-faults; each makes the environment it needs.
+# Each target makes the environment it needs; CONTRIBUTING.md says what they are for.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
