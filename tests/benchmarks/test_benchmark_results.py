@@ -33,7 +33,7 @@ def test_the_store_replaces_by_key_and_is_on_disk_at_once(tmp_path):
     assert list(store.path.parent.iterdir()) == [store.path]  # no partial file is left
 
 
-def test_what_a_run_has_in_common_is_written_once(tmp_path):
+def test_fields_of_a_run_are_written_once(tmp_path):
     first, second = {"device": "A", "commit": "1", "torch": None}, {"device": "A", "commit": "2"}
     rows = [{"a": 1} | first, {"a": 2} | second, {"a": 3} | first, {"a": 4}]
     write_rows(tmp_path / "rows.jsonl", rows)
@@ -123,7 +123,7 @@ def test_a_broken_result_file_is_an_error_not_overwritten(tmp_path, capsys):
     assert "line 1: not JSON" in capsys.readouterr().err and path.read_text() == "not JSON\n"
 
 
-def test_where_rows_cannot_be_written_nothing_is_measured(tmp_path, capsys):
+def test_measuring_does_not_begin_where_rows_cannot_be_written(tmp_path, capsys):
     (tmp_path / "taken").write_text("")
     with pytest.raises(SystemExit, match="2"):
         bench([*ARGUMENTS, "--output", str(tmp_path / "taken")])

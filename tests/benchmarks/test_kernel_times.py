@@ -106,6 +106,6 @@ def test_rates_come_from_the_clock():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is at hand")
-def test_without_a_gpu_it_says_so(tmp_path, capsys):
+def test_command_says_so_without_a_gpu(tmp_path, capsys):
     assert kernels.main(["--output", str(tmp_path)]) == 2
     assert "no CUDA device" in capsys.readouterr().err and not list(tmp_path.iterdir())

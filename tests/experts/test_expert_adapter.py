@@ -86,7 +86,7 @@ def test_only_the_adapter_trains_and_the_router_stays_frozen():
         ("experts.down_proj", ValueError, "matched nothing"),
     ],
 )
-def test_what_is_no_stack_of_experts_is_refused_by_name(targets, error, message):
+def test_parameters_that_are_no_stack_are_refused_by_name(targets, error, message):
     model = mixtral()
     before = snapshot(model)
     with pytest.raises(error, match=message):
@@ -330,7 +330,7 @@ def test_copies_are_models_of_their_own():
         torch.testing.assert_close(answer(copied, tokens()), answer(model, tokens()), rtol=1e-5, atol=1e-6)
 
 
-def test_what_acts_on_all_layers_knows_experts():
+def test_functions_for_all_layers_know_experts():
     model = apply_genft(mixtral(), settings(), backend="eager")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

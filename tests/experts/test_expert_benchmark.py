@@ -52,7 +52,7 @@ def test_parameters_beside_those_of_lora(rows):
     assert rows["genft-fast-layer"]["trained"] == k * units
 
 
-def test_what_is_timed_adapts_the_experts_of_the_block():
+def test_methods_adapt_the_experts_of_the_block():
     for method in METHODS:
         block = method.build(SMALL, torch.float32, 8)
         adapted = sum(isinstance(module, GenFTExperts) for module in block.modules())

@@ -67,7 +67,7 @@ def test_some_layers_alone_are_named_in_full(tmp_path):
         ({}, dict(energy=0.9), "written as they are, of rank 10"),
     ],
 )
-def test_what_cannot_be_written_is_refused(changes, options, message, tmp_path):
+def test_exports_that_cannot_be_written_are_refused(changes, options, message, tmp_path):
     model = apply_genft(mixtral(), settings(**changes))
     with pytest.raises(ValueError, match=message):
         export_lora(model, tmp_path / "lora", **options)

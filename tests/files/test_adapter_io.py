@@ -189,7 +189,7 @@ def test_an_extra_state_that_cannot_be_saved_is_told_before_training(extra, tmp_
     assert not (tmp_path / "new").exists()
 
 
-def test_what_a_module_refuses_while_loading_changes_nothing(tmp_path):
+def test_module_that_refuses_its_state_leaves_all_unchanged(tmp_path):
     model = randomise(apply_genft(with_extra_state(torch.zeros(0)), config(**HEAD)))
     save_adapter(model, tmp_path)
     for fresh in (True, False):
@@ -215,7 +215,7 @@ def test_a_used_model_takes_in_all_tensors_or_none(folder):
 @pytest.mark.parametrize(
     "name, number", [("query", float("nan")), ("query", float("inf")), ("classifier", float("nan"))]
 )
-def test_what_cannot_be_loaded_again_is_saved_with_a_warning(name, number, tmp_path):
+def test_nan_is_saved_with_a_warning(name, number, tmp_path):
     model = adapted(**SAVED)
     parameter = model.layers[0].attention.query.specific_up if name == "query" else model.classifier[1].weight
     with torch.no_grad():
@@ -269,7 +269,7 @@ def test_a_base_model_with_nan_or_infinity_is_another_one(folder, value):
         load_adapter(broken, folder)
 
 
-def test_what_is_not_adapted_may_differ(folder):
+def test_layers_that_are_not_adapted_may_differ(folder):
     other = base()
     with torch.no_grad():
         other.layers[1].dense.weight.add_(1.0)

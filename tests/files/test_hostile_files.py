@@ -154,7 +154,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", [CONFIG_FILE, TENSORS_FILE])
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
-def test_what_is_no_file_is_not_read(name, kind, folder):
+def test_pipes_folders_and_devices_are_not_read(name, kind, folder):
     path, model = folder / name, base()
     path.unlink()
     if kind == "pipe":

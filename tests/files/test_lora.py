@@ -203,7 +203,7 @@ def test_a_sharded_model_is_refused(tmp_path):
         export_lora(model, tmp_path)
 
 
-def test_what_peft_cannot_name_is_refused(tmp_path):
+def test_names_that_peft_cannot_tell_apart_are_refused(tmp_path):
     with pytest.raises(ValueError, match="'second' is the same module as 'first'"):
         export_lora(adapted(TiedModel, target_modules=["first", "second"]), tmp_path)
     model = Encoder()
@@ -213,7 +213,7 @@ def test_what_peft_cannot_name_is_refused(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:modules_to_save")
-def test_what_is_not_finite_or_no_tensor_is_refused(tmp_path):
+def test_values_that_are_not_finite_or_no_tensors_are_refused(tmp_path):
     model = adapted(bias=True)
     model.genft_generators["8x8"].row_up_bias.data[3] = torch.nan
     with pytest.raises(ValueError, match="'layers.0.attention.query': .* hold NaN"):

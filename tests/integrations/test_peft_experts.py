@@ -140,7 +140,7 @@ def test_experts_are_known_to_explain_summary_and_swap(tmp_path):
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
-def test_what_experts_cannot_do_is_refused():
+def test_mixed_batches_conversion_and_tiled_ones_together_are_refused():
     model = peft_model()
     with pytest.raises(ValueError, match="adapter_names.*with adapted experts"):
         model(input_ids=tokens(), adapter_names=["default", "__base__"])

@@ -51,7 +51,7 @@ def from_pretrained(model, folder, **options):
 
 @pytest.mark.parametrize("make, settings", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_what_save_adapter_wrote_opens_in_peft(make, settings, low_cpu_mem_usage, tmp_path):
+def test_files_of_save_adapter_open_in_peft(make, settings, low_cpu_mem_usage, tmp_path):
     model = own_model(peft_model(make, **settings), make, **settings)
     save_adapter(model, tmp_path)
     loaded = from_pretrained(base(make), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
@@ -59,7 +59,7 @@ def test_what_save_adapter_wrote_opens_in_peft(make, settings, low_cpu_mem_usage
 
 
 @pytest.mark.parametrize("make, settings", MODELS.values(), ids=MODELS)
-def test_what_peft_saved_opens_with_load_adapter(make, settings, tmp_path):
+def test_files_of_peft_open_with_load_adapter(make, settings, tmp_path):
     model = peft_model(make, **settings)
     model.save_pretrained(tmp_path)
     loaded = load_adapter(base(make), tmp_path).eval()
@@ -152,7 +152,7 @@ def test_a_model_and_its_adapter_load_at_once(tmp_path):
     assert torch.allclose(loaded(input_ids=tokens()).logits, model(tokens()).logits, atol=1e-6)
 
 
-def test_what_peft_saved_is_exported_as_lora_from_a_shell(tmp_path, monkeypatch):
+def test_files_of_peft_are_exported_as_lora_from_a_shell(tmp_path, monkeypatch):
     classifier().save_pretrained(tmp_path / "base")
     frozen = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "base")
     model = randomised(peft.get_peft_model(frozen, peft_config())).eval()

@@ -112,7 +112,7 @@ def loaded(model, folder):
 
 @pytest.mark.parametrize("load", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("settings", [{}, dict(outer_activation="silu", bias=True)], ids=["factored", "tiled"])
-def test_what_transformers_saved_opens_everywhere(settings, load, folder):
+def test_files_of_transformers_open_everywhere(settings, load, folder):
     model = with_adapters(folder, **settings)
     model.set_adapter("one")
     model.save_pretrained(folder / "one")
@@ -121,7 +121,7 @@ def test_what_transformers_saved_opens_everywhere(settings, load, folder):
 
 @pytest.mark.filterwarnings("ignore:the head")
 @pytest.mark.parametrize("saved_by", ["peft", "ours"])
-def test_what_others_saved_opens_in_transformers(saved_by, folder):
+def test_files_of_others_open_in_transformers(saved_by, folder):
     model = randomised(peft.get_peft_model(fresh(folder), peft_config())).eval()
     if saved_by == "peft":
         model.save_pretrained(folder / "one")

@@ -300,7 +300,7 @@ def test_bad_input_is_refused_by_name(call, wrong, culprit):
         assert len(str(caught.value)) < 700, kind
 
 
-def test_there_are_enough_of_them():
+def test_cases_are_many():
     assert sum(len(wrong) for _, wrong, _ in CASES.values()) >= 1500
 
 

@@ -66,7 +66,7 @@ def test_a_preset_keeps_its_proportion_and_settings(preset, parameters, units):
     assert config == GenFTConfig.preset(preset, shared_dim=units[0], specific_dim=units[1], **EVERY)
 
 
-def test_what_is_trained_in_full_is_not_counted():
+def test_modules_to_save_are_not_counted():
     with_head = GenFTConfig.for_budget(Encoder(), 400, modules_to_save=["classifier"])
     assert with_head.modules_to_save == ("classifier",)
     assert with_head.hidden_dim == GenFTConfig.for_budget(Encoder(), 400).hidden_dim
@@ -81,7 +81,7 @@ def test_the_model_is_left_as_it_is():
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_too_few_parameters_name_the_smallest():
+def test_smallest_budget_is_named_where_parameters_are_too_few():
     message = "parameters=767 are too few: the smallest adapter of these 12 layers has 768, one shared unit a shape"
     with pytest.raises(ValueError, match=message):
         GenFTConfig.for_budget(stack(12, 384), 767, **EVERY)
@@ -95,7 +95,7 @@ def test_a_budget_that_is_no_number_is_refused(parameters):
         GenFTConfig.for_budget(Encoder(), parameters)
 
 
-def test_what_it_chooses_cannot_be_given():
+def test_sizes_that_it_chooses_cannot_be_given():
     with pytest.raises(TypeError, match="specific_dim is what for_budget chooses"):
         GenFTConfig.for_budget(Encoder(), 1000, specific_dim=2)
     with pytest.raises(ValueError, match="target_modules matched nothing"):

@@ -121,7 +121,7 @@ def test_unknown_models_say_what_could_be_named():
         apply_genft(nn.Sequential(nn.Linear(8, 8)), GenFTConfig(shared_dim=2))
 
 
-def test_what_a_model_settled_is_in_the_file(tmp_path):
+def test_settings_that_a_model_settled_are_in_the_file(tmp_path):
     model = randomise(apply_genft(made("Phi3", **PHI3), GenFTConfig(shared_dim=2, specific_dim=1)))
     kept = adapter_state(model).config
     assert kept.target_modules == ("qkv_proj",) and kept.fused_blocks == {"qkv_proj": ((16, 8, 8), (0, 2))}

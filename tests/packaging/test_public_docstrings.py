@@ -68,7 +68,7 @@ def test_docstring_is_whole(name):
     assert lacks(FUNCTIONS[name]) == []
 
 
-def test_what_is_missing_is_found():
+def test_gap_in_a_docstring_is_found():
     def silent(x: "torch.Tensor"):  # noqa: F821
         pass
 
