@@ -10,8 +10,9 @@ from benchmarks.step.methods import METHODS, lora_of
 SUITE = "model_step"
 # By method, its column in the summary. The official way has no column stage alone.
 SHOWN = {
-    "genft-fast": "GenFT `fast`", "genft-fast-both": "GenFT `fast-both`", "genft-vtab": "GenFT `vtab`",
-    "official-fast-both": "official `fast-both`", "official-vtab": "official `vtab`",
+    "genft-fast": "GenFT `fast`", "genft-fast-both": "GenFT `fast-both`", "genft-fast-sum": "GenFT `fast-sum`",
+    "genft-vtab": "GenFT `vtab`", "official-fast-both": "official `fast-both`",
+    "official-vtab": "official `vtab`",
 }  # fmt: skip
 CASE = ("model", "batch", "sequence", "accumulation", "dtype")
 INTRODUCTION = """\
@@ -49,7 +50,7 @@ def summary(rows: list[Row]) -> str:
     """Steps relative to LoRA of the same k, through `accumulate` where there are several micro-batches."""
     header = (
         "training step: model, tokens, dtype", "LoRA tokens/s", *SHOWN.values(), "full fine-tuning",
-        "kept, `fast`", "kept, `fast-both`",
+        "kept, `fast`", "kept, `fast-both`", "kept, `fast-sum`",
     )  # fmt: skip
     lines = []
     for case, found in by_case(rows).items():
@@ -57,7 +58,7 @@ def summary(rows: list[Row]) -> str:
         forms = [shortest(found, name) for name in SHOWN]
         if lora is not None:
             ratios = [*map(_to_lora, forms), ratio(found.get("full"), lora["method"])]
-            kept = [_kept_ratio(form, found) for form in forms[:2]]
+            kept = [_kept_ratio(form, found) for form in forms[:3]]
             lines.append((title(case), number(lora["tokens_per_second"]), *ratios, *kept))
     return markdown(header, lines)
 

@@ -25,7 +25,7 @@ class Method:
         title: as tables show it.
         adapt: gives a copy of a model what trains; with False, without dropout.
         plain_weights: by name, the weights with which the unadapted model computes the same, made of what trains.
-        k: hidden units of an adapted layer; None where none is adapted.
+        k: hidden units of an adapted layer's update; None where none is adapted.
         context: what a step's micro-batches run in.
         micro_batches: the least number of them that it is meant for.
         package: what must be installed.
@@ -123,8 +123,11 @@ def _genft_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _registry() -> Iterator[Method]:
-    forms = {"fast": "fast (column stage)", "fast-both": "fast-both (factored)", "vtab": "vtab (tiled, dropout)"}
-    ranks = {preset: GenFTConfig.preset(preset, init_specific_down="kaiming_uniform").hidden_dim for preset in forms}
+    forms = {
+        "fast": "fast (column stage)", "fast-both": "fast-both (factored)", "fast-sum": "fast-sum (both side by side)",
+        "vtab": "vtab (tiled, dropout)",
+    }  # fmt: skip
+    ranks = {preset: _units(GenFTConfig.preset(preset, init_specific_down="kaiming_uniform")) for preset in forms}
     partial = functools.partial
     yield Method(
         "full", "full fine-tuning", lambda model, dropout: model.requires_grad_(True),
@@ -139,6 +142,11 @@ def _registry() -> Iterator[Method]:
         name, rest = f"genft-{preset}", (partial(_genft, preset=preset), _genft_weights, ranks[preset])
         yield Method(name, f"GenFT, {form}", *rest)
         yield Method(f"{name}-accumulate", f"GenFT, {form}, accumulate", *rest, accumulate, 2)
+
+
+def _units(config: GenFTConfig) -> int:
+    """Hidden units of an update: a sum has those of both stages."""
+    return config.hidden_dim * (2 if config.transform == "sum" else 1)
 
 
 def lora(rank: int) -> Method:

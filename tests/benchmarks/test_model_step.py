@@ -157,12 +157,14 @@ def test_rows_say_what_was_measured():
     assert of(rows, "lora-28")["trained"] == 4 * 2 * 28 * 64
     column = of(rows, "genft-fast")
     assert (column["k"], column["trained"]) == (19, 2 * 12 * 64 + 4 * 2 * 7 * 64)
+    summed = of(rows, "genft-fast-sum")
+    assert (summed["k"], summed["trained"]) == (30, 4 * 12 * 64 + 4 * 4 * 3 * 64)
     assert of(rows, "full")["trained"] > 50_000
     for row in rows:
         assert row["time_ms"] == sorted(row["time_ms"]) and row["time_ms"][0] > 0 and row["samples"] >= 3
         assert row["tokens_per_second"] == pytest.approx(3 * 10 / row["time_ms"][1] * 1e3, rel=1e-2)
         assert set(row["ratios"]) == {
-            "lora-19", "lora-28", "lora-37", "official-fast-both", "official-vtab",
+            "lora-19", "lora-28", "lora-30", "lora-37", "official-fast-both", "official-vtab",
         }  # fmt: skip
         assert row["launches_per_layer"] is None and row["peak_bytes"] >= 0  # a CPU launches nothing
         assert {"device", "commit", "torch", "transformers", "peft"} <= row.keys()
