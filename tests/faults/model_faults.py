@@ -79,7 +79,7 @@ FAULTS = [
         "genft_kernels/sharing/node.py",
         "ctx.graphs.pop()",
         "ctx.graphs[-1]",
-        GROUPS,
+        KEPT,
     ),
     Fault(
         "generation: a change between forward and backward unnoticed",

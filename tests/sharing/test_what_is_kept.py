@@ -9,7 +9,7 @@ from torch import nn
 from genft_kernels import GenFTLinear, refresh, set_backend
 from genft_kernels.backends.eager import operations
 from genft_kernels.sharing import node, snapshot, weight_norm
-from tests.helpers.adapted_models import adapted, assert_close, loss_of, train
+from tests.helpers.adapted_models import adapted, assert_close, groups, loss_of, train
 from tests.helpers.tiny_models import tokens
 
 LAYERS, OUT, K = 4, 8, 3
@@ -54,6 +54,22 @@ def test_no_backward_goes_over_a_weight_or_over_tiles_again(settings, products, 
     for loss in losses:
         loss.backward()
     assert counted.count("column") == 1 and counted.count("row") == (1 if products == 2 else 1 + LAYERS)
+
+
+@pytest.mark.parametrize("transform", ["column", "row", "sum"])
+def test_graph_of_one_stage_serves_one_backward_and_is_made_again_for_others(transform):
+    def gradients(model):
+        layers = [module for module in model.modules() if isinstance(module, GenFTLinear)]
+        x = torch.ones(3, 8, dtype=torch.float64)
+        for loss in [layer(x).square().sum() for layer in layers]:  # all hang on one generation
+            loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+
+    model = adapted(settings=dict(transform=transform)).train()
+    actual = gradients(model)
+    assert len(actual) > 5 and {group.generations for group in groups(model)} == {1}
+    model.zero_grad()
+    assert_close(actual, gradients(set_backend(model, "reference")), tolerance=1e-11)
 
 
 @pytest.mark.parametrize("activation", ["identity", "relu", "leaky_relu", "gelu", "silu", "tanh"])
