@@ -89,7 +89,7 @@ class SharesTensors(Protocol):
 
 
 class Layer(Protocol):
-    """A layer, or whatever has factors: all that sharing reads of it is one value."""
+    """A layer, or whatever has factors: all that sharing reads of it is one value, and of that the tensors alone."""
 
     @property
     def generator(self) -> SharesTensors: ...
