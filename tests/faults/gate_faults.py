@@ -11,12 +11,15 @@ import pathlib
 import subprocess
 import sys
 
+from genft_kernels import backends
 from genft_kernels.backends import gate
 from tests import cuda_host
 from tests.faults import cuda_faults, operation_faults
 from tests.faults.planting import Fault, main, run_python
 
 SHARE = 0.95
+for _name in ("eager", "cuda"):  # before any fork: all faults are judged by one gate, whatever happens to its files
+    backends.load(_name)
 
 _INTERPRETED = """
 import sys
