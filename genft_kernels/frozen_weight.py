@@ -8,9 +8,11 @@ the library that a layer or its weight comes from.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -106,7 +108,7 @@ class FrozenWeight:
         kind = kind_of(self.module)
         if kind is None:  # a copy in another process
             raise RuntimeError(f"{self.kind} is not registered here: call register_frozen_weight first")
-        weight = kind.dense(self.module).detach()[self._rows]
+        weight = _made_dense(self.module, kind)[self._rows]
         return weight.t() if self._transposed else weight
 
     def to(self, dtype: torch.dtype) -> Tensor:
@@ -178,6 +180,35 @@ class FrozenWeight:
     def is_inference(self) -> bool:
         """Whether the codes were made in inference mode."""
         return self.codes.is_inference()
+
+
+class _Made(threading.local):
+    """The W that was made dense last, of `dense_once`."""
+
+    last: dict[nn.Module, Tensor] | None = None  # one at most
+
+
+_made = _Made()
+
+
+@contextlib.contextmanager
+def dense_once() -> Iterator[None]:
+    """Within the context a W that is wanted several times in a row is made dense once; nothing of it stays."""
+    before, _made.last = _made.last, {}
+    try:
+        yield
+    finally:
+        _made.last = before
+
+
+def _made_dense(module: nn.Module, kind: Kind) -> Tensor:
+    last = _made.last
+    if last is None:
+        return kind.dense(module).detach()
+    if module not in last:
+        last.clear()  # first, so that one is dense at a time
+        last[module] = kind.dense(module).detach()
+    return last[module]
 
 
 class _Tried(NamedTuple):

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import backends
 from .backends.compiled.run import BuildError
+from .backends.eager.products import lie_in_columns
 from .config import is_factored
 from .frozen_weight import FrozenWeight, opened
 from .operation import Operation, keep, kept
@@ -87,7 +88,9 @@ def column(
 
 @column.register_fake
 def _(weights: list[Tensor], down: Tensor, bias: Any, activation: str, backend: str) -> tuple[Tensor, ...]:
-    h = down.new_empty((down.shape[0], weights[0].shape[0], down.shape[1]))
+    shape = down.shape[0], down.shape[1], weights[0].shape[0]
+    columns = backend not in backends.KERNEL_BACKENDS and lie_in_columns(weights)
+    h = down.new_empty(shape).mT if columns else down.new_empty((shape[0], shape[2], shape[1]))
     return h, torch.empty_like(h) if activation != "identity" else h.new_empty(0)
 
 

@@ -16,7 +16,7 @@ from . import ops
 from .backends import KERNEL_BACKENDS
 from .checks import autocasts, draw_seed, seed_tensor
 from .config import GenFTConfig, is_factored
-from .frozen_weight import FrozenWeight
+from .frozen_weight import FrozenWeight, dense_once
 from .operation import Operation
 from .parameters import GeneratorParameters
 from .philox import COLUMN_STREAM, ROW_STREAM
@@ -89,19 +89,19 @@ def generate_factors(
     def units(stage: str, ratio: float | torch.Tensor | None) -> _Units:
         return _Units.of(params, stage, (ratio, matrix_ratio), device, dtype)
 
-    def of_weights(stage: str, matrices: list[Frozen]) -> tuple[torch.Tensor, torch.Tensor]:
-        of_stage = units(stage, rho)
-        return of_stage.joined(_column(matrices, of_stage, phi, backend, known), config.hidden_dim)
-
-    if transform != "row":
-        left, right = of_weights("column", list(weights))  # [L, out, k], [L, in, k]
-        if transform == "column":
-            return Factors(right, left, COLUMN_STREAM)
-    if transform != "both":
-        h, b = of_weights("row", [weight.t() for weight in weights])  # [L, in, k], [L, out, k]
-        if transform == "sum":
-            h, b = torch.cat([right, h], 2), torch.cat([left, b], 2)  # [L, in, 2 k], [L, out, 2 k]
-        return Factors(h, b, ROW_STREAM)
+    stages = {"both": ("column",), "sum": ("column", "row")}.get(transform, (transform,))
+    of_stages = [units(stage, rho) for stage in stages]
+    matrices = [list(weights) if stage == "column" else [weight.t() for weight in weights] for stage in stages]
+    hidden = _over_weights(list(zip(matrices, of_stages, strict=True)), phi, backend, known)
+    # Of the column stage [L, out, k], [L, in, k]; of the row stage [L, in, k], [L, out, k].
+    (left, right), *more = (each.joined(h, config.hidden_dim) for each, h in zip(of_stages, hidden, strict=True))
+    if transform == "column":
+        return Factors(right, left, COLUMN_STREAM)
+    if transform == "row":
+        return Factors(left, right, ROW_STREAM)
+    if transform == "sum":
+        ((h, b),) = more
+        return Factors(torch.cat([right, h], 2), torch.cat([left, b], 2), ROW_STREAM)  # [L, in, 2 k], [L, out, 2 k]
     row, psi = units("row", matrix_ratio), config.outer_activation
     stage = computed if is_factored(psi, dropout) else known.stage  # thin products are not worth keeping
     h = stage(ops.row_node, phi, left, right, row.down, row.down_bias, seed, psi, dropout, phi, backend)  # [L, in, k]
@@ -110,15 +110,27 @@ def generate_factors(
     return Factors(b, h, ROW_STREAM) if config.delta_layout == "out_in" else Factors(h, b, ROW_STREAM)
 
 
-def _column(weights: list[Frozen], units: _Units, phi: str, backend: str, known: Known) -> torch.Tensor:
-    """The column op for all layers at once; for kernels one by one where W is quantised, so that one is dense."""
-    at_once = backend not in KERNEL_BACKENDS and units.down.device.type == "cpu"
+def _over_weights(
+    stages: list[tuple[list[Frozen], _Units]], phi: str, backend: str, known: Known
+) -> list[torch.Tensor]:
+    """The column op of W's, of their transposes, or of both, for all layers at once.
+
+    Where W is quantised, one by one for kernels, so that one is dense, and for both, so that it is made dense once.
+    """
+    (weights, first), *others = stages
+    at_once = backend not in KERNEL_BACKENDS and first.down.device.type == "cpu" and not others
     if at_once or not isinstance(weights[0], FrozenWeight):
-        return known.stage(ops.column_node, phi, weights, units.down, units.down_bias, phi, backend)
-    each = zip(weights, units.down.split(1), strict=True)
-    return torch.cat(
-        [known.stage(ops.column_node, phi, [weight], one, units.down_bias, phi, backend) for weight, one in each]
-    )
+        return [
+            known.stage(ops.column_node, phi, matrices, of_stage.down, of_stage.down_bias, phi, backend)
+            for matrices, of_stage in stages
+        ]
+    found: list[list[torch.Tensor]] = [[] for _ in stages]
+    with dense_once():
+        for layer in range(len(weights)):
+            for results, (matrices, of_stage) in zip(found, stages, strict=True):
+                one = [matrices[layer]], of_stage.down[layer : layer + 1], of_stage.down_bias
+                results.append(known.stage(ops.column_node, phi, *one, phi, backend))
+    return [torch.cat(results) for results in found]
 
 
 def weight_ratio(

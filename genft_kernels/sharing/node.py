@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..activations import activate
-from ..frozen_weight import FrozenWeight
+from ..frozen_weight import FrozenWeight, dense_once
 from ..operation import Operation, first_order
 from ..parameters import GeneratorParameters, for_blocks
 from ..update import Factors, Known, computed, generate_factors, unit_multiple
@@ -192,9 +192,10 @@ class _Generate(torch.autograd.Function):
         wanted = [i for i, leaf in enumerate(leaves) if leaf.requires_grad and used and recipe.owner(i) in owners]
         results: list[Tensor | None] = [None] * len(leaves)
         if wanted:
-            found = torch.autograd.grad(
-                [outputs[i] for i in used], [leaves[i] for i in wanted], [grads[i] for i in used], allow_unused=True
-            )
+            with dense_once():  # of a sum, the stages of one layer come one after the other
+                found = torch.autograd.grad(
+                    [outputs[i] for i in used], [leaves[i] for i in wanted], [grads[i] for i in used], allow_unused=True
+                )
             for i, grad in zip(wanted, found, strict=True):
                 results[i] = grad
         return None, None, *results

@@ -32,6 +32,13 @@ FAULTS = [
         ANYWHERE,
     ),
     Fault(
+        "eager: products of transposed weights lie in rows",
+        BACKENDS + "eager/products.py",
+        "    return plain and all(weight.stride(0) == 1",
+        "    return not plain and all(weight.stride(0) == 1",
+        ["tests/ops/test_ops.py", "-k", "transposed_weights"],
+    ),
+    Fault(
         "generation: thin matrices are made as kernels do not take them",
         "genft_kernels/update.py",
         "with_zero_units(down, -2), up,",

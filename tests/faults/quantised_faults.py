@@ -46,6 +46,27 @@ FAULTS = [
         "if not isinstance(tensor, nn.Parameter):",
         KEPT,
     ),
+    Fault(
+        "quantised: both stages of a sum make W dense in backward",
+        "genft_kernels/sharing/node.py",
+        "            with dense_once():",
+        "            if True:",
+        KEPT,
+    ),
+    Fault(
+        "quantised: what is dense for both stages of a sum stays",
+        HANDLE,
+        "        _made.last = before\n",
+        "        pass\n",
+        KEPT,
+    ),
+    Fault(
+        "quantised: layers of a sum are dense at once",
+        HANDLE,
+        "        last.clear()  # first, so that one is dense at a time\n",
+        "",
+        KEPT,
+    ),
     Fault("quantised: the scales are watched", HANDLE, "max(sizes)", "min(sizes)", SAME),
     Fault(
         "quantised: the norm outlives the codes",

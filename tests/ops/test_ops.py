@@ -33,6 +33,21 @@ def test_opcheck_column(activation, bias, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_column_of_transposed_weights_lies_in_columns(bias, dtype):
+    down, bias_vector = (t.detach() for t in tensors((2, 5, 9), (5,), dtype=dtype))
+    weights = [torch.randn(9, 7).to(dtype).t() for _ in range(2)]
+    arguments = down, bias_vector if bias else None, "gelu", "eager"
+    torch.library.opcheck(ops.column, (weights, *arguments))  # the fake knows of it
+    h, _ = ops.column(weights, *arguments)
+    rows, _ = ops.column([weight.contiguous() for weight in weights], *arguments)
+    mixed, _ = ops.column([weights[0], weights[1].contiguous()], *arguments)
+    assert h.mT.is_contiguous() and rows.is_contiguous() and mixed.is_contiguous()
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-2
+    assert torch.allclose(h, rows, atol=tolerance) and torch.allclose(mixed, rows, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("outer, dropout", [("identity", 0.0), ("silu", 0.0), ("tanh", 0.2)])
 @pytest.mark.parametrize("inner", ["identity", "tanh"])
 def test_opcheck_row(inner, outer, dropout, dtype):

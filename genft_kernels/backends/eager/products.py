@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,15 @@ def sum_over_tokens(left: Tensor, right: Tensor, scale: float) -> Tensor:
     if left.device.type == "cpu":
         return scaled_product(right.t(), left, scale).t()
     return scaled_product(left.t(), right, scale)
+
+
+def lie_in_columns(weights: Sequence[Tensor]) -> bool:
+    """Whether matrices are views of their transposes on a CPU.
+
+    A product of such a W with a thin matrix takes 0.6 to 0.75 of the time where its result lies in columns, too.
+    """
+    plain = weights[0].device.type == "cpu" and all(isinstance(weight, Tensor) for weight in weights)
+    return plain and all(weight.stride(0) == 1 < weight.stride(1) for weight in weights)
 
 
 def long_sums(left: Tensor, right: Tensor) -> Tensor:

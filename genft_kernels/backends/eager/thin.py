@@ -6,12 +6,16 @@ import torch
 from torch import Tensor
 
 from ...activations import activate, activation_backward
-from .products import sum_of_rows
+from .products import lie_in_columns, sum_of_rows
 
 
 def column(weights: list[Tensor], down: Tensor, bias: Tensor | None, activation: str) -> tuple[Tensor, Tensor | None]:
-    """h = phi(W A^T + a)  [L, out, k], for L layers."""
-    z = down.new_empty((len(weights), weights[0].shape[0], down.shape[1]))
+    """h = phi(W A^T + a)  [L, out, k], for L layers; the transpose of a contiguous tensor where W's lie in columns."""
+    layers, (out_features, _), k = len(weights), weights[0].shape, down.shape[1]
+    if lie_in_columns(weights):
+        z = down.new_empty((layers, k, out_features)).mT
+    else:
+        z = down.new_empty((layers, out_features, k))
     for weight, a, out in zip(weights, down, z, strict=True):
         if bias is None:
             torch.mm(weight.to(a.dtype), a.t(), out=out)
