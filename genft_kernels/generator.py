@@ -62,6 +62,8 @@ class GenFTGenerator(nn.Module):
         self.reset_parameters()
 
     sharded = False
+    # Whether a state dict held units of its layers' own, but not these; None as long as none held either.
+    left_out_of_load: bool | None = None
 
     def reset_parameters(self) -> None:
         """Draw initial values: U(±1/sqrt(fan in)) or trunc_normal(0.02); where `zero_delta` says more, as it says."""
@@ -82,6 +84,13 @@ class GenFTGenerator(nn.Module):
 
     def forward(self) -> dict[str, torch.Tensor]:
         """The shared tensors by name. A call rather than attributes, so that hooks run: pruning's, offloading's."""
+        if self.left_out_of_load:
+            self.left_out_of_load = False
+            warn(
+                f"units of layers of shape {self.in_features}x{self.out_features} were loaded from a state dict, but "
+                "the generator that they share was not: it is not a part of the module that was saved or loaded. "
+                "Register it there (part.genft_generators = model.genft_generators), so that it is saved and loaded"
+            )
         return dict(zip(self.tensor_names, registered(self, self.tensor_names), strict=True))
 
     def tensors(self) -> Collection[torch.Tensor]:
@@ -91,6 +100,11 @@ class GenFTGenerator(nn.Module):
         if own or self._forward_pre_hooks or self._forward_hooks or before or after:
             return self().values()
         return registered(self, self.tensor_names)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if any(prefix + name in state_dict for name in self.tensor_names):
+            self.left_out_of_load = False
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)

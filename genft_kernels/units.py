@@ -84,6 +84,11 @@ class GenFTUpdate(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._join_group()  # a copied layer that of its copied generator
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if self.generator.left_out_of_load is None and any(prefix + name in state_dict for name in self.specific_names):
+            self.generator.left_out_of_load = True  # unless its own turn is still to come
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == _torch_private.USES_ORIGINAL_PARAMETERS and not value:  # FSDP1 says so of all that it will wrap
             raise ValueError(

@@ -194,6 +194,20 @@ FAULTS = [
         CHANGED,
     ),
     Fault(
+        "generator: a generator left out of a load unnoticed",
+        "genft_kernels/units.py",
+        "            self.generator.left_out_of_load = True",
+        "            pass",
+        CHANGED,
+    ),
+    Fault(
+        "generator: one that is loaded later warned of",
+        "genft_kernels/generator.py",
+        "in state_dict for name in self.tensor_names):",
+        "in () for name in self.tensor_names):",
+        CHANGED,
+    ),
+    Fault(
         "generator: optimizers in turn warned of",
         "genft_kernels/left_out.py",
         "            _steps_without[generator] = 0",

@@ -219,6 +219,41 @@ def test_optimizers_that_step_in_turn_and_frozen_generators_are_not_warned_of():
     assert not steps(layer, 4, [sgd(layer.parameters())])
 
 
+def load_warnings(net, state, **options):
+    net.load_state_dict(state, **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            net(torch.randn(3, 8, dtype=torch.float64))
+    return [str(each.message) for each in caught if "was not: it is not a part" in str(each.message)]
+
+
+def test_part_that_is_loaded_without_its_generator_is_warned_of():
+    state = Around(adapted().layers[0].attention.query).state_dict()
+    (message,) = load_warnings(Around(adapted().layers[0].attention.query), state)
+    assert "of shape 8x8" in message and "genft_generators" in message
+
+
+@pytest.mark.parametrize("generators_first", [False, True])
+def test_generator_that_is_loaded_with_the_part_is_not_warned_of(generators_first):
+    def whole():
+        model = adapted()
+        net = Around(model.layers[0].attention.query)
+        net.genft_generators = model.genft_generators
+        if generators_first:
+            net._modules = dict(reversed(net._modules.items()))
+        return net
+
+    state = whole().state_dict()
+    assert not load_warnings(whole(), state)
+    shared = {name: tensor for name, tensor in state.items() if name.startswith("genft_generators")}
+    net = whole()  # by two calls
+    net.load_state_dict({name: tensor for name, tensor in state.items() if name not in shared}, strict=False)
+    assert not load_warnings(net, shared, strict=False)
+    plain = {name: tensor for name, tensor in state.items() if "specific" not in name and name not in shared}
+    assert not load_warnings(whole(), plain, strict=False)
+
+
 # --- frozen in part -------------------------------------------------------------------------------------------------
 
 
