@@ -15,6 +15,11 @@ INTRODUCTION = """\
 and a ratio is the median over the turns of two times of one turn. Nothing is timed before logits agree with those of
 the base whose weights are W + dW by the specification. **Peak**: how much the process grows meanwhile, the cache
 included.
+
+Unmerged, a layer makes the products that LoRA makes, in fewer calls. What it takes beyond LoRA's time is to see that
+its own tensors are what they were: beside h and b, as large as LoRA's A and B, it reads these and a copy of them,
+2 · 4 r (in + out) bytes, 65 KB to LoRA's 88 at 576 × 576, and from memory, because the whole model goes through the
+caches between two tokens (`genft_kernels/sharing/README.md#the-short-road`). Merged, it reads W alone, as the base.
 """
 
 

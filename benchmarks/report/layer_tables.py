@@ -28,6 +28,12 @@ what a call costs where a model has generated it before (all layers of a shape a
   what was there, results included.
 - **gain**: how much of an update of a thousandth of W arrives in y and in dx; 1 is all of it.
 - **equal parameters**: a LoRA that trains as many parameters over the model as GenFT does with k units.
+
+What the tiled form costs above LoRA can be read from a case's rows. Its three big products, where LoRA has two, take
+"of floor" of its time; generation has a row of its own. The rest is sweeps over the update, each an elementwise pass
+over tiles of W's size between products of rank k: for W + dW one product and rounding, the same again for dx, and for
+the factors' gradients the slope and two more products with a tile of dyᵀ·x. With few tokens generation is the most of
+it, in either form: two thin products over W, whatever the tokens.
 """
 
 

@@ -29,10 +29,12 @@ where methods of a case differ in turns, they were measured in different runs.
 
 What the tokens do not change is counted beforehand. Generation goes over W twice a step, forward and backward, with 2
 k multiplications an element, where the big products take 2 T: k / T of them, k 19: 20 % for 96 tokens, 15 % for 128
-and 4 % for 512. Thin products run at about half the speed of the big ones on these CPUs, and LoRA's step is a third
-more than its big products; so where every linear layer is adapted, `fast` is predicted at 1.3, 1.2 and 1.06 times
-LoRA's, and what is above that is our own. Where it goes is in `genft_kernels/sharing/README.md`. Kept is predicted at
-4 k (in + out) bytes a layer above LoRA's for one stage, 4 k (in + 2 out) for two, whatever the tokens.
+and 4 % for 512. Of a sum both stages do, k 15 each: 31, 23 and 6 %. Thin products run at about half the speed of the
+big ones on these CPUs, and LoRA's step is a third more than its big products; so where every linear layer is adapted,
+`fast` is predicted at 1.3, 1.2 and 1.06 times the time of LoRA of the same k, `fast-sum`, k 30, at 1.47, 1.35 and 1.09,
+and what is above that is our own. Where it goes is in `genft_kernels/sharing/README.md`. Kept is predicted at
+4 k (in + out) bytes a layer above LoRA's for one stage and for a sum, 4 k (in + 2 out) for two in turn, whatever the
+tokens.
 
 Nothing is timed before the gradients of a tiny model agree with those of the plain model whose weights are W + dW: in
 float64 each to 1e-10, and in the case's dtype within twice plain PyTorch's error.
