@@ -101,9 +101,9 @@ def run(runs: Runs, options: argparse.Namespace) -> None:
         def job(method: str, setting: Setting, seed: int, size: int = size) -> Job:
             return Job(method, size, setting, seed, runs.recipe)
 
-        head = TASKS[task].head
+        kind = TASKS[task]
         for method in methods:
-            for setting in grid.grid(METHODS[method], head):
+            for setting in grid.grid(METHODS[method], kind.head, kind.rate_factor):
                 runs.sweep(task, job(method, setting, grid.SEEDS[0]))
         for method in methods:
             for setting in grid.finalists(runs.of_sweep(task, method, size)):

@@ -14,11 +14,14 @@ SEEDS = (0, 1)  # of the sweep; the comparison's are others
 FINALISTS = 3  # settings that are tried with every seed
 
 
-def grid(method: Method, head: bool) -> list[Setting]:
-    """A method's settings; where everything that trains is a head, it has one rate, and `rates` are as many more."""
+def grid(method: Method, head: bool, rate_factor: float = 1.0) -> list[Setting]:
+    """A method's settings on a task with or without a head, where all rates but the head's are `rate_factor` times.
+
+    Where everything that trains is a head, it has one rate, and `rates` are as many more.
+    """
     heads = HEAD_RATES if head and not method.needs_head else (None,)
     tried = itertools.product(method.scales, heads, method.rates)
-    return [Setting(rate / scale, scale, head_rate) for scale, head_rate, rate in tried]
+    return [Setting(rate_factor * rate / scale, scale, head_rate) for scale, head_rate, rate in tried]
 
 
 def finalists(rows: Iterable[Row]) -> list[Setting]:

@@ -42,6 +42,11 @@ def test_a_smaller_scale_is_tried_with_larger_rates():
     ]  # fmt: skip
 
 
+def test_a_tasks_rates_are_as_many_times_larger_as_it_says():
+    method = Method("", lambda model, *_: model, rates=(1e-3,), scales=(0.5,))
+    assert grid.grid(method, head=True, rate_factor=4.0) == [Setting(8e-3, 0.5, 1e-2), Setting(8e-3, 0.5, None)]
+
+
 def test_the_best_settings_go_on_and_the_lowest_mean_loss_wins():
     first = [result(rate=rate, loss=loss) for rate, loss in ((1e-3, 0.4), (2e-3, 0.1), (4e-3, 0.2), (8e-3, 0.3))]
     first.append(result(rate=16e-3, status="failed", reason="no", loss=0.0))
@@ -81,7 +86,8 @@ def test_the_committed_sweep_is_whole_for_what_it_chose():
     for row in read_rows(compare.SWEEP_FILE):
         cells.setdefault((row["task"], row["data"], row["method"], row["size"]), []).append(row)
     for (task, _, method, _), rows in cells.items():
-        wanted = {(setting, grid.SEEDS[0]) for setting in grid.grid(METHODS[method], TASKS[task].head)}
+        kind = TASKS[task]
+        wanted = {(setting, grid.SEEDS[0]) for setting in grid.grid(METHODS[method], kind.head, kind.rate_factor)}
         wanted |= {(setting, seed) for setting in grid.finalists(rows) for seed in grid.SEEDS[1:]}
         assert {(grid.setting_of(row), row["seed"]) for row in rows} == wanted, f"{method} on {task}"
 
