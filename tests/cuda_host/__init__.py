@@ -129,7 +129,7 @@ def _extent(tensor: torch.Tensor) -> int:
 @functools.cache
 def emulator() -> Emulator:
     """The one of the project's sources."""
-    return Emulator(build(*sorted(CSRC.glob("*.cu")), *sorted(CSRC.glob("*.cpp"))))
+    return Emulator(build(*sorted(CSRC.glob("*.cu")), CSRC / "bindings.cpp"))
 
 
 def install() -> None:
