@@ -162,10 +162,13 @@ class _Generate(torch.autograd.Function):
     def forward(ctx: Any, recipe: _Recipe, generation: weakref.ref[Generation], *parameters: Tensor) -> Any:
         ctx.recipe, ctx.generation, ctx.parameters = recipe, generation, parameters
         ctx.versions = [[_version(tensor) for tensor in tensors] for tensors in (parameters, recipe.weights)]
-        ctx.results = _Results()
+        transform = recipe.config.transform
+        # Of one stage its product with W is a factor, or what the graph keeps. A sum's factors are copies of both.
+        ctx.results = None if transform == "sum" else _Results()
+        stage = computed if ctx.results is None else ctx.results.record
         # The graph of two stages would keep more than twice the factors, and is made again in no time.
-        once = recipe.config.transform != "both"
-        leaves, outputs = recipe.graph(parameters, ctx.results.record, _kept if once else _nothing)
+        once = transform != "both"
+        leaves, outputs = recipe.graph(parameters, stage, _kept if once else _nothing)
         ctx.graphs = [(leaves, outputs)] if once else []  # a list, because taking from it is atomic
         ctx.set_materialize_grads(False)
         results = tuple(output.detach() for output in outputs)
@@ -187,7 +190,8 @@ class _Generate(torch.autograd.Function):
         try:
             leaves, outputs = ctx.graphs.pop()
         except IndexError:  # not kept, or a further backward
-            leaves, outputs = recipe.graph(parameters, ctx.results.repeat(), Tensor.detach)
+            stage = computed if ctx.results is None else ctx.results.repeat()
+            leaves, outputs = recipe.graph(parameters, stage, Tensor.detach)
         used = [i for i in graded if outputs[i].requires_grad]
         wanted = [i for i, leaf in enumerate(leaves) if leaf.requires_grad and used and recipe.owner(i) in owners]
         results: list[Tensor | None] = [None] * len(leaves)

@@ -45,6 +45,14 @@ def test_two_stages_keep_their_long_products_and_nothing_else(settings, products
     assert len(kept) == products
 
 
+def test_sum_keeps_no_product_of_which_its_factors_are_copies(monkeypatch):
+    kept = []
+    keep = node._kept
+    monkeypatch.setattr(node, "_kept", lambda tensor: kept.append(tensor.shape) or keep(tensor))
+    loss_of(adapted(settings=dict(transform="sum", inner_activation="identity")).train())
+    assert kept and (LAYERS, OUT, K) not in kept
+
+
 @pytest.mark.parametrize("settings, products", TWO_STAGES.values(), ids=TWO_STAGES)
 def test_no_backward_goes_over_a_weight_or_over_tiles_again(settings, products, counted):
     model = adapted(settings=settings).train()
