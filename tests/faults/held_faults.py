@@ -35,7 +35,7 @@ FAULTS = [
         "genft_kernels/sharing/snapshot.py",
         "self.sample is None or self.sample.same()",
         "True",
-        STALE,
+        ROUNDS,
     ),
     Fault(
         "snapshot: values of a strided tensor not compared",
