@@ -35,7 +35,8 @@ def sum_over_tokens(left: Tensor, right: Tensor, scale: float) -> Tensor:
 def lie_in_columns(weights: Sequence[Tensor]) -> bool:
     """Whether matrices are views of their transposes on a CPU.
 
-    A product of such a W with a thin matrix takes 0.6 to 0.75 of the time where its result lies in columns, too.
+    A product of such a W with a thin matrix takes 0.57 to 0.72 of the time in float32, 0.76 to 1.1 in bfloat16, where
+    its result lies in columns, too.
     """
     plain = weights[0].device.type == "cpu" and all(isinstance(weight, Tensor) for weight in weights)
     return plain and all(weight.stride(0) == 1 < weight.stride(1) for weight in weights)
