@@ -33,7 +33,8 @@ What the tiled form costs above LoRA can be read from a case's rows. Its three b
 "of floor" of its time; generation has a row of its own. The rest is sweeps over the update, each an elementwise pass
 over tiles of W's size between products of rank k: for W + dW one product and rounding, the same again for dx, and for
 the factors' gradients the slope and two more products with a tile of dyᵀ·x. With few tokens generation is the most of
-it, in either form: two thin products over W, whatever the tokens.
+it, in either form: two thin products over W, whatever the tokens. What the factored form takes beside its two big
+products, "of floor", is six thin products over the tokens, as in LoRA, and a pass over y and one over dx to add them.
 """
 
 

@@ -9,10 +9,12 @@ _MIB = 1 << 20
 
 
 def markdown(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
-    """A Markdown table; the first column is text, the others are numbers, and None is a dash."""
+    """A Markdown table; the first column is text, the others numbers, and None a dash: a column of them is left out."""
+    lines = list(lines)
+    kept = [at for at in range(len(header)) if not lines or any(line[at] is not None for line in lines)]
     rule = ["---", *("---:" for _ in header[1:])]
     cells = (["–" if cell is None else str(cell) for cell in line] for line in lines)
-    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *cells)) + "\n"
+    return "\n".join("| " + " | ".join(line[at] for at in kept) + " |" for line in (header, rule, *cells)) + "\n"
 
 
 def generic(rows: Sequence[Row]) -> str:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.finetune import grid
+from benchmarks.finetune.compare import SWEEP_FILE
 from benchmarks.finetune.table import difference
 from benchmarks.measure.rows import RESULTS, read_rows
 from benchmarks.report import six_bars
@@ -217,6 +219,19 @@ def test_accuracy_on_digits():
     said("FourierFT and VeRA lead on digits by {:.1f} and {:.2f}".format(*leads))
     finals = [row["score"][-1] for row in lora]
     said(f"LoRA's from {min(finals):.3f} to {max(finals):.3f}", "docs/using.md")
+
+
+def test_validation_on_snippets():
+    rows = [row for row in read_rows(SWEEP_FILE) if row["task"] == "snippets"]
+    found = []
+    for method in ("fast", "fast-sum", "lora"):
+        mine = [row for row in rows if row["method"] == method]
+        found.append([row for row in mine if grid.setting_of(row) == grid.choice(mine)])
+    losses, accuracies = (
+        [statistics.mean(row[name][-1] for row in runs) for runs in found] for name in ("loss", "score")
+    )
+    said("is {:.3f} for `fast`, {:.3f} for `fast-sum` and {:.3f} for LoRA".format(*losses), "docs/using.md")
+    said("accuracies of {:.3f}, {:.3f} and {:.3f}".format(*accuracies), "docs/using.md")
 
 
 def test_learning_rates():
