@@ -126,7 +126,7 @@ def run_check(check: Check, limit: float, log: Path) -> dict:
         try:
             process = subprocess.Popen(
                 check.command, cwd=REPOSITORY, env=environ, stdout=file, stderr=subprocess.STDOUT,
-                start_new_session=True,
+                start_new_session=True, preexec_fn=_interruptible,
             )  # fmt: skip
         except FileNotFoundError:
             return {"status": "unavailable", "seconds": 0.0, "last": f"{check.command[0]} is not on this machine"}
@@ -138,6 +138,11 @@ def run_check(check: Check, limit: float, log: Path) -> dict:
     lines = log.read_bytes()[begin:].decode(errors="replace").strip().splitlines()
     last = re.sub(r"\x1b\[[0-9;]*m", "", lines[-1]) if lines else ""
     return {"status": status, "seconds": round(time.perf_counter() - start, 1), "last": last[:300]}
+
+
+def _interruptible() -> None:
+    """A shell starts what is in its background with interrupts ignored, and a process's children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _stop(process: subprocess.Popen) -> None:

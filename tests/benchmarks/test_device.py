@@ -1,6 +1,7 @@
 """The one call on a GPU machine: its order, limits and rows, with checks that need no GPU."""
 
 import importlib
+import signal
 import sys
 import time
 import warnings
@@ -15,6 +16,7 @@ from benchmarks.measure.rows import ResultStore
 from benchmarks.step import __main__ as model_step
 
 _BEGIN = "import signal, time; print('begun', flush=True)"
+_SLOW = f"{_BEGIN}\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('2 failed so far', flush=True)"
 
 
 def python(name, code, seconds=20.0, **variables):
@@ -26,11 +28,7 @@ def test_every_check_gets_its_row_and_a_failure_shows(tmp_path, capsys, monkeypa
     todo = [
         python("good", "print('first'); print('fine')"),
         python("bad", "import sys; print('broken'); sys.exit(3)"),
-        python(
-            "slow",
-            f"{_BEGIN}\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('2 failed so far', flush=True)",
-            seconds=3,
-        ),
+        python("slow", _SLOW, seconds=3),
         python("deaf", f"{_BEGIN}\nsignal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)", seconds=3),
         device.Check("absent", ("no-such-program",), 5),
         python("after", "import os; print(os.environ['HERE'])", HERE="set"),
@@ -50,6 +48,15 @@ def test_every_check_gets_its_row_and_a_failure_shows(tmp_path, capsys, monkeypa
     ]
     assert all(row["device"] == "some card" for row in rows.values())
     assert "first" in (tmp_path / "log").read_text()
+
+
+def test_a_slow_check_reports_from_the_background_too(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell has it there
+    try:
+        row = device.run_check(python("slow", _SLOW), 2, tmp_path / "log")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (row["status"], row["last"]) == ("out of time", "2 failed so far")
 
 
 def test_checks_without_time_left_are_named_and_not_run(tmp_path, capsys):
