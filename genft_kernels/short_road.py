@@ -42,13 +42,14 @@ def asked_again(
     stream = None if kind == "cpu" else current_stream(device)
     of_modes = autocast, gradients, torch.is_inference_mode_enabled(), stream
     of_bias = None if bias is None else (bias.dtype, bias.device, bias.shape)
-    asked = x.dtype, device, x.layout, x.shape[-1:], of_bias, update.backend, of_modes
     share, generator = update.share, update.generator
     config, group = generator.config, generator.group
+    dropout = update.training and config.dropout  # factors of two stages have the masks of one
+    asked = x.dtype, device, x.layout, x.shape[-1:], of_bias, update.backend, dropout, of_modes
     if share is None or share.asked != asked or group.accumulation is not None:
         return None, asked
     psi, training = config.outer_activation, update.training
-    if training and (config.dropout > 0 or not is_factored(psi, 0.0)):
+    if training and (dropout or not is_factored(psi, 0.0)):
         return None, asked
     with group.lock:
         factors = share.held(update.watched(), generator.tensors(), once=training)

@@ -86,8 +86,9 @@ class GenFTUpdate(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        if self.generator.left_out_of_load is None and any(prefix + name in state_dict for name in self.specific_names):
-            self.generator.left_out_of_load = True  # unless its own turn is still to come
+        generator, held = self.generator, any(prefix + name in state_dict for name in self.specific_names)
+        if held and generator.tensor_names and generator.left_out_of_load is None:
+            generator.left_out_of_load = True  # unless its own turn is still to come
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == _torch_private.USES_ORIGINAL_PARAMETERS and not value:  # FSDP1 says so of all that it will wrap

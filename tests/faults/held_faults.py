@@ -304,6 +304,13 @@ FAULTS = [
         ROUNDS,
     ),
     Fault(
+        "short road: masks of training in evaluation",
+        "genft_kernels/short_road.py",
+        "update.backend, dropout, of_modes",
+        "update.backend, of_modes",
+        SHORT_ROAD,
+    ),
+    Fault(
         "share: copied with its layer",
         "genft_kernels/sharing/cache.py",
         "        return type(None), ()  # a copied layer has none",

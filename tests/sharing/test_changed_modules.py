@@ -254,6 +254,11 @@ def test_generator_that_is_loaded_with_the_part_is_not_warned_of(generators_firs
     assert not load_warnings(whole(), plain, strict=False)
 
 
+def test_generator_that_has_nothing_to_load_is_not_warned_of():
+    part, other = (Around(adapted(shared_dim=0, zero_delta=False).layers[0].attention.query) for _ in range(2))
+    assert not load_warnings(part, other.state_dict())
+
+
 # --- frozen in part -------------------------------------------------------------------------------------------------
 
 

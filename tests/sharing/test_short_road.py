@@ -105,6 +105,16 @@ def test_it_ends_when_anything_changes_and_begins_anew(layer, monkeypatch):
         assert torch.equal(layer(x), first) and found[-2:] == [False, True]
 
 
+def test_masks_of_a_training_forward_do_not_reach_evaluation(monkeypatch):
+    model = adapted(dropout=0.25)
+    model.train()(tokens())  # and no backward: the factors of the column stage have masks
+    found = taken(monkeypatch)
+    evaluated = model.eval()(tokens())  # with gradients, as in training
+    assert not found[0]
+    refresh(model)
+    assert torch.equal(model(tokens()), evaluated)
+
+
 WRONG = {
     "dtype": (lambda: torch.randn(3, 16, dtype=torch.float64), TypeError, "x has dtype"),
     "size": (lambda: torch.randn(3, 15), ValueError, "in = 16"),
