@@ -131,22 +131,22 @@ FAULTS = [
     Fault(
         "short road: the bias not asked",
         "genft_kernels/short_road.py",
-        "of_bias, update.backend, of_modes",
-        "update.backend, of_modes",
+        "of_bias, update.backend, dropout, of_modes",
+        "update.backend, dropout, of_modes",
         SHORT_ROAD,
     ),
     Fault(
         "short road: modes not asked",
         "genft_kernels/short_road.py",
-        "of_bias, update.backend, of_modes",
-        "of_bias, update.backend",
+        "of_bias, update.backend, dropout, of_modes",
+        "of_bias, update.backend, dropout",
         SHORT_ROAD,
     ),
     Fault(
         "short road: the backend not asked",
         "genft_kernels/short_road.py",
-        "of_bias, update.backend, of_modes",
-        "of_bias, of_modes",
+        "of_bias, update.backend, dropout, of_modes",
+        "of_bias, dropout, of_modes",
         SHORT_ROAD,
     ),
     Fault(
