@@ -61,7 +61,7 @@ FAULTS = [
     Fault(
         "short road: no masks in training",
         "genft_kernels/short_road.py",
-        "if training and (config.dropout > 0 or ",
+        "if training and (dropout or ",
         "if training and (",
         SHORT_ROAD,
     ),

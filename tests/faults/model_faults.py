@@ -203,7 +203,7 @@ FAULTS = [
     Fault(
         "generator: a generator left out of a load unnoticed",
         "genft_kernels/units.py",
-        "            self.generator.left_out_of_load = True",
+        "            generator.left_out_of_load = True",
         "            pass",
         CHANGED,
     ),
