@@ -22,7 +22,8 @@ _FINETUNE = """\
 validation part; the lowest mean loss decided (`benchmarks/finetune/sweep.jsonl`). The test part was looked at with
 other seeds: mean and standard deviation over them. The best epoch is picked on that test part, as the official code
 does. The difference to LoRA of the same size is of the last epochs, paired by seed. Peak memory is that of one forward
-and backward over the longest examples, beyond weights and optimizer state; a step's time is the processor's.
+and backward over the longest examples, beyond weights and optimizer state; a step's time is the processor's,
+on a machine with other work: how steps compare is in the tables of whole steps.
 """
 # By suite, in this order: the heading and the tables; of any other, its fields.
 _SECTIONS = {
