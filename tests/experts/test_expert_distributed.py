@@ -1,10 +1,10 @@
 """Two processes on gloo that adapt experts equal one on the joined batch: DistributedDataParallel and FSDP2."""
 
 import contextlib
+from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -12,10 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from genft_kernels import accumulate, apply_genft
 from tests.helpers.expert_models import VOCABULARY, mixtral, settings
+from tests.helpers.processes import WORLD, in_two_processes
 
 pytestmark = pytest.mark.slow
 
-WORLD = 2
 BATCHES = torch.randint(3, VOCABULARY, (WORLD, 2, 6), generator=torch.Generator().manual_seed(1))
 
 
@@ -45,28 +45,17 @@ def fully_sharded(rank: int, units: str) -> dict:
 
 
 JOBS = {
-    "ddp": (data_parallel, False),
-    "ddp-accumulate": (data_parallel, True),
-    "fsdp-layers": (fully_sharded, "layers"),
-    "fsdp-experts": (fully_sharded, "experts"),
+    "ddp": partial(data_parallel, accumulates=False),
+    "ddp-accumulate": partial(data_parallel, accumulates=True),
+    "fsdp-layers": partial(fully_sharded, units="layers"),
+    "fsdp-experts": partial(fully_sharded, units="experts"),
 }
-
-
-def _work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
-    results = {name: job(rank, argument) for name, (job, argument) in JOBS.items()}
-    if rank == 0:
-        torch.save(results, f"{folder}/results.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("distributed")
-    torch.multiprocessing.spawn(_work, (str(folder),), nprocs=WORLD)
-    return torch.load(folder / "results.pt")
+    found = in_two_processes(tmp_path_factory.mktemp("distributed"), *JOBS.values())
+    return {name: of_rank[0] for name, of_rank in zip(JOBS, found, strict=True)}
 
 
 @pytest.mark.parametrize("name", JOBS)
