@@ -38,7 +38,7 @@ struct Sweep {
 namespace genft::cpu {
 
 constexpr int kFloat64 = 3;  // beside those of genft.h
-inline const Draw kDraw = fastest_draw();
+const Draw kDraw = fastest_draw();  // not inline: two libraries in one process would have the first one's
 
 // The action with the format that is stored.
 template <class Action>
