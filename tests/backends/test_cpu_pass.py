@@ -147,6 +147,16 @@ def test_folded_rows_have_the_bits_of_stochastic_rounding(dtype, seed):
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_folded_numbers_that_are_too_large_are_infinite(dtype):
+    largest, smallest = torch.finfo(dtype).max, torch.finfo(torch.float32).tiny
+    weight = torch.tensor([largest, largest, -largest, largest], dtype=dtype)[:, None]
+    update = torch.tensor([largest, largest / 2, -largest, smallest], dtype=dtype)[:, None]
+    *_, folded = evaluated(update_of(update, "identity"), folding=Folding(weight, 1.0, torch.empty_like(weight)))
+    assert folded[:, 0].tolist() == [torch.inf, torch.inf, -torch.inf, largest]
+
+
+@needs_compiler
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_special_values_are_those_of_plain_pytorch(dtype, activation):
