@@ -14,7 +14,6 @@ from .metrics import PERPLEXITY
 SUITE = "finetune"
 BASELINE = "lora"
 SUMMARISED = ("fast", "fast-sum")  # the presets to begin with
-SHORT_HEADER = ("fine-tuned by `make compare`: equal size, tuned alike", "last epoch", "PEFT LoRA", "− LoRA [95 %]")
 HEADER = ("method", "trainable", "rate", "last epoch", "best epoch", "− LoRA [95 %]", "CPU ms / step", "peak MiB")
 # The 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom.
 _QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -29,17 +28,20 @@ def tables(rows: Iterable[Row]) -> str:
 
 
 def summary(rows: Iterable[Row]) -> str:
-    """One table of all tasks, with a line for each preset to begin with and size, beside LoRA of that size."""
-    lines = []
-    for (task, _, _), same in grouped(rows, "task", "data", "epochs").items():
-        measured = grouped((row for row in same if row["status"] == "measured"), "method", "size")
-        for (method, size), runs in measured.items():
-            if method in SUMMARISED:
-                baseline = measured.get((BASELINE, size), [])
-                title, _, _, last, _, apart, *_ = _line(runs, baseline)
-                theirs = _spread([run["score"][-1] for run in baseline]) if baseline else "–"
-                lines.append((f"{task}, {runs[0]['metric']}: {title}", last, theirs, apart))
-    return markdown(SHORT_HEADER, lines)
+    """One table of all tasks, with a line for each task and size: LoRA, and the presets to begin with beside it."""
+    header, lines = ["fine-tuned by `make compare`: equal size, tuned alike", "PEFT LoRA"], []
+    for method in SUMMARISED:
+        header += [f"GenFT `{method}`", "− LoRA [95 %]"]
+    measured = (row for row in rows if row["status"] == "measured")
+    for (task, _, _, size), same in grouped(measured, "task", "data", "epochs", "size").items():
+        runs = {method: each for (method,), each in grouped(same, "method").items()}
+        if BASELINE in runs and any(method in runs for method in SUMMARISED):
+            line = [f"{task}, {size:,} trained, {same[0]['metric']}", _last(runs[BASELINE])]
+            for method in SUMMARISED:
+                mine = runs.get(method)
+                line += [mine and _last(mine), mine and difference(mine, runs[BASELINE])]
+            lines.append(line)
+    return markdown(header, lines)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -64,7 +66,7 @@ def _line(runs: Sequence[Row], baseline: Sequence[Row]) -> tuple[str, ...]:
         METHODS[first["method"]].title + rank,
         f"{first['trainable']:,}",
         str(setting_of(first)),
-        _spread([run["score"][-1] for run in runs]),
+        _last(runs),
         _spread([best(run["score"]) for run in runs]),
         "" if first["method"] == BASELINE else difference(runs, baseline) or "–",
         f"{statistics.median(steps):.0f}" if steps else "–",
@@ -82,6 +84,10 @@ def difference(runs: Sequence[Row], baseline: Sequence[Row]) -> str | None:
     quantile = _QUANTILES[min(len(apart) - 1, len(_QUANTILES)) - 1]
     half = quantile * statistics.stdev(apart) / math.sqrt(len(apart))
     return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
+
+
+def _last(runs: Iterable[Row]) -> str:
+    return _spread([run["score"][-1] for run in runs])
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -21,8 +21,8 @@ Unmerged, a layer makes the products that LoRA makes, in fewer calls: with every
 What it takes beyond LoRA's time is to see that its own tensors are what they were. Beside h and b, as large as LoRA's A
 and B, it reads these and a copy of them, 2 · 4 r (in + out) bytes, 65 KB to LoRA's 88 at 576 × 576, and from memory,
 because the whole model goes through the caches between two tokens (`genft_kernels/sharing/README.md#the-short-road`).
-Of a token's 54 ms in float32 that comparison is 4.1, once a token, a glance before each of 210 layers 2.5, and what else
-is asked of PyTorch's modes and of the layer 4.2. Merged, it reads W alone, as the base.
+Of a token's 54 ms in float32 that comparison is 4.1, once a token, a glance before each of 210 layers 2.5, and what
+else is asked of PyTorch's modes and of the layer 4.2. Merged, it reads W alone, as the base.
 """
 
 

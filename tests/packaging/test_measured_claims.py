@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.finetune import grid
-from benchmarks.finetune.compare import SWEEP_FILE
 from benchmarks.finetune.table import difference
 from benchmarks.measure.rows import RESULTS, read_rows
 from benchmarks.report import six_bars
@@ -38,10 +36,10 @@ def said(text: str, document: str = "README.md") -> None:
 
 def test_cpu_costs():
     said("a RoBERTa layer in the factored form takes less time than PEFT's LoRA of the same k")
-    said("a whole step of 4,096 tokens the same")
+    said("a whole step of 4,096 tokens no more")
     found = costs(CPU)
     assert found["one layer, factored, float32"][0] < 1 and found["one layer, factored, bfloat16"][0] < 1
-    assert found["whole step, RoBERTa, 4,096 tokens"][0] == pytest.approx(1, abs=0.03)
+    assert found["whole step, RoBERTa, 4,096 tokens"][0] <= 1
     said("The tiled form costs more than LoRA on a CPU, too")
     assert found["one layer, tiled, bfloat16"][0] > 1 and found["one layer, dropout, bfloat16"][0] > 1
     said("a layer alone with few tokens several times as much")
@@ -179,17 +177,18 @@ def test_gpu_table(form):
         said(f"| {title} | {times[0]} | {times[1]} | {f'{gain[0]:.2f}' if gain else '–'} |", BACKENDS_PAGE)
 
 
-def test_accuracy():
-    rows = [row for row in read_rows(RESULTS / ACCURACY / "finetune.jsonl") if row["task"] == "trec-6"]
-    fast, lora = ([row for row in rows if row["method"] == name] for name in ("fast", "lora"))
-    seeds = {row["seed"] for row in fast} & {row["seed"] for row in lora}
-    means = [sum(row["score"][-1] for row in same if row["seed"] in seeds) / len(seeds) for same in (fast, lora)]
-    level = f"over {len(seeds)} seeds `fast` has {means[0]:.3f} and LoRA of rank 8 {means[1]:.3f}"
-    said(f"{level}, mean difference {difference(fast, lora)}", "docs/using.md")
-    assert {row["size"] for row in fast + lora} == {73_728} and {row["scale"] for row in lora} == {0.25}
-    summed = [row for row in rows if row["method"] == "fast-sum" and row["seed"] in seeds]
-    mean = sum(row["score"][-1] for row in summed) / len(summed)
-    said(f"`fast-sum` has {mean:.3f}, mean difference {difference(summed, lora)}", "docs/using.md")
+@pytest.mark.parametrize("task, scale", [("trec-6", 0.25), ("snippets", 0.25)])
+def test_accuracy(task, scale):
+    rows = [row for row in read_rows(RESULTS / ACCURACY / "finetune.jsonl") if row["task"] == task]
+    fast, summed, lora = ([row for row in rows if row["method"] == name] for name in ("fast", "fast-sum", "lora"))
+    of_fast, of_summed, of_lora = (statistics.mean(row["score"][-1] for row in runs) for runs in (fast, summed, lora))
+    level = f"`fast` has {of_fast:.3f} and LoRA of rank 8 {of_lora:.3f}, mean difference {difference(fast, lora)}"
+    said(level, "docs/using.md")
+    said(f"`fast-sum` has {of_summed:.3f}, mean difference {difference(summed, lora)}", "docs/using.md")
+    said("`fast` is level with LoRA on TREC's questions and film snippets")
+    assert max(abs(of_fast - of_lora), abs(of_summed - of_lora)) < 0.005
+    assert {row["size"] for row in rows} == {73_728} and {row["scale"] for row in lora} == {scale}
+    assert all(len({row["seed"] for row in runs}) == 5 for runs in (fast, summed, lora))
 
 
 def test_accuracy_on_digits():
@@ -206,7 +205,7 @@ def test_accuracy_on_digits():
     )
     said(f"{scores['fast-sum']} with `fast-sum`", "docs/using.md")
     said(f"{-apart['fast']:.2f} behind on digits")
-    said("`fast-sum` is level on both")
+    said("`fast-sum` is level on all")
     assert abs(apart["fast-sum"]) < 0.02
     others = {
         method: statistics.mean(row["score"][-1] for row in rows if row["method"] == method)
@@ -219,19 +218,6 @@ def test_accuracy_on_digits():
     said("FourierFT and VeRA lead on digits by {:.1f} and {:.2f}".format(*leads))
     finals = [row["score"][-1] for row in lora]
     said(f"LoRA's from {min(finals):.3f} to {max(finals):.3f}", "docs/using.md")
-
-
-def test_validation_on_snippets():
-    rows = [row for row in read_rows(SWEEP_FILE) if row["task"] == "snippets"]
-    found = []
-    for method in ("fast", "fast-sum", "lora"):
-        mine = [row for row in rows if row["method"] == method]
-        found.append([row for row in mine if grid.setting_of(row) == grid.choice(mine)])
-    losses, accuracies = (
-        [statistics.mean(row[name][-1] for row in runs) for runs in found] for name in ("loss", "score")
-    )
-    said("is {:.3f} for `fast`, {:.3f} for `fast-sum` and {:.3f} for LoRA".format(*losses), "docs/using.md")
-    said("accuracies of {:.3f}, {:.3f} and {:.3f}".format(*accuracies), "docs/using.md")
 
 
 def test_learning_rates():
