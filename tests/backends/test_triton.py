@@ -234,7 +234,7 @@ def test_pipeline_is_as_deep_as_the_cards_memory_allows(monkeypatch):
     half, single = torch.empty(1, dtype=torch.bfloat16), torch.empty(1)
     for bytes_of_card, depth in ((227 << 10, 4), (99 << 10, 3), (64 << 10, 2), (16 << 10, 2)):
         monkeypatch.setattr(launch, "shared_memory", lambda device, found=bytes_of_card: found)
-        assert launch.stages(half, 4, 256 * 64) == depth and launch.stages(single, 4, 256 * 64) == 3
+        assert launch.stages(half, 4, 256 * 64) == depth and launch.stages(single, 4, 256 * 64) == 2
 
 
 @compiled

@@ -93,6 +93,7 @@ GOOD = dict(
     "change, words",
     [
         (dict(spills_in_loops=1), "1 spill instructions in a loop"),
+        (dict(dtype="float32", spills_in_loops=3), "3 spill instructions in a loop"),
         (dict(spills=11), "11 spill instructions of 1000"),
         (dict(target="sm_89", shared=101_377), "more than 101376"),
         (dict(notes=["C7515"]), "ptxas notes C7515"),
@@ -104,6 +105,6 @@ GOOD = dict(
     ],
 )
 def test_report_names_the_fault(change, words):
-    assert list(faults(GOOD)) == []
+    assert list(faults(GOOD)) == list(faults(GOOD | dict(dtype="float32", spills_in_loops=2))) == []
     (fault,) = faults(GOOD | change)
     assert words in fault

@@ -21,7 +21,10 @@ FAULTS = [
     ),
     Fault("kernels report: a spill is a store", MACHINE_CODE, '("STL", "LDL")', '("STL", "STL")', OF_REPORT),
     Fault("kernels report: spills in loops pass", REPORT, 'if row["spills_in_loops"]', "if False", OF_REPORT),
-    Fault("kernels report: any number of spills passes", REPORT, "SPILT_SHARE = 0.01", "SPILT_SHARE = 1.0", OF_REPORT),
+    Fault(
+        "kernels report: any number of spills passes", REPORT, "LOOPS = 0.01, 0.002", "LOOPS = 1.0, 0.002", OF_REPORT
+    ),
+    Fault("kernels report: any in float32's loops", REPORT, "LOOPS = 0.01, 0.002", "LOOPS = 0.01, 1.0", OF_REPORT),
     Fault("compile cache: root trusts everybody", CACHE, "not in (0, os.geteuid())", "in ()", OF_CACHE),
     Fault("compile cache: what others may write is trusted", CACHE, "& 0o022", "& 0", OF_CACHE),
     Fault("compile cache: the folder not looked at", CACHE, "(folder, *(entry if", "(*(entry if", OF_CACHE),

@@ -58,10 +58,10 @@ def stages(tensor: Tensor, deepest: int, stage_elements: int) -> int:
     """Depth of a software pipeline whose stages hold `stage_elements` each: the deepest that fits on the card.
 
     The deepest were the fastest on an H200, by a factor of two over two stages (docs/backends.md#measured). In float32,
-    whose products run without matrix instructions, a deeper pipeline only spills.
+    whose products run without matrix instructions, a deeper pipeline only fills the registers.
     """
     if tensor.dtype.itemsize == 4:
-        return min(3, deepest)
+        return 2
     return max(2, min(deepest, shared_memory(tensor.device) // (stage_elements * tensor.dtype.itemsize)))
 
 
