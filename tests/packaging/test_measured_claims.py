@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.finetune.methods import METHODS
 from benchmarks.finetune.table import difference
 from benchmarks.measure.rows import RESULTS, read_rows
 from benchmarks.report import six_bars
@@ -191,8 +192,13 @@ def test_accuracy(task, scale):
     assert all(len({row["seed"] for row in runs}) == 5 for runs in (fast, summed, lora))
 
 
+def on_digits(size: int) -> list[dict]:
+    rows = read_rows(RESULTS / ACCURACY / "finetune.jsonl")
+    return [row for row in rows if (row["task"], row["size"]) == ("digits", size)]
+
+
 def test_accuracy_on_digits():
-    rows = [row for row in read_rows(RESULTS / ACCURACY / "finetune.jsonl") if row["task"] == "digits"]
+    rows = on_digits(24_576)
     apart, scores, lora = {}, {}, [row for row in rows if row["method"] == "lora"]
     for method in ("fast", "fast-sum", "row", "lora"):
         runs = [row for row in rows if row["method"] == method]
@@ -218,6 +224,19 @@ def test_accuracy_on_digits():
     said("FourierFT and VeRA lead on digits by {:.1f} and {:.2f}".format(*leads))
     finals = [row["score"][-1] for row in lora]
     said(f"LoRA's from {min(finals):.3f} to {max(finals):.3f}", "docs/using.md")
+
+
+def test_accuracy_on_digits_with_an_eighth_of_the_parameters():
+    runs = {method: [row for row in on_digits(3_072) if row["method"] == method] for method in METHODS}
+    means = {name: statistics.mean(row["score"][-1] for row in mine) for name, mine in runs.items() if mine}
+    ours = (
+        "`fast-sum` {fast-sum:.3f}, `fast-both` {fast-both:.3f}, the row stage {row:.3f}, `fast` {fast:.3f}, `wegeft`"
+    )
+    found = f"LoRA of rank 1 has {{lora:.3f}}, {ours} {{wegeft:.3f}}, FourierFT {{fourierft:.3f}}, VeRA {{vera:.3f}}"
+    said(found.format(**means), "docs/using.md")
+    for method in ("fast-sum", "fast"):
+        said(difference(runs[method], runs["lora"]), "docs/using.md")
+    assert all(len(mine) in (0, 5) for mine in runs.values())
 
 
 def test_learning_rates():
