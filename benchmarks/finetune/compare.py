@@ -34,8 +34,8 @@ _KEPT = (*CASE, "metric", "status", "reason", "score", "loss", *RUN_FIELDS)
 class Runs:
     """The runs of a comparison that are on disk, and how the others are made."""
 
-    def __init__(self, sweep: Path, store: ResultStore, recipe: Recipe) -> None:
-        self.path, self.store, self.recipe = sweep, store, recipe
+    def __init__(self, sweep: Path, store: ResultStore, epochs: int | None) -> None:
+        self.path, self.store, self.epochs = sweep, store, epochs
         self.swept = read_rows(sweep)
         self._problems: dict[tuple[str, bool], Problem] = {}
 
@@ -46,10 +46,14 @@ class Runs:
             self._problems[key] = TASKS[task].load(validation)
         return self._problems[key]
 
+    def recipe(self, task: str) -> Recipe:
+        """How long a task's runs are."""
+        return Recipe(self.epochs or TASKS[task].epochs)
+
     def of_sweep(self, task: str, method: str, size: int) -> list[Row]:
         """The rows of one method's grid."""
         case = {"task": task, "data": self.problem(task, True).data, "method": method, "size": size}
-        case |= _fields(self.recipe)
+        case |= _fields(self.recipe(task))
         return [row for row in self.swept if all(row.get(name) == value for name, value in case.items())]
 
     def sweep(self, task: str, job: Job) -> None:
@@ -97,11 +101,11 @@ def chosen(path: Path, task: str, method: str, size: int) -> Setting:
 def run(runs: Runs, options: argparse.Namespace) -> None:
     """Make what is missing: the grid with one seed, the best of it with the next, then the test."""
     for task, size, methods in cells(runs, options):
+        kind, recipe = TASKS[task], runs.recipe(task)
 
-        def job(method: str, setting: Setting, seed: int, size: int = size) -> Job:
-            return Job(method, size, setting, seed, runs.recipe)
+        def job(method: str, setting: Setting, seed: int, size: int = size, recipe: Recipe = recipe) -> Job:
+            return Job(method, size, setting, seed, recipe)
 
-        kind = TASKS[task]
         for method in methods:
             for setting in grid.grid(METHODS[method], kind.head, kind.rate_factor):
                 runs.sweep(task, job(method, setting, grid.SEEDS[0]))
@@ -135,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.use_deterministic_algorithms(True)
     store = ResultStore.of_command(device_name(CPU), SUITE, CASE, options.output)
     try:
-        run(Runs(options.sweep, store, Recipe(options.epochs)), options)
+        run(Runs(options.sweep, store, options.epochs), options)
     except (DemoError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -156,7 +160,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     same_size = "LoRA's, whose size the others have (default 8 1)"
     parser.add_argument("--ranks", nargs="+", type=number, default=RANKS, metavar="R", help=same_size)
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, metavar="N", help="of the test runs")
-    parser.add_argument("--epochs", type=number, default=Recipe.epochs, metavar="N", help="default %(default)s")
+    parser.add_argument("--epochs", type=number, metavar="N", help="default: the task's")
     parser.add_argument("--threads", type=number, default=1, metavar="N", help="of the CPU (default %(default)s)")
     parser.add_argument("--sweep", type=Path, default=SWEEP_FILE, metavar="FILE", help="rows of the choice")
     return parser.parse_args(argv)

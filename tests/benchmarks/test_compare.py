@@ -76,7 +76,7 @@ def test_committed_runs_have_the_settings_that_the_committed_sweep_chose():
     rows = [row for path in RESULTS.glob("*/finetune.jsonl") for row in read_rows(path)]
     assert {"fast", "lora"} <= {row["method"] for row in rows}
     for row in rows:
-        assert row["seed"] not in grid.SEEDS
+        assert row["seed"] not in grid.SEEDS and row["epochs"] == TASKS[row["task"]].epochs
         chosen = compare.chosen(compare.SWEEP_FILE, row["task"], row["method"], row["size"])
         assert grid.setting_of(row) == chosen, f"{row['method']} on {row['task']}"
 
@@ -90,6 +90,7 @@ def test_the_committed_sweep_is_whole_for_what_it_chose():
         wanted = {(setting, grid.SEEDS[0]) for setting in grid.grid(METHODS[method], kind.head, kind.rate_factor)}
         wanted |= {(setting, seed) for setting in grid.finalists(rows) for seed in grid.SEEDS[1:]}
         assert {(grid.setting_of(row), row["seed"]) for row in rows} == wanted, f"{method} on {task}"
+        assert {row["epochs"] for row in rows} == {kind.epochs}  # else it would be made again
 
 
 def test_the_demonstrations_settings_are_chosen():

