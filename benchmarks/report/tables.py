@@ -25,11 +25,12 @@ def generic(rows: Sequence[Row]) -> str:
 
 
 def provenance(rows: Iterable[Row]) -> str:
-    """Device, versions and commit that the rows were measured with; several values where runs were mixed."""
+    """Device, versions and commit that the rows were measured with; several where runs were mixed, or nothing."""
     rows = list(rows)
     found = {field: dict.fromkeys(str(row[field]) for row in rows if row.get(field)) for field in RUN_FIELDS}
     words = {field: " and ".join(values) for field, values in found.items() if values and field != "sources"}
-    return ", ".join(value if name == "device" else f"{name} {value}" for name, value in words.items()) + ".\n"
+    said = ", ".join(value if name == "device" else f"{name} {value}" for name, value in words.items())
+    return f"{said}.\n" if said else ""
 
 
 def grouped(rows: Iterable[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:

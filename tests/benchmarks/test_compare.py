@@ -93,6 +93,12 @@ def test_the_committed_sweep_is_whole_for_what_it_chose():
         assert {row["epochs"] for row in rows} == {kind.epochs}  # else it would be made again
 
 
+def test_runs_are_as_long_as_the_task_says_unless_told_otherwise(tmp_path):
+    for epochs, wanted in ((None, [3, 10]), (2, [2, 2])):
+        runs = compare.Runs(tmp_path / "sweep.jsonl", None, epochs)
+        assert [runs.recipe(task).epochs for task in ("trec-6", "digits")] == wanted
+
+
 def test_the_demonstrations_settings_are_chosen():
     for method, rank in demo.RUNS:
         assert compare.chosen(compare.SWEEP_FILE, "trec-6", method, rank * 9216)

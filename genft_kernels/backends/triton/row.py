@@ -137,7 +137,7 @@ def row_forward(y: Update, down: Tensor, outcome: Outcome) -> None:
         n_out, n_in, k1, k, *dropout_arguments(dropout), stream,
         OUTER=outer, INNER=inner, DROPOUT=dropout > 0, HAS_BIAS=bias is not None, PRECISION=precision(left),
         SLICES_1=slices(k1), BLOCK_K=block_k, BLOCK_OUT=block, BLOCK_IN=block,
-        num_warps=4, num_stages=2 if left.dtype.itemsize == 2 else 1,
+        num_warps=4, num_stages=2 if left.dtype.itemsize == 2 else 1,  # in float32 a second one fills the registers
     )  # fmt: skip
 
 
