@@ -81,7 +81,9 @@ def prepare(options: argparse.Namespace) -> Inputs:
     torch.use_deterministic_algorithms(True)
     kind, _, name = options.task.partition("/")
     if options.task in TASKS:
-        problem, recipe, rate = TASKS[options.task].load(False, options.train, options.test), Recipe(), None
+        task = TASKS[options.task]
+        train_size = options.train or min(TRAIN_SIZE, task.train_size or TRAIN_SIZE)
+        problem, recipe, rate = task.load(False, train_size, options.test), task.recipe, None
     elif kind not in FOLDERS or not name:
         raise DemoError(f"--task must be one of {', '.join(TASKS)}, {'/NAME, '.join(FOLDERS)}/NAME")
     elif options.data is None or options.model is None:
@@ -112,7 +114,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--task", default="trec-6", metavar="NAME", help=tasks)
     parser.add_argument("--data", type=Path, metavar="DIR", help="the files of glue, vtab or fgvc")
     parser.add_argument("--model", type=Path, metavar="DIR", help="a saved transformers model, for those")
-    parser.add_argument("--train", type=number, default=TRAIN_SIZE, metavar="N", help="examples (default %(default)s)")
+    parser.add_argument(
+        "--train", type=number, metavar="N", help=f"examples (default {TRAIN_SIZE}, or the task's if fewer)"
+    )
     parser.add_argument("--test", type=number, metavar="N", help="examples (default: the task's)")
     listing = "; ".join(f"{name}: {method.title}" for name, method in METHODS.items())
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME", help=listing)

