@@ -10,6 +10,7 @@ from benchmarks.report.tables import grouped, markdown
 from .grid import setting_of
 from .methods import METHODS
 from .metrics import PERPLEXITY
+from .tasks import TASKS
 
 SUITE = "finetune"
 BASELINE = "lora"
@@ -23,7 +24,7 @@ def tables(rows: Iterable[Row]) -> str:
     """A table for each task, data and number of epochs, with a line for each method and size."""
     return "\n".join(
         f"{data}, {epochs} epochs, {same[0]['metric']}:\n\n{table(same)}"
-        for (_, data, epochs), same in grouped(rows, "task", "data", "epochs").items()
+        for (_, data, epochs), same in grouped(_in_order(rows), "task", "data", "epochs").items()
     )
 
 
@@ -32,7 +33,7 @@ def summary(rows: Iterable[Row]) -> str:
     header, lines = ["fine-tuned by `make compare`: equal size, tuned alike", "PEFT LoRA"], []
     for method in SUMMARISED:
         header += [f"GenFT `{method}`", "− LoRA [95 %]"]
-    measured = (row for row in rows if row["status"] == "measured")
+    measured = (row for row in _in_order(rows) if row["status"] == "measured")
     for (task, _, _, size), same in grouped(measured, "task", "data", "epochs", "size").items():
         runs = {method: each for (method,), each in grouped(same, "method").items()}
         if BASELINE in runs and any(method in runs for method in SUMMARISED):
@@ -55,6 +56,12 @@ def table(rows: Sequence[Row]) -> str:
     others = {(row["method"], row["reason"]): None for row in rows if row["status"] != "measured"}
     notes = [f"- {METHODS[method].title}: {reason}" for method, reason in others]
     return markdown(HEADER, lines) + _certainty(rows) + ("\n" + "\n".join(notes) + "\n" if notes else "")
+
+
+def _in_order(rows: Iterable[Row]) -> list[Row]:
+    """Rows in the order of tasks and of methods here, whichever were made first; the larger size before the smaller."""
+    tasks, methods = ({name: place for place, name in enumerate(known)} for known in (TASKS, METHODS))
+    return sorted(rows, key=lambda row: (tasks.get(row["task"], len(tasks)), -row["size"], methods[row["method"]]))
 
 
 def _line(runs: Sequence[Row], baseline: Sequence[Row]) -> tuple[str, ...]:
