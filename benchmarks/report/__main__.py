@@ -18,12 +18,13 @@ is said in its section.
 """
 _FINETUNE = """\
 `make compare`: q and v, the same data, batches, schedule and seeds for every method. Of each method's 12 settings
-(rate, scale of the update, rate of the head) all were tried with one seed and the best three with a second on a
-validation part; the lowest mean loss decided (`benchmarks/finetune/sweep.jsonl`). The test part was looked at with
-other seeds: mean and standard deviation over them. The best epoch is picked on that test part, as the official code
-does. The difference to LoRA of the same size is of the last epochs, paired by seed. Peak memory is that of one forward
-and backward over the longest examples, beyond weights and optimizer state; a step's time is the processor's,
-on a machine with other work: how steps compare is in the tables of whole steps.
+(rate, scale of the update, rate of the head; 6 where there is no head) all were tried with one seed and the best three
+with a second on a validation part; the lowest mean loss decided (`benchmarks/finetune/sweep.jsonl`). The test part was
+looked at with other seeds: mean and standard deviation over them. The best epoch is picked on that test part, as the
+official code does. Of a perplexity the lower one is better. The difference to LoRA of the same size is of the last
+epochs, paired by seed. Peak memory is that of one forward and backward over the longest examples, beyond weights and
+optimizer state; a step's time is the processor's, on a machine with other work: how steps compare is in the tables of
+whole steps.
 """
 # By suite, in this order: the heading and the tables; of any other, its fields.
 _SECTIONS = {
