@@ -34,6 +34,4 @@ def within_budget(model: nn.Module, parameters: int, config: GenFTConfig) -> Gen
     shared, specific = total(2, 0) - smallest, total(1, 1) - smallest
     left = parameters - (smallest - shared)
     r = config.specific_dim * left // (config.specific_dim * specific + config.shared_dim * shared)
-    if r == 0 < config.specific_dim and specific <= left:  # a unit of each layer's own before any shared one
-        r = 1
     return dataclasses.replace(config, shared_dim=(left - r * specific) // shared, specific_dim=r)

@@ -51,13 +51,6 @@ FAULTS = [
         BUDGET,
     ),
     Fault(
-        "budget: a small one pays for shared units alone",
-        "genft_kernels/budget.py",
-        "if r == 0 < config.specific_dim and specific <= left:",
-        "if False:",
-        BUDGET,
-    ),
-    Fault(
         "budget: every preset in the proportion of fast",
         "genft_kernels/budget.py",
         "r = config.specific_dim * left // (config.specific_dim * specific + config.shared_dim * shared)",
