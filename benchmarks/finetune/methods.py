@@ -77,6 +77,14 @@ def sized(preset: str, **overrides: Any) -> Adapt:
     return adapt
 
 
+def own_units(model: nn.Module, problem: Problem, size: int, scale: float) -> nn.Module:
+    """`fast` without sharing: of every layer's own units as many as the budget pays for."""
+    preset = GenFTConfig.preset("fast", shared_dim=0, **problem.places.of_config())
+    a_unit = sum(2 * linear.in_features for linear in problem.places.linears(model))  # its down and up
+    config = dataclasses.replace(preset, specific_dim=max(1, size // a_unit), scaling=scale * preset.scaling)
+    return apply_genft(model, config)
+
+
 def official(model: nn.Module, problem: Problem, size: int, scale: float) -> nn.Module:
     """The official preset of the problem's domain, whatever the budget, in its layout where weights are square."""
     preset = GenFTConfig.preset(problem.official, **problem.places.of_config())
@@ -159,6 +167,7 @@ def _doubled(count: int) -> tuple[float, ...]:
 METHODS: dict[str, Method] = {
     "fast": Method("GenFT fast (column stage)", sized("fast")),
     "lora": Method("PEFT LoRA", lora),
+    "own": Method("GenFT fast, no shared units (column stage)", own_units),
     "wegeft": Method("GenFT wegeft (column stage, all units shared)", sized("wegeft")),
     "row": Method("GenFT row stage, as fast", sized("fast", transform="row")),
     "fast-sum": Method("GenFT fast-sum (column and row stage side by side)", sized("fast-sum")),
