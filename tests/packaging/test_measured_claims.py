@@ -204,13 +204,19 @@ def test_accuracy_on_trec_with_an_eighth_of_the_parameters():
         for row in read_rows(RESULTS / ACCURACY / "finetune.jsonl")
         if (row["task"], row["size"]) == ("trec-6", 9_216)
     ]
-    fast, lora = ([row for row in rows if row["method"] == name] for name in ("fast", "lora"))
-    of_fast, of_lora = (statistics.mean(row["score"][-1] for row in runs) for runs in (fast, lora))
+    names = ("fast", "fast-sum", "own", "lora")
+    fast, summed, own, lora = ([row for row in rows if row["method"] == name] for name in names)
+    means = (f"{statistics.mean(row['score'][-1] for row in runs):.3f}" for runs in (fast, summed, own, lora))
+    of_fast, of_summed, of_own, of_lora = means
     apart = difference(fast, lora)
-    said(f"`fast` has {of_fast:.3f} and LoRA of rank 1 {of_lora:.3f}, mean difference {apart}", "docs/using.md")
-    said(f"{-float(apart.split()[0]):.3f} behind on TREC at 1/8 of the size")
-    assert {(row["settings"]["shared_dim"], row["settings"]["specific_dim"]) for row in fast} == {(12, 0)}
-    assert all(len({row["seed"] for row in runs}) == 5 for runs in (fast, lora))
+    said(f"`fast` has {of_fast} and LoRA of rank 1 {of_lora}, mean difference {apart}", "docs/using.md")
+    said(f"`fast-sum` has {of_summed}, mean difference {difference(summed, lora)}", "docs/using.md")
+    said(f"`own` in the comparison) has {of_own}, mean difference {difference(own, lora)}", "docs/using.md")
+    said(f"{-float(apart.split()[0]):.3f} behind on TREC at 1/8 size (own units: level)")
+    assert abs(float(difference(own, lora).split()[0])) < 0.002
+    units = [{(row["settings"]["shared_dim"], row["settings"]["specific_dim"]) for row in each} for each in (fast, own)]
+    assert units == [{(12, 0)}, {(0, 1)}]
+    assert all(len({row["seed"] for row in runs}) == 5 for runs in (fast, summed, own, lora))
 
 
 def test_the_settings_chosen_on_trec():
@@ -254,10 +260,11 @@ def test_accuracy_on_digits():
     assert abs(apart["fast-sum"]) < 0.02
     others = {
         method: statistics.mean(row["score"][-1] for row in rows if row["method"] == method)
-        for method in ("vera", "fourierft", "official", "fast-both", "wegeft", "bitfit", "probe")
+        for method in ("vera", "fourierft", "official", "fast-both", "wegeft", "own", "bitfit", "probe")
     }
     said("VeRA has {vera:.3f}, FourierFT {fourierft:.3f}".format(**others), "docs/using.md")
     said("has {official:.3f}, `fast-both` {fast-both:.3f}, `wegeft` {wegeft:.3f}".format(**others), "docs/using.md")
+    said("`fast` without shared units {own:.3f}".format(**others), "docs/using.md")
     said("BitFit {bitfit:.3f}, a linear probe {probe:.3f}".format(**others), "docs/using.md")
     leads = [float(difference([r for r in rows if r["method"] == m], lora).split()[0]) for m in ("fourierft", "vera")]
     said("FourierFT and VeRA lead by {:.1f} and {:.2f})".format(*leads))
@@ -271,8 +278,10 @@ def test_accuracy_on_digits_with_an_eighth_of_the_parameters():
     ours = (
         "`fast-sum` {fast-sum:.3f}, `fast-both` {fast-both:.3f}, the row stage {row:.3f}, `fast` {fast:.3f}, `wegeft`"
     )
-    found = f"LoRA of rank 1 has {{lora:.3f}}, {ours} {{wegeft:.3f}}, FourierFT {{fourierft:.3f}}, VeRA {{vera:.3f}}"
+    others = "no shared units {own:.3f}, FourierFT {fourierft:.3f}, VeRA {vera:.3f}"
+    found = f"LoRA of rank 1 has {{lora:.3f}}, {ours} {{wegeft:.3f}}, {others}"
     said(found.format(**means), "docs/using.md")
+    said("{own:.3f} where shared units have {fast:.3f}".format(**means), "docs/using.md")
     for method in ("fast-sum", "fast"):
         said(difference(runs[method], runs["lora"]), "docs/using.md")
     assert all(len(mine) in (0, 5) for mine in runs.values())
