@@ -198,6 +198,25 @@ def test_accuracy_on_texts(task, size, most):
     assert all(len({row["seed"] for row in runs}) == 5 for runs in (fast, summed, lora))
 
 
+def test_accuracy_of_the_other_methods_on_trec():
+    rows = [
+        row
+        for row in read_rows(RESULTS / ACCURACY / "finetune.jsonl")
+        if (row["task"], row["size"]) == ("trec-6", 73_728)
+    ]
+    runs = {method: [row for row in rows if row["method"] == method] for method in METHODS}
+    means = {name: statistics.mean(row["score"][-1] for row in mine) for name, mine in runs.items() if mine}
+    head = runs["probe"][0]["trainable"]
+    sizes = {f"{name}_size": runs[name][0]["trainable"] - head for name in ("vera", "official")}
+    found = (
+        "FourierFT has {fourierft:.3f}, `fast` without shared units {own:.3f}, VeRA {vera:.3f} ({vera_size:,} parameters, "
+        "its most here), the official preset {official:.3f} ({official_size:,}), BitFit {bitfit:.3f}, a linear probe "
+        "{probe:.3f}."
+    )
+    said(found.format(**means, **sizes), "docs/using.md")
+    assert all(len(mine) in (0, 5) for mine in runs.values())
+
+
 def test_accuracy_on_trec_with_an_eighth_of_the_parameters():
     rows = [
         row
