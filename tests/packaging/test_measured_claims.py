@@ -33,6 +33,11 @@ def costs(device: str) -> dict[str, tuple]:
     return dict(six_bars.measured(suites))
 
 
+def accuracy_rows(task: str, size: int) -> list[dict]:
+    rows = read_rows(RESULTS / ACCURACY / "finetune.jsonl")
+    return [row for row in rows if (row["task"], row["size"]) == (task, size)]
+
+
 def said(text: str, document: str = "README.md") -> None:
     assert text in claims(document), f"{document} says something else by now: look at this test, too"
 
@@ -185,9 +190,7 @@ def test_gpu_table(form):
     [(task, 73_728, 0.005) for task in ("trec-6", "trec-fine", "snippets")] + [("dialogue", 460_800, 0.1)],
 )
 def test_accuracy_on_texts(task, size, most):
-    rows = [
-        row for row in read_rows(RESULTS / ACCURACY / "finetune.jsonl") if (row["task"], row["size"]) == (task, size)
-    ]
+    rows = accuracy_rows(task, size)
     fast, summed, lora = ([row for row in rows if row["method"] == name] for name in ("fast", "fast-sum", "lora"))
     of_fast, of_summed, of_lora = (statistics.mean(row["score"][-1] for row in runs) for runs in (fast, summed, lora))
     level = f"`fast` has {of_fast:.3f} and LoRA of rank 8 {of_lora:.3f}, mean difference {difference(fast, lora)}"
@@ -199,11 +202,7 @@ def test_accuracy_on_texts(task, size, most):
 
 
 def test_accuracy_of_the_other_methods_on_trec():
-    rows = [
-        row
-        for row in read_rows(RESULTS / ACCURACY / "finetune.jsonl")
-        if (row["task"], row["size"]) == ("trec-6", 73_728)
-    ]
+    rows = accuracy_rows("trec-6", 73_728)
     runs = {method: [row for row in rows if row["method"] == method] for method in METHODS}
     means = {name: statistics.mean(row["score"][-1] for row in mine) for name, mine in runs.items() if mine}
     head = runs["probe"][0]["trainable"]
@@ -218,11 +217,7 @@ def test_accuracy_of_the_other_methods_on_trec():
 
 
 def test_accuracy_on_trec_with_an_eighth_of_the_parameters():
-    rows = [
-        row
-        for row in read_rows(RESULTS / ACCURACY / "finetune.jsonl")
-        if (row["task"], row["size"]) == ("trec-6", 9_216)
-    ]
+    rows = accuracy_rows("trec-6", 9_216)
     names = ("fast", "fast-sum", "own", "lora")
     fast, summed, own, lora = ([row for row in rows if row["method"] == name] for name in names)
     means = (f"{statistics.mean(row['score'][-1] for row in runs):.3f}" for runs in (fast, summed, own, lora))
@@ -256,13 +251,8 @@ def test_the_sweep_beside_the_forms_that_were_not_kept():
         said(f"| {title} | {loss} | {accuracy} |", "docs/method.md")
 
 
-def on_digits(size: int) -> list[dict]:
-    rows = read_rows(RESULTS / ACCURACY / "finetune.jsonl")
-    return [row for row in rows if (row["task"], row["size"]) == ("digits", size)]
-
-
 def test_accuracy_on_digits():
-    rows = on_digits(24_576)
+    rows = accuracy_rows("digits", 24_576)
     apart, scores, lora = {}, {}, [row for row in rows if row["method"] == "lora"]
     for method in ("fast", "fast-sum", "row", "lora"):
         runs = [row for row in rows if row["method"] == method]
@@ -292,7 +282,7 @@ def test_accuracy_on_digits():
 
 
 def test_accuracy_on_digits_with_an_eighth_of_the_parameters():
-    runs = {method: [row for row in on_digits(3_072) if row["method"] == method] for method in METHODS}
+    runs = {method: [row for row in accuracy_rows("digits", 3_072) if row["method"] == method] for method in METHODS}
     means = {name: statistics.mean(row["score"][-1] for row in mine) for name, mine in runs.items() if mine}
     ours = (
         "`fast-sum` {fast-sum:.3f}, `fast-both` {fast-both:.3f}, the row stage {row:.3f}, `fast` {fast:.3f}, `wegeft`"
