@@ -31,11 +31,13 @@ PYTHON = sys.executable
 # Compiled once for all checks, and kept for the next call where the user's cache folder is not.
 KERNEL_CACHE = {"GENFT_CACHE_DIR": str(REPOSITORY / "build" / "kernels")}
 GRACE = 10.0  # seconds from an interrupt to a kill
-_PYTEST = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m")
+# Without pytest-benchmark: beside xdist some versions of it warn, which is an error here.
+_PYTEST = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "-m")
 # Few tests at a time to each process, since those that compile take long; and one thread, since all share the CPU.
 _GPU_TESTS = (
     "tests/backends/test_gpu.py", "tests/backends/test_backends.py", "tests/ops/test_precision.py",
-    "tests/backends/test_cuda_kernels.py", "-n", str(os.cpu_count()), "--maxschedchunk", "3",
+    "tests/backends/test_cuda_kernels.py", "tests/backends/test_gpu_models.py",
+    "-n", str(os.cpu_count()), "--maxschedchunk", "3",
 )  # fmt: skip
 _ONE_THREAD = (("OMP_NUM_THREADS", "1"),)
 # Every kernel of a backend, forward and backward, in few cases: few and many tokens, both forms, masks, bias.

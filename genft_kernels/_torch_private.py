@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -63,12 +63,33 @@ def constant_in_graphs(function: Callable) -> Callable:
     return function
 
 
+# --- tensors ------------------------------------------------------------------------------------------------------
+
+
+def norms(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """The Frobenius norm of each, taken in `dtype`: on a GPU a launch or two for all of them."""
+    found: tuple[torch.Tensor, ...] = _private("torch", "_foreach_norm")(list(tensors), 2, dtype)
+    return found
+
+
+def current_stream(device: torch.device) -> int:
+    """The address of the current stream of a CUDA device that has a number."""
+    stream: int = _private("torch._C", "_cuda_getCurrentRawStream")(device.index)
+    return stream
+
+
 # --- autograd -------------------------------------------------------------------------------------------------------
 
 
 def in_backward() -> bool:
     """Whether this thread is within a backward pass."""
-    return _private("torch._C", "_current_graph_task_id")() != -1
+    return backward_pass() != -1
+
+
+def backward_pass() -> int:
+    """The number of the backward pass that this thread is within, -1 outside of any."""
+    number: int = _private("torch._C", "_current_graph_task_id")()
+    return number
 
 
 def saved_tensors_are_hooked() -> bool:
@@ -85,7 +106,13 @@ def differentiates_forward() -> bool:
     """Whether a level of forward-mode differentiation or a transform of `torch.func` is active."""
     _private("torch.autograd.forward_ad", "_current_level")  # a number that changes: looked up, and read anew
     level = torch.autograd.forward_ad._current_level
-    return level >= 0 or _private("torch._C", "_are_functorch_transforms_active")()
+    return level >= 0 or transforms_active()
+
+
+def transforms_active() -> bool:
+    """Whether a transform of `torch.func` is."""
+    active: bool = _private("torch._C", "_are_functorch_transforms_active")()
+    return active
 
 
 # --- modules --------------------------------------------------------------------------------------------------------

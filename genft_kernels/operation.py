@@ -89,6 +89,9 @@ class Operation:
                 return *((None,) * count if grad is None else gradients(ctx, grad, run_backward)), None
 
         self._node: Any = Node
+        # `Function.apply` goes through all arguments for what transforms have left behind, which any product takes as
+        # it is: a fifth of the Python of a layer's forward.
+        self._apply: Any = super(torch.autograd.Function, Node).apply
 
     def __call__(self, *args: Any) -> Tensor:
         compiling = torch.compiler.is_compiling()
@@ -110,7 +113,8 @@ class Operation:
 
     def _first(self, results: tuple[Tensor, Any] | None, *args: Any) -> Tensor:
         if torch.is_grad_enabled():
-            first: Tensor = self._node.apply(*args, results)
+            apply = self._node.apply if _torch_private.transforms_active() else self._apply
+            first: Tensor = apply(*args, results)
             return first
         return (self._run(*args) if results is None else results)[0]
 

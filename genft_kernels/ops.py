@@ -54,7 +54,7 @@ def _compute_by(backend: str, operation: str, *args: Any) -> tuple[Any, ...]:
     if not handles.isdisjoint(map(type, args)):  # else a layer has two dozen calls fewer
         # Plain PyTorch makes the W of a list dense itself, one after the other.
         args = tuple(opened(each) if type(each) in handles else each for each in args)
-    if device.type != "cuda":
+    if device.type != "cuda" or backend == "eager":
         return function(*args)
     with torch.cuda.device(device):  # Triton launches on the current one, whatever its tensors are on
         return function(*args)

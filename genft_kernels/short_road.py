@@ -46,13 +46,18 @@ def asked_again(
     config, group = generator.config, generator.group
     dropout = update.training and config.dropout  # factors of two stages have the masks of one
     asked = x.dtype, device, x.layout, x.shape[-1:], of_bias, update.backend, dropout, of_modes
-    if share is None or share.asked != asked or group.accumulation is not None:
+    accumulation = group.accumulation
+    if accumulation is None and (share is None or share.asked != asked):
         return None, asked
     psi, training = config.outer_activation, update.training
     if training and (dropout or not is_factored(psi, 0.0)):
         return None, asked
-    with group.lock:
-        factors = share.held(update.watched(), generator.tensors(), once=training)
+    factors = None
+    if accumulation is not None:
+        factors = accumulation.answers.get((update, asked))
+    elif share is not None:
+        with group.lock:
+            factors = share.held(update.watched(), generator.tensors(), once=training)
     if factors is None:
         return None, asked
     if kind == "cpu" and not (autocast or gradients) and update.backend in ("auto", "eager"):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from .. import _torch_private
 from ..arguments import check_type
 from ..update import Factors
 from .cache import LayerGroup, Share, all_groups
@@ -66,7 +67,10 @@ class Accumulation:
             raise ValueError("accumulate(model) needs a model with GenFT layers: call apply_genft(model, config) first")
         self.active = False
         self._held: dict[tuple[Layer, Settings], _Held] = {}
+        # By layer and the question of `LayerGroup.factors_for`, for who asks again (genft_kernels/short_road.py).
+        self.answers: dict[tuple[Layer, object], list[Factors]] = {}
         self._marks = _Marks()
+        self._looked_in: int | None = None  # the backward pass in which the marks were last looked at
 
     def start(self) -> None:
         """From now on the layers get leaves; RuntimeError if they do so already."""
@@ -98,11 +102,12 @@ class Accumulation:
             if group.accumulation is self:
                 group.accumulation = None
         self._held.clear()
+        self.answers.clear()
         self._marks.remove()
         self.active = False
 
     def factors_for(
-        self, group: LayerGroup, layer: Layer, source: Source, settings: Settings, seeds: list[Tensor]
+        self, group: LayerGroup, layer: Layer, source: Source, settings: Settings, seeds: list[Tensor], asked: object
     ) -> list[Factors]:
         """As `LayerGroup.factors_for`, of leaves where gradients are recorded."""
         gradients = settings.gradients
@@ -118,7 +123,9 @@ class Accumulation:
             for one in sources.values():
                 self._marks.plant(one.thin)
             held = self._held[layer, settings]
-        return held.given if gradients else [f._replace(h=f.h.detach(), b=f.b.detach()) for f in held.given]
+        given = held.given if gradients else [f._replace(h=f.h.detach(), b=f.b.detach()) for f in held.given]
+        self.answers[layer, asked] = given
+        return given
 
     def _arrives(self, grad: Tensor) -> None:
         """A hook of the leaves, before they take a gradient in."""
@@ -126,8 +133,11 @@ class Accumulation:
             raise RuntimeError(
                 "a backward came after the end of the accumulate(model) in which its forward ran: move it inside"
             )
-        if self._marks.cleared():
-            self._drop_sums()
+        backward = _torch_private.backward_pass()
+        if backward != self._looked_in:  # once for all leaves
+            self._looked_in = backward
+            if self._marks.cleared():
+                self._drop_sums()
 
     def _drop_sums(self) -> None:
         for each in self._held.values():

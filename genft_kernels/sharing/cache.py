@@ -137,7 +137,7 @@ class Batch:
         """Have values compared: on a device those of all layers, to be read in the next round; raises as `settle`."""
         self.settle(settings)
         last, self.round = self.round, self.round + 1
-        if settings.captured or (len(self.shares) == 1 and self._watch is None):
+        if (len(self.shares) == 1 and self._watch is None) or settings.captured:
             return  # a single layer compares itself
         shares = [share for reference in self.shares if (share := reference()) is not None]
         if self._watch is None:
@@ -236,7 +236,7 @@ class LayerGroup:
         settings = Settings(backend, dtype, source.dropout, gradients, inference, current_stream(source.weight.device))
         with self.lock:
             if self.accumulation is not None and not inference and source.reason_to_stay_alone() is None:
-                return self.accumulation.factors_for(self, layer, source, settings, seeds)
+                return self.accumulation.factors_for(self, layer, source, settings, seeds, asked)
             if settings.dropout > 0 and _may_be_repeated():
                 # The repetition draws this forward's seeds again, but nothing that a group drew.
                 return self.generate({layer: source}, settings, seeds, values=False)[layer].factors
@@ -347,7 +347,7 @@ def current_stream(device: torch.device) -> tuple[int, bool] | None:
     """On CUDA the current stream and whether it is being captured."""
     if device.type != "cuda":
         return None
-    return torch.cuda.current_stream(device).cuda_stream, torch.cuda.is_current_stream_capturing()
+    return _torch_private.current_stream(device), torch.cuda.is_current_stream_capturing()
 
 
 def _layers(count: int) -> str:

@@ -12,6 +12,7 @@ Factors are few and thin, and many layers' outputs hang on them, so the node ask
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -53,9 +54,20 @@ class Generation:
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
             flat = _Generate.apply(recipe, weakref.ref(self), *parameters)  # type: ignore[no-untyped-call]
         else:
-            flat = recipe.factors(parameters)
+            flat = recipe.factors(parameters).flat()
         blocks = len(recipe.weights)
         self.factors = [Factors(h, b, recipe.stream) for h, b in zip(flat[:blocks], flat[blocks:], strict=True)]
+
+
+class _Stacks(NamedTuple):
+    """The factors of all blocks as the generation makes them, which is less to keep and to ask for than each alone."""
+
+    h: Tensor  # [L, in, k]
+    b: Tensor  # [L, out, k]
+
+    def flat(self) -> list[Tensor]:
+        """h [in, k] of each block, then b [out, k] of each block; views."""
+        return [*self.h.unbind(0), *self.b.unbind(0)]
 
 
 class _Recipe:
@@ -81,8 +93,8 @@ class _Recipe:
         owned = position - len(names)
         return names[position] if owned < 0 else self.specific_names[owned % len(self.specific_names)]
 
-    def factors(self, parameters: Sequence[Tensor], stage: Callable[..., Tensor] = computed) -> list[Tensor]:
-        """h [in, k] of each block, then b [out, k] of each block; `stage` as in `Known`."""
+    def factors(self, parameters: Sequence[Tensor], stage: Callable[..., Tensor] = computed) -> _Stacks:
+        """The factors of all blocks; `stage` as in `Known`."""
         device, count = self.weights[0].device, len(self.shared_names)
         shared = dict(zip(self.shared_names, parameters, strict=False))
         own = parameters[count:]
@@ -97,7 +109,7 @@ class _Recipe:
                 self.weights, stacked, self.config,
                 dtype=dtype, dropout=dropout, seed=seed, backend=backend, known=Known(norms, stage),
             )  # fmt: skip
-        return [h.squeeze(0), b.squeeze(0)] if len(self.weights) == 1 else [*h.unbind(0), *b.unbind(0)]
+        return _Stacks(h, b)
 
     def _for_blocks(self, of_layers: Sequence[Tensor]) -> Tensor:
         """One of the layers' own tensors for each of their blocks."""
@@ -109,7 +121,7 @@ class _Recipe:
 
     def graph(
         self, parameters: Sequence[Tensor], stage: Callable[..., Tensor], keep: Callable[[Tensor], object]
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    ) -> tuple[list[Tensor], _Stacks]:
         """(leaves that stand for the parameters, factors that hang on them), in a graph that saves what `keep` gives.
 
         That must not be the tensor itself: an operation that saves its own output would keep itself alive.
@@ -151,6 +163,14 @@ def _kept(tensor: Tensor) -> Tensor:
     return tensor.detach()
 
 
+def _stacked(grads: Sequence[Tensor | None], stack: Tensor) -> Tensor:
+    """[L, n, k] from the gradients of its parts, zero where there is none."""
+    if any(grad is None for grad in grads):
+        nothing = stack.new_zeros(stack.shape[1:])
+        grads = [nothing if grad is None else grad for grad in grads]
+    return torch.stack(list(grads))  # type: ignore[arg-type]
+
+
 def _nothing(tensor: Tensor) -> None:
     """All that is kept for a graph that is made again."""
 
@@ -171,10 +191,11 @@ class _Generate(torch.autograd.Function):
         leaves, outputs = recipe.graph(parameters, stage, _kept if once else _nothing)
         ctx.graphs = [(leaves, outputs)] if once else []  # a list, because taking from it is atomic
         ctx.set_materialize_grads(False)
-        results = tuple(output.detach() for output in outputs)
-        fixed = [result for result, output in zip(results, outputs, strict=True) if not output.requires_grad]
-        ctx.mark_non_differentiable(*fixed)
-        return results
+        results = _Stacks(*map(Tensor.detach, outputs)).flat()
+        blocks = len(recipe.weights)
+        fixed = [not stack.requires_grad for stack in outputs for _ in range(blocks)]
+        ctx.mark_non_differentiable(*itertools.compress(results, fixed))
+        return tuple(results)
 
     @staticmethod
     @first_order
@@ -192,14 +213,17 @@ class _Generate(torch.autograd.Function):
         except IndexError:  # not kept, or a further backward
             stage = computed if ctx.results is None else ctx.results.repeat()
             leaves, outputs = recipe.graph(parameters, stage, Tensor.detach)
-        used = [i for i in graded if outputs[i].requires_grad]
-        wanted = [i for i, leaf in enumerate(leaves) if leaf.requires_grad and used and recipe.owner(i) in owners]
+        of_stacks = [
+            (stack, _stacked(of_blocks, stack))
+            for stack, of_blocks in zip(outputs, (grads[:blocks], grads[blocks:]), strict=True)
+            if stack.requires_grad and any(grad is not None for grad in of_blocks)
+        ]
+        wanted = [i for i, leaf in enumerate(leaves) if leaf.requires_grad and of_stacks and recipe.owner(i) in owners]
         results: list[Tensor | None] = [None] * len(leaves)
         if wanted:
+            used, of_used = zip(*of_stacks, strict=True)
             with dense_once():  # of a sum, the stages of one layer come one after the other
-                found = torch.autograd.grad(
-                    [outputs[i] for i in used], [leaves[i] for i in wanted], [grads[i] for i in used], allow_unused=True
-                )
+                found = torch.autograd.grad(used, [leaves[i] for i in wanted], of_used, allow_unused=True)
             for i, grad in zip(wanted, found, strict=True):
                 results[i] = grad
         return None, None, *results

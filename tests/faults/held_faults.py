@@ -54,8 +54,8 @@ FAULTS = [
     Fault(
         "short road: whatever is asked gets the last answer",
         "genft_kernels/short_road.py",
-        "share.asked != asked or",
-        "share.asked is None or",
+        "(share is None or share.asked != asked)",
+        "share is None",
         SHORT_ROAD,
     ),
     Fault(
@@ -75,7 +75,21 @@ FAULTS = [
     Fault(
         "short road: past the leaves of an accumulation",
         "genft_kernels/short_road.py",
-        " or group.accumulation is not None",
+        "    if accumulation is not None:\n        factors = accumulation.answers.get((update, asked))\n    elif",
+        "    if",
+        SHORT_ROAD,
+    ),
+    Fault(
+        "short road: an accumulation's answer to another question",
+        "genft_kernels/short_road.py",
+        "factors = accumulation.answers.get((update, asked))",
+        "factors = next((found for (layer, _), found in accumulation.answers.items() if layer is update), None)",
+        SHORT_ROAD,
+    ),
+    Fault(
+        "accumulate: marks are looked at for every leaf",
+        "genft_kernels/sharing/accumulate.py",
+        "            self._looked_in = backward\n",
         "",
         SHORT_ROAD,
     ),

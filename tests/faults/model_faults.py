@@ -105,8 +105,8 @@ FAULTS = [
     Fault(
         "generation: zeros for layers that had no part",
         "genft_kernels/sharing/node.py",
-        "if leaf.requires_grad and used and recipe.owner(i) in owners]",
-        "if leaf.requires_grad and used]",
+        "if leaf.requires_grad and of_stacks and recipe.owner(i) in owners]",
+        "if leaf.requires_grad and of_stacks]",
         GROUPS,
     ),
     Fault(
@@ -231,8 +231,8 @@ FAULTS = [
     Fault(
         "accumulate: zero_grad before a backward unnoticed",
         "genft_kernels/sharing/accumulate.py",
-        "        if self._marks.cleared():\n            self._drop_sums()\n\n    def",
-        "        pass\n\n    def",
+        "            if self._marks.cleared():\n                self._drop_sums()\n\n    def",
+        "\n    def",
         ACCUMULATION,
     ),
     Fault(

@@ -18,6 +18,27 @@ ANYWHERE = ["tests/backends/test_backends.py", "-k", "anywhere and cuda-cpu"]
 
 FAULTS = [
     Fault(
+        "column: weights side by side beside the first ones' units",
+        BACKENDS + "eager/thin.py",
+        "thin[some], results[some]",
+        "thin[: len(weights[some])], results[some]",
+        ["tests/ops/test_few_launches.py"],
+    ),
+    Fault(
+        "column: what lies in columns side by side as rows",
+        BACKENDS + "eager/thin.py",
+        "torch.stack([weight.t() for weight in weights[some]]).mT",
+        "torch.stack([weight.t() for weight in weights[some]]).reshape(-1, *weights[0].shape)",
+        ["tests/ops/test_few_launches.py"],
+    ),
+    Fault(
+        "column: large weights are copied",
+        BACKENDS + "eager/thin.py",
+        "_SIDE_BY_SIDE = 64 << 20",
+        "_SIDE_BY_SIDE = 64 << 30",
+        ["tests/ops/test_few_launches.py"],
+    ),
+    Fault(
         "plan: strided thin matrices reach the kernels",
         BACKENDS + "plan.py",
         "return thin.contiguous()",

@@ -37,9 +37,9 @@ def bitsandbytes_4bit(dtype: torch.dtype, nested: bool = True, storage: torch.dt
     def make(linear):
         options = {"quant_type": "nf4", "compress_statistics": nested, "quant_storage": storage}
         layer = bnb.nn.Linear4bit(linear.in_features, linear.out_features, linear.bias is not None, dtype, **options)
-        layer.weight = bnb.nn.Params4bit(linear.weight.data.clone(), requires_grad=False, module=layer, **options)
+        layer.weight = bnb.nn.Params4bit(linear.weight.data.cpu().clone(), requires_grad=False, module=layer, **options)
         layer.bias = linear.bias
-        return layer.to("cpu")
+        return layer.to(torch.get_default_device())
 
     model = _replaced(tiny_llama(dtype), make)
     model.is_loaded_in_4bit = True  # as transformers does, for PEFT
@@ -51,9 +51,9 @@ def bitsandbytes_8bit(dtype: torch.dtype) -> nn.Module:
 
     def make(linear):
         layer = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, linear.bias is not None, False)
-        layer.weight = bnb.nn.Int8Params(linear.weight.data.clone(), requires_grad=False, has_fp16_weights=False)
+        layer.weight = bnb.nn.Int8Params(linear.weight.data.cpu().clone(), requires_grad=False, has_fp16_weights=False)
         layer.bias = linear.bias
-        return layer.to("cpu")
+        return layer.to(torch.get_default_device())
 
     model = _replaced(tiny_llama(dtype), make)
     model.is_loaded_in_8bit = True
@@ -89,7 +89,8 @@ def hqq(dtype: torch.dtype) -> nn.Module:
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
     def make(linear):
-        return HQQLinear(linear, BaseQuantizeConfig(nbits=4, group_size=64), compute_dtype=dtype, device="cpu")
+        device = str(torch.get_default_device())
+        return HQQLinear(linear, BaseQuantizeConfig(nbits=4, group_size=64), compute_dtype=dtype, device=device)
 
     return _replaced(tiny_llama(dtype), make)
 

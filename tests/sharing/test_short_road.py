@@ -10,6 +10,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from genft_kernels import GenFTConfig, GenFTLinear, accumulate, refresh, short_road
+from genft_kernels.sharing.accumulate import _Marks
 from tests.helpers.adapted_models import adapted, assert_close, generations, train
 from tests.helpers.tiny_models import Encoder, tokens
 
@@ -230,14 +231,40 @@ def test_training_that_draws_a_seed_takes_the_long_road(settings, monkeypatch):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-def test_accumulation_takes_the_long_road(training, monkeypatch):
+def test_accumulation_takes_it_from_the_second_micro_batch_on(training, monkeypatch):
     model, found = adapted().train(training), taken(monkeypatch)
     for _ in range(2):
         model(tokens())
-    found.clear()
     with accumulate(model):
-        model(tokens())
-    assert found and not any(found)
+        outputs = []
+        for roads in ([False], [True], [True]):
+            found.clear()
+            outputs.append(model(tokens()))
+            assert set(found) == set(roads)
+        with torch.no_grad():  # asks for factors without a graph
+            found.clear()
+            outputs.append(model(tokens()))
+            assert not any(found) and not outputs[-1].requires_grad
+    assert outputs[0].requires_grad and all(torch.equal(outputs[0], each) for each in outputs)
+
+
+def test_marks_are_looked_at_once_a_backward(monkeypatch):
+    looks, cleared = [], _Marks.cleared
+    monkeypatch.setattr(_Marks, "cleared", lambda self: looks.append(1) or cleared(self))
+    model = adapted().train()
+    with accumulate(model):
+        for _ in range(3):
+            model(tokens()).sum().backward()
+        assert len(looks) == 3
+    assert len(looks) == 4
+
+
+def test_a_weight_that_is_to_train_within_an_accumulation_is_refused():
+    model = adapted().train()
+    with pytest.raises(RuntimeError, match="changed within accumulate"), accumulate(model):
+        for _ in range(2):
+            model(tokens()).sum().backward()
+            model.layers[0].attention.value.weight.requires_grad_(True)
 
 
 def test_a_weight_that_is_to_train_is_refused_as_ever():

@@ -21,14 +21,14 @@ _FEW = 4
 def factored(
     tokens: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, b: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """(y [T, out], x h [T, k])."""
+    """(y [T, out], scale * x h [T, k]): scaled there, nothing else need be, here or in backward."""
     if not is_16_bit(tokens):
-        xh = tokens @ h
-        return F.linear(tokens, weight, bias).addmm_(xh, b.t(), alpha=scale), xh
+        xh = scaled_product(tokens, h, scale)
+        return F.linear(tokens, weight, bias).addmm_(xh, b.t()), xh
     if not _extends(tokens):
         return _with_the_small_product_first(tokens, weight, bias, h, b, scale)
-    xh = tokens @ h
-    return F.linear(torch.cat([tokens, xh], 1), torch.cat([weight, b * scale], 1), bias), xh
+    xh = scaled_product(tokens, h, scale)
+    return F.linear(torch.cat([tokens, xh], 1), torch.cat([weight, b], 1), bias), xh
 
 
 def _with_the_small_product_first(
@@ -36,11 +36,11 @@ def _with_the_small_product_first(
 ) -> tuple[Tensor, Tensor]:
     """As `factored`, y = sigma x h b^T first and x W^T added onto it."""
     if tokens.shape[0] > _FEW:
-        xh = tokens @ h
-        y = scaled_product(xh, b.t(), scale)
+        xh = scaled_product(tokens, h, scale)
+        y = xh @ b.t()
     else:  # a thin product begins in a third of the time in float32, with the casts
-        wide_xh = tokens.float() @ h.float()
-        xh, y = wide_xh.to(tokens.dtype), scaled_product(wide_xh, b.float().t(), scale).to(tokens.dtype)
+        wide_xh = scaled_product(tokens.float(), h.float(), scale)
+        xh, y = wide_xh.to(tokens.dtype), (wide_xh @ b.float().t()).to(tokens.dtype)
     # Read for a vector, W takes three quarters of the time in bfloat16, but twice the time in float16. Where it lies
     # in columns, and there is no oneDNN, the sum of such a product would be rounded term by term.
     if tokens.shape[0] == 1 and tokens.dtype == torch.bfloat16 and weight.is_contiguous():
@@ -60,19 +60,22 @@ def factored_backward(
     scale: float,
     needs: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dx [T, in], or None without `weight`; dh [in, k] and db [out, k], those that `needs` names)."""
+    """(dx [T, in], or None without `weight`; dh [in, k] and db [out, k], those that `needs` names).
+
+    `xh` is what `factored` gave.
+    """
     (h, b), (need_h, need_b) = factors, needs
-    dyb = dy @ b if need_h or weight is not None else None  # [T, k]
+    dyb = scaled_product(dy, b, scale) if need_h or weight is not None else None  # [T, k]
     dx = dh = db = None
     if need_h and tokens is not None and dyb is not None:
-        dh = sum_over_tokens(tokens, dyb, scale)
+        dh = sum_over_tokens(tokens, dyb)
     if need_b and xh is not None:
-        db = sum_over_tokens(dy, xh, scale)
+        db = sum_over_tokens(dy, xh)
     if weight is not None and dyb is not None:
         if _extends(dy):
-            dx = torch.cat([dy, dyb], 1) @ torch.cat([weight, h.t() * scale], 0)
+            dx = torch.cat([dy, dyb], 1) @ torch.cat([weight, h.t()], 0)
         else:
-            dx = scaled_product(dyb, h.t(), scale).addmm_(dy, weight)
+            dx = (dyb @ h.t()).addmm_(dy, weight)
     return dx, dh, db
 
 

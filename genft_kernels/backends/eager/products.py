@@ -22,14 +22,14 @@ def scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
     return left.new_empty((left.shape[0], right.shape[1])).addmm_(left, right, beta=0, alpha=scale)
 
 
-def sum_over_tokens(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """scale * left [T, n]^T @ right [T, k]: [n, k], the transpose of a contiguous matrix on a CPU.
+def sum_over_tokens(left: Tensor, right: Tensor) -> Tensor:
+    """left [T, n]^T @ right [T, k]: [n, k], the transpose of a contiguous matrix on a CPU.
 
     There a product with so few columns takes 1.5 to 4 times as long as with as few rows.
     """
     if left.device.type == "cpu":
-        return scaled_product(right.t(), left, scale).t()
-    return scaled_product(left.t(), right, scale)
+        return (right.t() @ left).t()
+    return left.t() @ right
 
 
 def lie_in_columns(weights: Sequence[Tensor]) -> bool:
