@@ -186,7 +186,7 @@ def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, b: Tensor, seed: Tensor | None, scale: float,
     activation: str, dropout: float, stream: int, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(y [..., out], x h [tokens, k] in the factored form; empty in the tiled form).
+    """(y [..., out], scale * x h [tokens, k] in the factored form; empty in the tiled form).
 
     `weight` may have another dtype than `x` (autocast): it is cast here and again in backward, so that no copy of
     it is kept.

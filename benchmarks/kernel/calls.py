@@ -12,6 +12,7 @@ from benchmarks.layer.cases import FORMS, Layer
 from genft_kernels.backends.launchers import Update
 from genft_kernels.backends.plan import Kernels
 from genft_kernels.philox import COLUMN_STREAM, ROW_STREAM
+from genft_kernels.update import unit_multiple
 
 TILED = ("tiled", "dropout")  # the factored form's products are a vendor's
 
@@ -46,6 +47,7 @@ class Call:
 def weight_side(kernels: Kernels, layer: Layer, k: int, dtype: torch.dtype, device: torch.device) -> Iterator[Call]:
     """The kernels that do not see x; those that take several layers take all of the model's, at most 24."""
     random, n_in, n_out = _random(device, dtype), layer.in_features, layer.out_features
+    k = handed_over(k, device, dtype)
     count, work = min(layer.count, 24), layer.in_features * layer.out_features * k
     weights = list(random(count, n_out, n_in))
     down, grad = random(count, k, n_in), random(count, n_out, k)
@@ -76,7 +78,8 @@ def vendor(
     x, weight = random(tokens, n_in), random(layer.out_features, n_in)
     yield None, Call("product", lambda: F.linear(x, weight), (x, weight), tokens * weight.numel(), tokens)
     for k in ks:
-        h, small = random(n_in, k), random(tokens, k)
+        units = handed_over(k, device, dtype)
+        h, small = random(n_in, units), random(tokens, units)
         yield k, Call("thin_product", functools.partial(torch.mm, x, h), (x, h), tokens * h.numel(), tokens)
         transposed = functools.partial(torch.mm, x.t(), small)
         yield k, Call("thin_transposed", transposed, (x, small), tokens * h.numel(), tokens)
@@ -87,6 +90,7 @@ def token_side(
 ) -> Iterator[Call]:
     """The kernels that see x."""
     random, n_in, n_out = _random(device, dtype), layer.in_features, layer.out_features
+    k = handed_over(k, device, dtype)
     big, thin_work = tokens * n_in * n_out, n_in * n_out * k
     x, dy, h, b = (random(*shape) for shape in ((tokens, n_in), (tokens, n_out), (n_in, k), (n_out, k)))
     xh, down, seed = random(tokens, k), h.t()[None].contiguous(), torch.tensor([3], device=device)
@@ -98,6 +102,11 @@ def token_side(
         update = Update(b, h, *_form(form), seed, ROW_STREAM)
         contract = functools.partial(kernels.contract, dy, x, update, 0.5, [True, True])
         yield Call("contract", contract, (dy, x, h, b), big + 3 * thin_work, tokens, form)
+
+
+def handed_over(k: int, device: torch.device, dtype: torch.dtype) -> int:
+    """The hidden units of thin matrices where a layer has k: with the zero units that its device likes."""
+    return k + -k % unit_multiple(device, dtype)
 
 
 def _form(form: str) -> tuple[str, float]:

@@ -164,7 +164,7 @@ class KernelOperations:
         self, x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, b: Tensor, seed: Tensor | None, scale: float,
         activation: str, dropout: float, stream: int,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """(y = x (W + scale * drop(psi(b h^T)))^T + bias  [..., out], x h  [tokens, k] in the factored form).
+        """(y = x (W + scale * drop(psi(b h^T)))^T + bias  [..., out], scale * x h  [tokens, k], factored).
 
         Factored, a vendor's products do it all. Tiled, the update is folded into W for one.
         """

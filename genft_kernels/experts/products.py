@@ -27,7 +27,7 @@ def expert_linear(
     x: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor | None, b: Tensor | None,
     seed: Tensor | None, scale: float, activation: str, dropout: float, stream: int, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(y [S, out], x h [S, k] in the factored form; else empty).
+    """(y [S, out], scale * x h [S, k] in the factored form; else empty).
 
     `x` [S, in]; expert e has rows `offsets[e]` to `offsets[e + 1]`, int64 [E + 1]; `weight` [E, out, in] of any strides
     and perhaps another dtype than `x` (autocast); `bias` [E, out], frozen; `h` [E, in, k] and `b` [E, out, k], or None

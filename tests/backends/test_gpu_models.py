@@ -4,6 +4,7 @@ Of quantised bases each layer gives what it gives over its dense weight.
 """
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -100,13 +101,14 @@ def test_adapter_travels_between_devices(device, tmp_path):
     torch.testing.assert_close(merge(back)(batch.to(device)).cpu(), expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.gpu
 def test_what_is_tuned_is_taken_and_right(tmp_path, monkeypatch):
     monkeypatch.setenv("GENFT_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(choices, "_tables", {})
     device = torch.device("cuda")
     model = adapted("tiled").float().to(device)
-    measured = tune(model, tokens=[32], seconds=20)
+    measured = tune(model, tokens=[32], seconds=120)  # the gate's compilations are part of it
     assert measured and all(len(each.milliseconds) >= 2 for each in measured)
     choices._tables.clear()  # another process
     assert choices.table(torch.device("cuda", 0)).keys() == {each.shape for each in measured}
@@ -117,7 +119,9 @@ def test_what_is_tuned_is_taken_and_right(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize("form", ["fast", "tiled"])
 def test_experts_have_the_gradients_of_float64(form, name, device):
-    experts = pytest.importorskip("tests.helpers.expert_models")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of whatever transformers imports, if that is there
+        experts = pytest.importorskip("tests.helpers.expert_models")
 
     def found(dtype, device):
         torch.manual_seed(0)
@@ -134,7 +138,9 @@ def test_experts_have_the_gradients_of_float64(form, name, device):
 @on_devices
 @pytest.mark.parametrize("form", ["fast", "tiled"])
 def test_pefts_tuner_has_the_gradients_of_float64(form, device):
-    helpers = pytest.importorskip("tests.helpers.peft_models")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        helpers = pytest.importorskip("tests.helpers.peft_models")
 
     def found(dtype, device):
         settings = dict(shared_dim=4, specific_dim=2, zero_delta=False, inner_activation="identity")
@@ -175,4 +181,5 @@ def test_quantised_base_is_the_one_over_its_dense_weights(kind, form, device):
         each(ids, labels=ids).loss.backward()
     of_model, of_twin = ({n: p.grad for n, p in each.named_parameters() if p.requires_grad} for each in (model, twin))
     assert all(gradient.any() for gradient in of_model.values())
-    assert_near(of_model, of_twin, 0.02)
+    # In 8 bits activations are rounded, too: a rounding more moves one by a step.
+    assert_near(of_model, of_twin, 0.05 if kind == "bitsandbytes-8bit" else 0.02)

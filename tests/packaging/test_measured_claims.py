@@ -91,14 +91,13 @@ def test_gain_in_16_bits():
 
 
 def test_gpu_costs():
-    said("Given the update, the factored form on an H200 takes 1.0 to 1.4 times LoRA's time")
     said(
-        "a layer that generates for itself alone takes 2.8 times LoRA's time in the factored form, 2.9 in the tiled one"
+        "On an H200 what is small waits for Python: a layer that generates for itself alone takes 3.2 times LoRA's time"
     )
-    said("and more than the official way")
+    said("(tiled 3.6), more than the official way")
     factored, tiled = (costs(GPU)[f"one layer, LLaMA, {form}"] for form in ("factored", "tiled"))
     assert factored[0] > factored[2] > 1 and tiled[0] > tiled[2] > 1
-    assert (round(factored[0], 1), round(tiled[0], 1)) == (2.8, 2.9)
+    assert (round(factored[0], 1), round(tiled[0], 1)) == (3.2, 3.6)
 
 
 def test_gpu_costs_by_backend():
@@ -106,7 +105,8 @@ def test_gpu_costs_by_backend():
     given = [rows["factored", f"genft-{each}-token-side"] for each in BACKENDS]
     low, middle, high = ([row["ratios"]["peft-lora"][place] for row in given] for place in range(3))
     said("`eager` takes {:.2f} times LoRA's time, `triton` {:.2f}, `cuda` {:.2f}".format(*middle), BACKENDS_PAGE)
-    assert (round(min(middle), 1), round(max(middle), 1)) == (1.0, 1.4)
+    assert 1.2 < min(middle) < max(middle) < 1.35
+    said("1.2 to 1.3 times with its update given")
     spread = [f"{a:.2f} to {b:.2f}" for a, b in zip(low, high, strict=True)]
     said("20th to 80th percentiles are {}, {} and {}".format(*spread), BACKENDS_PAGE)
     lora, *apart = (
@@ -132,23 +132,58 @@ def test_gpu_profile():
     for activation, backend, *figures in heads:
         form = "factored" if activation == "identity" else "tiled"
         said(f"| {form}, `{backend}` | {' | '.join(figures)} |", BACKENDS_PAGE)
-    contract = re.search(r"([\d.]+) us x1 _contract", profile)[1]
-    kernels = read_rows(RESULTS / GPU / "kernels.jsonl")
-    time = {(row["backend"], row["kernel"], row["form"]): row["time_us"][1] for row in kernels if row["tokens"] == 8192}
-    before, masked = (time["triton", "contract", form] for form in ("tiled", "dropout"))
-    said(f"{before:.0f} with a pipeline of 3 stages ({masked:.0f} with dropout; in that file)", BACKENDS_PAGE)
-    said(f"{float(contract):.0f} with 4 (in the profile above)", BACKENDS_PAGE)
-    product, cuda = time["pytorch", "product", None], time["cuda", "contract", "tiled"]
+    contract = float(re.search(r"([\d.]+) us x1 _contract", profile)[1])
+    kernels = [row for row in read_rows(RESULTS / GPU / "kernels.jsonl") if row["status"] == "measured"]
+    time = {tuple(row[key] for key in ("backend", "kernel", "form", "tokens")): row["time_us"][1] for row in kernels}
+    now = {form: time["triton", "contract", form, 8192] for form in ("tiled", "dropout")}
+    few = time["triton", "contract", "tiled", 128]
+    said(
+        f"tiled, 598 to {now['tiled']:.0f} (dropout 612 to {now['dropout']:.0f}), at 128 tokens 70 to {few:.0f}",
+        BACKENDS_PAGE,
+    )
+    said(f"at k 32 it was {contract:.0f} in the profile above", BACKENDS_PAGE)
+    product, cuda = time["pytorch", "product", None, 8192], time["cuda", "contract", "tiled", 8192]
     said(f"takes {product:.0f}, the `cuda` backend's `contract` {cuda:,.0f}.", BACKENDS_PAGE)
+    rows = {form: [time["triton", f"row_{way}", form, None] for way in ("forward", "backward")] for form in now}
+    (forward, backward), (masked_forward, masked_backward) = rows["tiled"], rows["dropout"]
+    said(f"`row_forward` 387 to {forward:.0f} (dropout 1,020 to {masked_forward:.0f})", BACKENDS_PAGE)
+    said(f"`row_backward` 2,102 to {backward:,.0f} (3,192 to {masked_backward:,.0f})", BACKENDS_PAGE)
+    said(f"of a model's W 1,294 to {time['triton', 'thin_transposed', None, None]:.0f}", BACKENDS_PAGE)
+    thin = [time[backend, "thin_product", None, 128] for backend in ("triton", "cuda")]
+    said("of 128 tokens 30 to {:.0f}; the `cuda` backend's of 128 tokens 84 to {:.0f}".format(*thin), BACKENDS_PAGE)
 
 
 def test_gpu_step():
-    lora, fast = read_rows(RESULTS / GPU / "model_step.jsonl")
-    times = [f"{row['time_ms'][1]:.1f} ms" for row in (lora, fast)]
-    ratio = f"{fast['ratios'][lora['method']][1]:.2f} times"
-    said(f"rank {lora['k']} takes {times[0]}, `fast` (k {fast['k']}, column stage) {times[1]}, {ratio}", BACKENDS_PAGE)
-    said(f"is {fast['generator_ms']:.1f} ms of that", BACKENDS_PAGE)
-    said(f"with `fast` takes {ratio} that with LoRA of rank {lora['k']}")
+    rows = read_rows(RESULTS / GPU / "model_step.jsonl")
+    steps = {(row["model"], row["accumulation"], row["method"]): row for row in rows}
+
+    def of_lora(row):
+        return row["ratios"][f"lora-{row['k']}"][1]
+
+    for model, count, title in (
+        ("roberta-base", 1, "RoBERTa-base"),
+        ("llama-7b-4-layers", 1, "LLaMA, 4 layers"),
+        ("roberta-base", 8, "RoBERTa-base, eight micro-batches"),
+    ):
+        lora, *others = (
+            steps[model, count, name] for name in ("lora-19", "genft-fast", "genft-fast-sum", "official-fast-both")
+        )
+        cells = [f"{lora['time_ms'][1]:.1f}", *(f"{row['time_ms'][1]:.1f} | {of_lora(row):.2f}" for row in others)]
+        said(f"| {title} | {' | '.join(cells)} |", BACKENDS_PAGE)
+    fast, accumulated = steps["roberta-base", 1, "genft-fast"], steps["roberta-base", 8, "genft-fast-accumulate"]
+    said(f"now {of_lora(accumulated):.2f})", BACKENDS_PAGE)
+    said(f"{fast['generator_ms']:.1f} ms of `fast`'s step is its generation", BACKENDS_PAGE)
+    large = of_lora(steps["llama-7b-4-layers", 1, "genft-fast"])
+    said(f"a bfloat16 step with `fast` takes {of_lora(fast):.2f} times LoRA's (RoBERTa; LLaMA {large:.2f})")
+
+
+def test_gpu_step_profile():
+    profile = (RESULTS / GPU / "step_profile.txt").read_text()
+    found = re.findall(r"^(\S+): host \S+ ms, device (\S+) ms in (\d+) launches", profile, re.M)
+    assert [name for name, *_ in found] == 2 * ["lora-28", "genft-fast", "genft-fast-sum"]
+    (_, of_lora, lora), (_, of_fast, fast) = found[3:5]
+    said(f"{float(of_fast):.1f} and {float(of_lora):.1f} ms a step, in {fast} and {lora} launches", BACKENDS_PAGE)
+    said(f"`fast` took {found[1][2]} launches", BACKENDS_PAGE)
 
 
 def test_ways_to_one_accumulator():
@@ -168,7 +203,7 @@ def test_gpu_checks():
         r"(\d+) failed, (\d+) passed, (\d+) skipped", checks["GPU tests"]["last"]
     ).groups()
     said(f"{passed} passed, {skipped} skipped, {failed} failed", BACKENDS_PAGE)
-    said("compute-sanitizer has not run on one either, nor have the slow tests", BACKENDS_PAGE)
+    said("compute-sanitizer has not run on a card, nor have the other slow tests", BACKENDS_PAGE)
     assert not [name for name in checks if re.search("check,|slow", name)]
 
 
@@ -209,8 +244,8 @@ def test_accuracy_of_the_other_methods_on_trec():
     sizes = {f"{name}_size": runs[name][0]["trainable"] - head for name in ("vera", "official")}
     found = (
         "FourierFT has {fourierft:.3f}, `fast` without shared units {own:.3f}, VeRA {vera:.3f} ({vera_size:,} "
-        "parameters, its most here), the official preset {official:.3f} ({official_size:,}), BitFit {bitfit:.3f}, "
-        "a linear probe {probe:.3f}."
+        "parameters, its most here), `wegeft` {wegeft:.3f}, the official preset {official:.3f} ({official_size:,}), "
+        "BitFit {bitfit:.3f}, a linear probe {probe:.3f}."
     )
     said(found.format(**means, **sizes), "docs/using.md")
     assert all(len(mine) in (0, 5) for mine in runs.values())

@@ -27,7 +27,7 @@ def linear(
     dropout: float,
     stream: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """(y = x (W + scale * drop(psi(b h^T)))^T + bias  [..., out], x h  [tokens, k] in the factored form)."""
+    """(y = x (W + scale * drop(psi(b h^T)))^T + bias  [..., out], scale * x h  [tokens, k], factored)."""
     tokens = x.reshape(-1, x.shape[-1])  # [T, in]
     weight = weight if weight.dtype == x.dtype and isinstance(weight, Tensor) else weight.to(x.dtype)  # [out, in]
     xh: Tensor | None = None
