@@ -47,6 +47,11 @@ _CORE = (
     "genft-eager-token-side", "genft-triton-token-side", "genft-cuda-token-side", "official", "official-compiled",
     "peft-lora", "hand-lora", "fused-lora-triton", "fused-lora-cuda",
 )  # fmt: skip
+# A small and a large model, with and without accumulation, each method beside the LoRA of its k.
+_STEP = (
+    "--model", "roberta-base", "llama-7b-4-layers", "--seconds", "2.5", "--method", "lora-19", "lora-28", "lora-30",
+    "official-fast-both", "genft-fast", "genft-fast-accumulate", "genft-fast-sum", "genft-vtab",
+)  # fmt: skip
 _SANITIZED = "alone and tiled-tall or many-tokens and (bfloat16 or float32)"
 _MODULE = """
 import torch
@@ -102,6 +107,7 @@ def checks(output: Path, scratch: Path) -> list[Check]:
         Check("build", (PYTHON, "-c", "from genft_kernels.backends.cuda import extension; extension.load()"), 90),
         Check("GPU tests", (*_PYTEST, "gpu and not slow", *_GPU_TESTS), 210, _ONE_THREAD),
         bench("layer, LLaMA, many tokens", 90, *llama, *core, "--tokens", "8192"),
+        Check("model step", (PYTHON, "-m", "benchmarks.step", *_STEP, *to), 100),
         kernels("kernels, LLaMA", 90, *llama, *to, "--tokens", "8192", "128", "16"),
         bench("layer, RoBERTa, many tokens", 60, *roberta, *core, "--tokens", "8192"),
         sanitizer("memcheck"),
@@ -109,7 +115,6 @@ def checks(output: Path, scratch: Path) -> list[Check]:
         sanitizer("memcheck", "triton"),
         bench("layer, LLaMA, few tokens", 60, *llama, *core, "--tokens", "16"),
         Check("GPU tests, slow", (*_PYTEST, "gpu and slow", *_GPU_TESTS), 210, _ONE_THREAD),
-        Check("model step", (PYTHON, "-m", "benchmarks.step", *to), 120),
         Check("installed wheel", ("bash", "-c", wheel), 120, (("GENFT_CACHE_DIR", str(scratch / "cache")),)),
         sanitizer("initcheck"),
         sanitizer("synccheck"),

@@ -39,12 +39,13 @@ def test_weights_side_by_side_give_what_each_alone_does(together, transposed, bi
 
 
 def test_small_weights_on_a_gpu_stand_together_and_no_others():
-    def together(size, device):
+    def together(size, device, dtype=torch.bfloat16):
         of_device = SimpleNamespace(dtype=torch.bfloat16, device=torch.device(device))
-        return thin._together(torch.empty(size, size, device="meta"), of_device)
+        return thin._together(torch.empty(size, size, device="meta", dtype=dtype), of_device)
 
     assert together(768, "cpu") == 1
-    assert together(768, "cuda") >= 24 and together(4096, "cuda") <= 2 and together(8192, "cuda") == 0
+    assert together(768, "cuda") >= 24 and together(4096, "cuda") == 2 and together(8192, "cuda") == 0
+    assert together(4096, "cuda", torch.float32) == 1  # under autocast
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

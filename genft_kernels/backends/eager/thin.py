@@ -63,7 +63,8 @@ def _batches(weights: list[Tensor], thin: Tensor, results: Tensor) -> Iterator[t
 
 def _together(weight: Tensor, thin: Tensor) -> int:
     """How many weights may be put side by side."""
-    return _SIDE_BY_SIDE // (weight.shape.numel() * thin.dtype.itemsize) if thin.device.type == "cuda" else 1
+    size = weight.shape.numel() * max(weight.dtype.itemsize, thin.dtype.itemsize)
+    return _SIDE_BY_SIDE // size if thin.device.type == "cuda" else 1
 
 
 def activated(z: Tensor, activation: str) -> tuple[Tensor, Tensor | None]:
