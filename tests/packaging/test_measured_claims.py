@@ -244,7 +244,8 @@ def test_accuracy_of_the_other_methods_on_trec():
     sizes = {f"{name}_size": runs[name][0]["trainable"] - head for name in ("vera", "official")}
     found = (
         "FourierFT has {fourierft:.3f}, `fast` without shared units {own:.3f}, VeRA {vera:.3f} ({vera_size:,} "
-        "parameters, its most here), `wegeft` {wegeft:.3f}, the official preset {official:.3f} ({official_size:,}), "
+        "parameters, its most here), `fast-both` {fast-both:.3f}, `wegeft` {wegeft:.3f}, the official preset "
+        "{official:.3f} ({official_size:,}), "
         "BitFit {bitfit:.3f}, a linear probe {probe:.3f}."
     )
     said(found.format(**means, **sizes), "docs/using.md")
