@@ -269,6 +269,16 @@ def test_accuracy_on_trec_with_an_eighth_of_the_parameters():
     assert all(len({row["seed"] for row in runs}) == 5 for runs in (fast, summed, own, lora))
 
 
+def test_a_step_takes_as_long_as_loras():
+    text = (RESULTS / "intel-xeon-processor-1-threads" / "finetune_step.txt").read_text()
+    found = {name: [] for name in ("fast", "fast-sum")}
+    for name, ratio in re.findall(r"^\S+ \d+ (\S+): x LoRA (\S+) \[", text, re.M):
+        found[name].append(float(ratio))
+    (low, high), (summed_low, summed_high) = ((min(each), max(each)) for each in found.values())
+    words = f"{low:.2f} to {high:.2f} times LoRA's for `fast`, {summed_low:.2f} to {summed_high:.2f} for `fast-sum`"
+    said(words, "docs/using.md")
+
+
 def test_the_settings_chosen_on_trec():
     fast, lora = (compare.chosen(compare.SWEEP_FILE, "trec-6", method, 73_728) for method in ("fast", "lora"))
     assert (fast, lora) == (Setting(2e-3, 1.0, 1e-2), Setting(4e-3, 0.25, 1e-2))
