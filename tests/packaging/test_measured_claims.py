@@ -157,6 +157,25 @@ def test_gpu_step():
     said(f"a bfloat16 step with `fast` takes {of_lora(fast):.2f} times LoRA's (RoBERTa; LLaMA {large:.2f})")
 
 
+def test_gpu_run_before():
+    text = (RESULTS / GPU / "run_of_6a861a3fdc.txt").read_text()
+    found = dict(re.findall(r"^(.*): .*x LoRA ([\d.]+)", text, re.M))
+    step, accumulated = (
+        f"{float(found[name]):.2f}"
+        for name in ("roberta-base, 1 x 64 x 128, genft-fast", "roberta-base, 8 x 64 x 128, genft-fast-accumulate")
+    )
+    said(f"and {step} times LoRA's time ({accumulated} under `accumulate`", BACKENDS_PAGE)
+    factored, tiled = (
+        f"{float(found[f'llama-7b-qv, 8192 tokens, {form}, genft-{backend}']):.1f}"
+        for form, backend in (("factored", "eager"), ("tiled", "triton"))
+    )
+    said(f"for itself alone {factored} times LoRA's time where it took 3.2 (tiled, `triton`: {tiled}", BACKENDS_PAGE)
+    lora = re.search(r"^roberta-base, 1 x .*lora-19: ([\d.]+) ms", text, re.M)[1]
+    said(f"LoRA's RoBERTa step took {float(lora):.1f} ms where it took 41.0", BACKENDS_PAGE)
+    tests = re.search(r"GPU tests at \S+: (\d+ passed)", text)[1]
+    said(f"{tests} at commit 6a861a3fdc", BACKENDS_PAGE)
+
+
 def test_gpu_step_profile():
     profile = (RESULTS / GPU / "step_profile.txt").read_text()
     found = re.findall(r"^(\S+): host \S+ ms, device (\S+) ms in (\d+) launches", profile, re.M)
