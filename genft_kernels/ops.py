@@ -32,24 +32,24 @@ from .operation import Operation, keep, kept
 def compute(backend: str, operation: str, *args: Any) -> tuple[Any, ...]:
     """An operation's results from a backend, or from the one that is chosen here (`backends.choose`)."""
     if not backends.is_open(backend):
-        return _compute_by(backend, operation, *args)
+        return _compute_by(backend, operation, args)
     first = _first(args)
     for _ in backends.KERNEL_BACKENDS:  # each of which may fail
         if (name := backends.chosen(backend, first.device, first.dtype, operation, args)) == "eager":
             break
         try:
-            return _compute_by(name, operation, *args)
+            return _compute_by(name, operation, args)
         except (backends.LaunchError, BuildError) as error:
             backends.set_aside(name, first.device, operation, error)
-    return _compute_by("eager", operation, *args)
+    return _compute_by("eager", operation, args)
 
 
-def _compute_by(backend: str, operation: str, *args: Any) -> tuple[Any, ...]:
+def _compute_by(backend: str, operation: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     device, function = _first(args).device, getattr(backends.load(backend), operation)
     if torch.is_autocast_enabled(device.type):
         # The dtypes are settled by now; autocast must not settle them anew inside a product.
         with torch.autocast(device.type, enabled=False):
-            return _compute_by(backend, operation, *args)
+            return _compute_by(backend, operation, args)
     handles = {FrozenWeight} if backend == "eager" else {FrozenWeight, list}
     if not handles.isdisjoint(map(type, args)):  # else a layer has two dozen calls fewer
         # Plain PyTorch makes the W of a list dense itself, one after the other.
@@ -239,15 +239,15 @@ def _linear_setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Any]) -
     ctx.needs = [need_x, need_bias, need_h, need_b]
     tiled = not is_factored(ctx.activation, ctx.dropout)
     tiled_factors = tiled and (need_h or need_b)
-    wanted = (
-        (x, need_h or tiled_factors),
-        (weight, need_x),
-        (h, need_x or tiled_factors),
-        (b, need_x or need_h or tiled_factors),
-        (output[1], need_b and not tiled),
-        (seed, need_x or tiled_factors),
+    keep(
+        ctx,
+        x if need_h or tiled_factors else None,
+        weight if need_x else None,
+        h if need_x or tiled_factors else None,
+        b if need_x or need_h or tiled_factors else None,
+        output[1] if need_b and not tiled else None,
+        seed if need_x or tiled_factors else None,
     )
-    keep(ctx, *(value if needed else None for value, needed in wanted))
     ctx.set_materialize_grads(False)
 
 

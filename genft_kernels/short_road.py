@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _torch_private, backends
+from . import _torch_private, backends, ops
 from .config import is_factored
 from .sharing.cache import current_stream
 from .units import GenFTUpdate
@@ -65,4 +65,5 @@ def asked_again(
         settings = None, config.scaling, psi, 0.0, stream_of_masks
         return backends.load("eager").linear(x, weight, bias, h, b, *settings)[0], asked
     backend = backends.choose(update.backend, device, compute_dtype(x), not is_factored(psi, 0.0))
-    return apply_factors(x, weight, bias, factors[0], Action(config.scaling, psi), backend), asked
+    action = Action(config.scaling, psi)
+    return apply_factors(x, weight, bias, factors[0], action, backend, ops.linear_node.unheard), asked

@@ -219,13 +219,14 @@ def apply_factors(
     factors: Factors,
     action: Action,
     backend: str,
+    operation: Callable[..., torch.Tensor] = ops.linear_node,
 ) -> torch.Tensor:
     """The token side alone: `factored_linear` of arguments that were checked, the factors in `compute_dtype(x)`."""
     dtype = compute_dtype(x)
-    bias = None if bias is None else bias.to(dtype)
+    x, bias = x.to(dtype), None if bias is None else bias.to(dtype)  # and off comes what a transform has left on them
     h, b, stream = factors
     scale, psi, dropout, seed = action
-    return ops.linear_node(x.to(dtype), weight, bias, h, b, seed, float(scale), psi, dropout, stream, backend)
+    return operation(x, weight, bias, h, b, seed, float(scale), psi, dropout, stream, backend)
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:

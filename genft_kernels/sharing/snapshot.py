@@ -39,11 +39,16 @@ class Snapshot:
         """Of `thin` tensors, and of a frozen `weight`; with `values`, where they can be compared at once."""
         thin = list(thin)
         self._states = _states(thin if weight is None else [weight, *thin])
-        compared = {i: tensor for i, tensor in enumerate(thin) if values and compares_at_once(tensor.device)}
-        dense = [tensor for tensor in compared.values() if tensor.is_contiguous()]
-        self.memory = [(t.data_ptr(), ctypes.string_at(t.data_ptr(), t.nbytes), t.nbytes) for t in dense]
-        # Others are compared by copies, which takes longer.
-        self.strided = [(i, t.detach().contiguous()) for i, t in compared.items() if not t.is_contiguous()]
+        self.memory: list[tuple[int, bytes, int]] = []
+        self.strided: list[tuple[int, Tensor]] = []  # compared by copies, which takes longer
+        for index, tensor in enumerate(thin if values else ()):
+            if not compares_at_once(tensor.device):
+                continue
+            if tensor.is_contiguous():
+                address, size = tensor.data_ptr(), tensor.nbytes
+                self.memory.append((address, ctypes.string_at(address, size), size))
+            else:
+                self.strided.append((index, tensor.detach().contiguous()))
         sampled = weight if values and weight is not None and compares_at_once(weight.device) else None
         self.sample = None if sampled is None else _Elements(sample(sampled))
 

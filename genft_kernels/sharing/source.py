@@ -55,7 +55,7 @@ class Source(NamedTuple):
             return self.obstacle
         quantised = isinstance(self.blocks[0], FrozenWeight)
         for tensor in (self.weight, *self.thin):
-            if tensor.device.type == "meta":
+            if tensor.is_meta:
                 return "its parameters are on the meta device (offloaded)"
             if tensor.is_inference():
                 return "its parameters were made in inference mode, where changes cannot be seen"

@@ -283,7 +283,7 @@ def test_a_layer_in_training_makes_few_calls():
     for _ in range(3):
         first(x)
         made = calls_of_one(lambda: second(x))
-    assert made[0] <= 70 and made[1] <= 46
+    assert made[0] <= 52 and made[1] <= 37  # of the operation, that looks for listeners once
 
 
 def test_gradients_are_those_of_the_long_road():
