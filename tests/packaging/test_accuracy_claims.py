@@ -29,6 +29,15 @@ def test_accuracy_on_texts(task, size, most):
     assert all(len({row["seed"] for row in runs}) == 5 for runs in (fast, summed, lora))
 
 
+@pytest.mark.parametrize("task", ["trec-fine", "snippets"])
+def test_accuracy_of_wegeft_on_the_other_texts(task):
+    rows = accuracy_rows(task, 73_728)
+    wegeft, lora = ([row for row in rows if row["method"] == name] for name in ("wegeft", "lora"))
+    mean = statistics.mean(row["score"][-1] for row in wegeft)
+    said(f"`wegeft` has {mean:.3f}, mean difference {difference(wegeft, lora)}", "docs/using.md")
+    assert len(wegeft) == 5
+
+
 def test_accuracy_of_the_other_methods_on_trec():
     rows = accuracy_rows("trec-6", 73_728)
     runs = {method: [row for row in rows if row["method"] == method] for method in METHODS}
