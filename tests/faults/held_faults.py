@@ -164,6 +164,13 @@ FAULTS = [
         SHORT_ROAD,
     ),
     Fault(
+        "short road: dispatch modes unnoticed",
+        "genft_kernels/short_road.py",
+        "listened = modes() > 0 or transforms()",
+        "listened = transforms()",
+        ["tests/sharing/test_dispatch_modes.py"],
+    ),
+    Fault(
         "short road: forward mode unnoticed",
         "genft_kernels/short_road.py",
         "if listened or ",
