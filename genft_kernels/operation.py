@@ -45,6 +45,8 @@ class Operation:
         setup: saves in a context what `gradients` will need, given the op's inputs and outputs.
         gradients: (context, gradient of the first result, `backward_op`) -> the gradient of each input.
         compute: (backend, `<name>` or `<name>_backward`, its other arguments) -> its results, None where not wanted.
+        by_pytorch: (the op's inputs) -> whether PyTorch's products are all there is to it, and to its backward;
+            None: never.
     """
 
     def __init__(
@@ -54,8 +56,9 @@ class Operation:
         setup: Callable[..., None],
         gradients: Callable[..., tuple[Any, ...]],
         compute: Callable[..., Any],
+        by_pytorch: Callable[..., bool] | None = None,
     ) -> None:
-        self._op, self._compute = op, compute
+        self._op, self._compute, self._by_pytorch = op, compute, by_pytorch
         self._name = name = _torch_private.name_of_op(op).removeprefix("genft::")
         of_backward, count = f"{name}_backward", _torch_private.arguments_of_op(op)
 
@@ -88,17 +91,35 @@ class Operation:
             def backward(ctx: Any, grad: Tensor | None) -> Any:
                 return *((None,) * count if grad is None else gradients(ctx, grad, run_backward)), None
 
+        class TracedNode(torch.autograd.Function):
+            """For a compiler, which looks into it: the products of PyTorch that an operation comes to."""
+
+            @staticmethod
+            def forward(ctx: Any, *args: Any) -> Tensor:
+                results = compute("eager", name, *args[:-1])
+                setup(ctx, args, results)
+                return results[0]
+
+            @staticmethod
+            def backward(ctx: Any, grad: Tensor) -> Any:
+                return gradients(ctx, grad, lambda *args: compute("eager", of_backward, *args[:-1]))
+
         self._node: Any = Node
+        self._traced: Any = TracedNode
         # `Function.apply` goes through all arguments for what transforms have left behind, which any product takes as
         # it is: a fifth of the Python of a layer's forward.
         self._apply: Any = super(torch.autograd.Function, Node).apply
 
     def __call__(self, *args: Any) -> Tensor:
+        first: Tensor
         compiling = torch.compiler.is_compiling()
+        if compiling and not torch.compiler.is_exporting() and self._by_pytorch and self._by_pytorch(*args):
+            first = self._traced.apply(*map(opened, args))
+            return first
         if compiling or (_torch_private.dispatch_modes_active() and not any(map(_is_handle, args))):
             if not compiling:
                 _tell_flop_counters()
-            first: Tensor = self._op(*map(opened, args))[0]
+            first = self._op(*map(opened, args))[0]
             return first
         return self._first(None, *args)
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import backends
 from .backends.compiled.run import BuildError
+from .backends.eager import operations as eager
 from .backends.eager.products import lie_in_columns
 from .config import is_factored
 from .frozen_weight import FrozenWeight, opened
@@ -45,7 +46,9 @@ def compute(backend: str, operation: str, *args: Any) -> tuple[Any, ...]:
 
 
 def _compute_by(backend: str, operation: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    device, function = _first(args).device, getattr(backends.load(backend), operation)
+    # By its name, not looked up: a compiler looks into it.
+    device, module = _first(args).device, eager if backend == "eager" else backends.load(backend)
+    function = getattr(module, operation)
     if torch.is_autocast_enabled(device.type):
         # The dtypes are settled by now; autocast must not settle them anew inside a product.
         with torch.autocast(device.type, enabled=False):
@@ -122,7 +125,11 @@ def _column_gradients(ctx: Any, grad: Tensor, backward: Callable[..., Any]) -> t
     return None, *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
 
 
-column_node = Operation(column, column_backward, _column_setup, _column_gradients, compute)
+def _column_by_pytorch(*args: Any) -> bool:
+    return backends.by_pytorch(args[-1], _first(args).device)
+
+
+column_node = Operation(column, column_backward, _column_setup, _column_gradients, compute, _column_by_pytorch)
 
 
 # --- row ------------------------------------------------------------------------------------------------------------
@@ -175,7 +182,11 @@ def _row_gradients(ctx: Any, grad: Tensor, backward: Callable[..., Any]) -> tupl
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None, None
 
 
-row_node = Operation(row, row_backward, _row_setup, _row_gradients, compute)
+def _factored(*args: Any) -> bool:
+    return is_factored(*args[-4:-2])  # (activation, dropout), whatever the backend
+
+
+row_node = Operation(row, row_backward, _row_setup, _row_gradients, compute, _factored)
 
 
 # --- linear ---------------------------------------------------------------------------------------------------------
@@ -258,4 +269,4 @@ def _linear_gradients(ctx: Any, grad: Tensor, backward: Callable[..., Any]) -> t
     return dx, None, dbias, dh, db, None, None, None, None, None, None
 
 
-linear_node = Operation(linear, linear_backward, _linear_setup, _linear_gradients, compute)
+linear_node = Operation(linear, linear_backward, _linear_setup, _linear_gradients, compute, _factored)

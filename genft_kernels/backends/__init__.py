@@ -106,6 +106,12 @@ def is_open(backend: str) -> bool:
     return backend in _OPEN.values()
 
 
+@_torch_private.constant_in_graphs
+def by_pytorch(backend: str, device: torch.device) -> bool:
+    """Whether an operation in the factored form is plain PyTorch's, whatever its sizes."""
+    return backend == "eager" or (backend == _OPEN[False] and not choices.table(device))
+
+
 def chosen(backend: str, device: torch.device, dtype: torch.dtype, operation: str, args: tuple[Any, ...]) -> str:
     """The backend of an operation that has to choose: the fastest for its shape where measured, else `counted`."""
     tiled = backend == _OPEN[True]

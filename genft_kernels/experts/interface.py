@@ -24,8 +24,13 @@ def is_experts(module: nn.Module) -> bool:
 
 def projections(experts: nn.Module) -> dict[str, int]:
     """The stacked parameters by name, each with the number of halves that one expert's matrix consists of."""
-    flags: Any = experts
-    return {"gate_up_proj": 2, "down_proj": 1} if flags.has_gate else {"up_proj": 1, "down_proj": 1}
+    gated = getattr(experts, "has_gate", True)  # all were, before there was the flag
+    return {"gate_up_proj": 2, "down_proj": 1} if gated else {"up_proj": 1, "down_proj": 1}
+
+
+def has_norm(experts: nn.Module) -> bool:
+    """Whether `post_expert_norm` follows its projections, as since transformers 5.20 it may."""
+    return getattr(experts, "has_post_expert_norm", False)
 
 
 def layout_of(experts: nn.Module, name: str) -> Layout:
@@ -56,6 +61,8 @@ def layout_of(experts: nn.Module, name: str) -> Layout:
     if weight.dtype not in SUPPORTED_DTYPES:
         raise TypeError(f"it has dtype {weight.dtype}: quantised experts are not supported")
     count, *matrix = weight.shape
+    if halves[name] == 2 and not hasattr(experts, "is_concatenated"):
+        raise TypeError("this version of transformers does not tell how its gate and up lie: install 5.7 or newer")
     in_features, out_features = matrix if flags.is_transposed else reversed(matrix)
     if out_features % halves[name]:
         raise ValueError(f"its {out_features} rows cannot be cut into gate and up")

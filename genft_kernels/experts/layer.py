@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..generator import GenFTGenerator
 from ..instance_forward import carry_instance_forward, check_instance_forward, share_hooks
 from ..merging import MarksMerged
+from .interface import has_norm, projections
 from .layout import Layout
 from .products import expert_product
 from .update import ExpertUpdate
@@ -99,12 +100,12 @@ class GenFTExperts(MarksMerged, nn.Module):
         bounds = torch.arange(count + 1, device=experts.device, dtype=experts.dtype)
         offsets = torch.searchsorted(experts, bounds).cpu()  # [E + 1]
         x = hidden_states[order // choices]
-        if original.has_gate:
+        if "gate_up_proj" in projections(original):
             x = original._apply_gate(self._projection("gate_up_proj", x, offsets))
         else:
             x = original.act_fn(self._projection("up_proj", x, offsets))
         y = self._projection("down_proj", x, offsets)
-        if original.has_post_expert_norm:
+        if has_norm(original):
             y = original.post_expert_norm(y)
         y = y * top_k_weights.reshape(-1)[order, None]
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))

@@ -63,6 +63,26 @@ def test_whole_model_is_that_with_materialised_updates_whatever_implementation_i
     assert (y - answer(plain, tokens())).norm() > 0.01 * y.norm()
 
 
+def of_an_older_transformers(*missing):
+    """Mixtral, whose experts lack flags that came later."""
+    model = mixtral()
+    for module in model.modules():
+        for flag in missing:
+            vars(module).pop(flag, None)
+    return model
+
+
+def test_flags_of_later_versions_are_not_missed():
+    model = apply_genft(of_an_older_transformers("has_post_expert_norm", "has_gate"), settings())
+    found = results(experts_of(model), routed(), trained(model))
+    assert largest_difference(found, expected(model, routed())) < 1e-12
+
+
+def test_version_that_does_not_tell_how_gate_and_up_lie_is_refused():
+    with pytest.raises(TypeError, match="gate_up_proj.*does not tell how its gate and up lie: install 5.7"):
+        apply_genft(of_an_older_transformers("is_concatenated"), settings())
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("make", [MODELS["mixtral"], MODELS["gpt_oss"]], ids=["mixtral", "gpt_oss"])
 def test_one_projection_alone(make, target):

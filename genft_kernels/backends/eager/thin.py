@@ -17,6 +17,8 @@ _SIDE_BY_SIDE = 64 << 20  # bytes
 def column(weights: list[Tensor], down: Tensor, bias: Tensor | None, activation: str) -> tuple[Tensor, Tensor | None]:
     """h = phi(W A^T + a)  [L, out, k], for L layers; the transpose of a contiguous tensor where W's lie in columns."""
     layers, (out_features, _), k = len(weights), weights[0].shape, down.shape[1]
+    if layers == 1:  # which a compiler can look into, as it cannot where products are written into parts of a result
+        return activated(_product(weights[0].to(down.dtype), down[0].mT, bias)[None], activation)
     if lie_in_columns(weights):
         z = down.new_empty((layers, k, out_features)).mT
     else:
@@ -42,6 +44,14 @@ def column_backward(
         for w, of_layers, out in _batches(weights, dz, ddown):
             (torch.mm if w.dim() == 2 else torch.bmm)(of_layers.mT, w, out=out)
     return ddown, sum_of_rows(dz.flatten(0, 1)) if need_bias else None
+
+
+def _product(weight: Tensor, thin: Tensor, bias: Tensor | None) -> Tensor:
+    """weight @ thin + bias; it lies in columns where W does."""
+    if lie_in_columns([weight]):
+        left, right = thin.t(), weight.t()
+        return (left @ right if bias is None else torch.addmm(bias[:, None], left, right)).t()
+    return weight @ thin if bias is None else torch.addmm(bias, weight, thin)
 
 
 def _batches(weights: list[Tensor], thin: Tensor, results: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
