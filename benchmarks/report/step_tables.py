@@ -105,9 +105,9 @@ def _case_table(found: dict[str, Row]) -> str:
 
 
 def _to_lora(row: Row | None) -> str | None:
-    return row and ratio(row, lora_of(row["k"]))
+    return row and ratio(row, lora_of(row["k"], row["method"]))
 
 
 def _kept_ratio(row: Row | None, found: dict[str, Row]) -> str | None:
-    lora = row and found.get(lora_of(row["k"]))
+    lora = row and found.get(lora_of(row["k"], row["method"]))
     return f"{row['kept_bytes'] / lora['kept_bytes']:.2f}" if lora else None

@@ -16,7 +16,7 @@ from benchmarks.measure import command, memory, timing
 from benchmarks.measure.environment import device_name, environment, version
 from benchmarks.measure.gate import refusal
 from benchmarks.measure.rows import ResultStore, Row
-from benchmarks.step.methods import METHODS, Method, lora_of
+from benchmarks.step.methods import COMPILED, METHODS, Method, lora_of
 from benchmarks.step.models import MODELS, StepCase, default_cases
 from benchmarks.step.training import Step, check, clock
 
@@ -24,7 +24,7 @@ SUITE = "model_step"
 # What a row of the suite is told apart by.
 KEY = ("model", "batch", "sequence", "accumulation", "dtype", "method")
 # What the others' time is divided by, turn by turn, where it ran.
-BASELINES = tuple(name for name in METHODS if name.startswith(("lora-", "official-")))
+BASELINES = tuple(name for name in METHODS if name.startswith(("lora-", "official-", f"{COMPILED}lora-")))
 
 
 def run(methods: Sequence[Method], cases: Sequence[StepCase], device: torch.device, seconds: float) -> Iterator[Row]:
@@ -115,7 +115,7 @@ def line(row: Row) -> str:
         return text
     low, middle, high = row["time_ms"]
     text += f" {middle:9.1f} ms [{low:.1f}, {high:.1f}]  {row['tokens_per_second']:8.0f} tokens/s"
-    lora = row["ratios"].get(lora_of(row["k"]))
+    lora = row["ratios"].get(lora_of(row["k"], row["method"]))
     if lora is not None:
         text += f"  {lora[1]:5.2f} x LoRA"
     if row["generator_ms"] is not None:
@@ -126,7 +126,12 @@ def line(row: Row) -> str:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = command.parser_of("benchmarks.step", __doc__)
     command.add_device_option(parser)
-    parser.add_argument("--method", nargs="+", choices=METHODS, metavar="NAME", help=f"default: {', '.join(METHODS)}")
+    usual = [name for name, method in METHODS.items() if not method.compiled]
+    compiled = ", ".join(name for name in METHODS if name not in usual)
+    parser.add_argument(
+        "--method", nargs="+", choices=METHODS, default=usual, metavar="NAME",
+        help=f"default: {', '.join(usual)}; and {compiled}",
+    )  # fmt: skip
     parser.add_argument("--model", nargs="+", choices=MODELS)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES)
     parser.add_argument("--accumulation", nargs="+", type=command.positive(int), metavar="N", help="micro-batches")
@@ -136,7 +141,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     if version("transformers") is None:
         parser.error("transformers is not installed (pip install transformers)")
     # In the registry's order, whatever the order asked for.
-    options.methods = [method for name, method in METHODS.items() if not options.method or name in options.method]
+    options.methods = [method for name, method in METHODS.items() if name in options.method]
     wanted = {"model": options.model and [MODELS[name] for name in options.model]}
     wanted |= {"dtype_name": options.dtype, "accumulation": options.accumulation}
     cases = default_cases(options.device)

@@ -29,6 +29,7 @@ class Method:
         context: what a step's micro-batches run in.
         micro_batches: the least number of them that it is meant for.
         package: what must be installed.
+        compiled: whether `torch.compile` makes the model one graph.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Method:
     context: Callable[[nn.Module], contextlib.AbstractContextManager] = contextlib.nullcontext
     micro_batches: int = 1
     package: str = "torch"
+    compiled: bool = False
 
     def obstacle(self) -> str | None:
         """Why it cannot run, or None."""
@@ -55,6 +57,9 @@ class Method:
             with torch.no_grad():
                 for parameter in trained(model).values():
                     parameter.normal_(std=0.02, generator=generator)
+        if self.compiled:
+            torch._dynamo.config.recompile_limit = 64  # of all models' graphs: of gates, counts and clocks
+            model.compile(fullgraph=True)  # which fails rather than going on without a graph
         return model
 
 
@@ -155,9 +160,17 @@ def lora(rank: int) -> Method:
     return Method(lora_of(rank), f"PEFT LoRA, rank {rank}", adapt, _lora_weights, rank, package="peft")
 
 
-def lora_of(k: int | None) -> str:
-    """The name of the LoRA of rank k."""
-    return f"lora-{k}"
+def lora_of(k: int | None, name: str = "") -> str:
+    """The name of the LoRA of rank k that a method is compared with: compiled, too, if that is."""
+    return f"{COMPILED if name.startswith(COMPILED) else ''}lora-{k}"
 
 
+def _compiled(method: Method) -> Method:
+    title = f"{method.title}, torch.compile"
+    return dataclasses.replace(method, name=f"{COMPILED}{method.name}", title=title, compiled=True)
+
+
+COMPILED = "compiled-"
 METHODS = {method.name: method for method in _registry()}
+# Not measured unless asked for: compiling takes minutes.
+METHODS |= {each.name: each for each in (_compiled(METHODS[name]) for name in ("lora-19", "genft-fast"))}

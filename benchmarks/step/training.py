@@ -22,6 +22,8 @@ from genft_kernels.sharing import node as generation
 
 # How far gradients in float64 may be off: the same sums in another order.
 EXACT = 1e-10
+# The same, compiled: where a model casts to float32 in between, a compiler leaves that out.
+COMPILED_EXACT = 1e-5
 # Tokens of a sequence in the gate.
 _FEW = 7
 
@@ -130,7 +132,7 @@ def check(method: Method, case: StepCase, device: torch.device) -> None:
             raise WrongResult(f"{missing[0]} has no gradient")
         errors = _errors(actual, exact)
         worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))  # NaN is the worst
-        error, allowed = errors[worst], EXACT
+        error, allowed = errors[worst], COMPILED_EXACT if method.compiled else EXACT
         if dtype != torch.float64:
             both = errors.values(), _errors(plain, exact).values()
             error, of_plain = (statistics.fmean(each * each for each in found) ** 0.5 for found in both)

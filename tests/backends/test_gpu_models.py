@@ -115,6 +115,48 @@ def test_what_is_tuned_is_taken_and_right(tmp_path, monkeypatch):
     assert_near(gradients(model, device), gradients(adapted("tiled"), torch.device("cpu")), 1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # of the compiler's, such as that tf32 is off
+@pytest.mark.parametrize("form", ["fast", "sum", "tiled"])
+def test_compiled_model_has_the_gradients_of_float64(form):
+    torch._dynamo.reset()
+    device = torch.device("cuda")
+    model = adapted(form).float().to(device)
+    model.compile(fullgraph=True)
+    assert_near(gradients(model, device), gradients(adapted(form), torch.device("cpu")), 1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["fast", "sum", "both"])
+def test_step_is_captured_in_a_graph_and_follows_its_parameters(form):
+    """Generation, forward and backward: what a replay computes is of what the parameters are by then."""
+    device = torch.device("cuda")
+    model, batch = adapted(form).float().to(device), tokens(6, 7).to(device)
+
+    def step():
+        model.zero_grad(set_to_none=False)
+        model(batch).square().mean().backward()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for p in trained.values():
+            p.mul_(1.5)
+    graph.replay()
+    replayed = {name: p.grad.clone() for name, p in trained.items()}
+    step()
+    assert_near({name: p.grad for name, p in trained.items()}, replayed, 1e-5)
+
+
 @on_devices
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize("form", ["fast", "tiled"])

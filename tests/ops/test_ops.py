@@ -4,15 +4,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from genft_kernels import backends, ops
+from genft_kernels import GenFTConfig, GenFTLinear, apply_genft, backends, ops
 from genft_kernels.functional import factored_linear, genft_linear
 from tests.helpers.cases import CASES, make_data, relative_error, run
+from tests.helpers.tiny_models import Encoder, randomise, tokens
 
 BY_NAME = {case.name: case for case in CASES}
 DTYPES = [torch.float32, torch.bfloat16]
+CPU = torch.device("cpu")
 
 
 def tensors(*shapes, dtype):
@@ -97,9 +101,48 @@ def test_compile_has_no_graph_break(name, backend):
         assert relative_error(compiled[key], expected) <= 1e-6, key
 
 
-def test_compiled_module_draws_new_masks():
-    from genft_kernels import GenFTConfig, GenFTLinear
+@pytest.mark.parametrize(
+    ("name", "opaque"),
+    [("factored-square", set()), ("sum-factored-bias", set()), ("row-tiled", {"column", "linear"})],
+)
+def test_compiled_graph_holds_products_in_place_of_factored_operations(name, opaque):
+    """Custom ops take the host longer than the products do. The tiled form stays what it is, and so do kernels."""
+    targets, added_to, case = [], [], BY_NAME[name]
 
+    def compiler(graph, inputs):
+        called = [node for node in graph.graph.nodes if node.op == "call_function"]
+        targets.extend(str(node.target) for node in called)
+        added_to.extend(str(node.args[0]) for node in called if "addmm" in str(node.target))
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(genft_linear, fullgraph=True, backend=aot_autograd(fw_compiler=compiler))
+    run(compiled, make_data(case, torch.float32), case.config, training=True, seed=seed())
+    found = {target.split(".")[1] for target in targets if target.startswith("genft.")}
+    assert found == opaque | {f"{operation}_backward" for operation in opaque}
+    # A compiler may take addmm apart, and 0 * what is in the memory is not always 0.
+    assert not [name for name in added_to if "empty" in name]
+    assert backends.by_pytorch("eager", CPU) and not backends.by_pytorch("triton", CPU)
+
+
+def test_compiled_model_is_the_one_that_is_not():
+    def gradients(compiled):
+        torch.manual_seed(3)
+        config = GenFTConfig.preset("fast-sum", target_modules=["query", "value"])
+        model = randomise(apply_genft(Encoder(layers=2, dim=16), config), 0.1)
+        if compiled:
+            torch._dynamo.reset()
+            model.compile(fullgraph=True, backend="aot_eager")
+        with torch.autocast("cpu"):
+            model(tokens(6, 7)).square().mean().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+    plain, compiled = gradients(False), gradients(True)
+    for name, gradient in plain.items():
+        assert relative_error(compiled[name], gradient) < 0.02, name  # in 16 bits, and in another order
+
+
+def test_compiled_module_draws_new_masks():
     layer = GenFTLinear(16, 12, config=GenFTConfig(shared_dim=3, specific_dim=1, dropout=0.5, zero_delta=False))
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = torch.randn(4, 16)
@@ -134,8 +177,8 @@ def test_compiled_layer_takes_any_number_of_tokens():
     counter = CompileCounter()
     weight, h, b = torch.randn(12, 16), torch.randn(16, 3), torch.randn(12, 3)
     compiled = torch.compile(lambda x: factored_linear(x, weight, None, h, b), backend=counter, dynamic=True)
-    for tokens in (7, 9, 11):
-        compiled(torch.randn(tokens, 16))
+    for length in (7, 9, 11):
+        compiled(torch.randn(length, 16))
     assert counter.frame_count == 1
 
 
