@@ -110,4 +110,4 @@ def _to_lora(row: Row | None) -> str | None:
 
 def _kept_ratio(row: Row | None, found: dict[str, Row]) -> str | None:
     lora = row and found.get(lora_of(row["k"], row["method"]))
-    return f"{row['kept_bytes'] / lora['kept_bytes']:.2f}" if lora else None
+    return f"{row['kept_bytes'] / lora['kept_bytes']:.2f}" if lora and row["kept_bytes"] else None

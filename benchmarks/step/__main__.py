@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor, nn
 
 from benchmarks.layer.cases import DTYPES
 from benchmarks.measure import command, memory, timing
@@ -67,12 +68,18 @@ def _counted(step: Step, device: torch.device) -> Row:
     """Figures that are counted rather than timed: of one micro-batch, but for the peak, which is the whole step's."""
     config, trained = step.model.config, sum(parameter.numel() for parameter in step.trained.values())
     launches = memory.launches(lambda: step.run(1), device)
+    # A graph that somebody listens to is another one.
+    kept = None if step.method.compiled else memory.kept_bytes(lambda: step.run(1), _stored(step.model))
     return {
         "layers": config.num_hidden_layers, "width": config.hidden_size, "trained": trained,
-        "kept_bytes": memory.kept_bytes(lambda: step.run(1), (*step.model.parameters(), *step.model.buffers())),
+        "kept_bytes": kept,
         "peak_bytes": memory.most_bytes(step.run, device),
         "launches_per_layer": round(launches / step.layers, 1) if launches and step.layers else None,
     }  # fmt: skip
+
+
+def _stored(model: nn.Module) -> tuple[Tensor, ...]:
+    return *model.parameters(), *model.buffers()
 
 
 def _measured(step: Step, samples: dict[str, list[timing.Sample]]) -> Row:
@@ -85,7 +92,7 @@ def _measured(step: Step, samples: dict[str, list[timing.Sample]]) -> Row:
         "ratios": {base: [round(each, 4) for each in timing.quantiles(ratios)] for base, ratios in bases.items()},
         "generations": None, "generator_ms": None, "generator_share": None,
     }  # fmt: skip
-    if step.generations == 0:
+    if mine[-1]["generations"] == 0:
         return row
     generator = statistics.median(sample["generator"] for sample in mine)
     return row | {

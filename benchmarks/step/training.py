@@ -39,7 +39,7 @@ class Step:
         self._groups = {id(group): group for group in (each.generator.group for each in adapted_layers(model).values())}
         self._optimizer = torch.optim.AdamW(self.trained.values(), lr=1e-5, fused=True)
         inputs = [case.model.inputs(model, case.batch, case.sequence, seed) for seed in range(case.accumulation)]
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # no graph for a shape
             output = model(**inputs[0]).last_hidden_state
         self.micro_batches = [(each, output_grad(output, seed)) for seed, each in enumerate(inputs)]
 

@@ -50,7 +50,7 @@ def select(*names):
 # --- the gate -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.compiled])
 @pytest.mark.parametrize(
     ("model", "dtype"),
     [
@@ -63,6 +63,25 @@ def select(*names):
 )
 def test_every_method_passes_its_gate(name, model, dtype):
     check(METHODS[name], case(2, dtype, MODELS[model]), CPU)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's
+def test_compiled_methods_pass_theirs_and_are_compared_with_each_other():
+    """The seconds of a compiled step are of one graph: it fails where it would break."""
+    rows = measure(select("lora-19", "compiled-lora-19", "compiled-genft-fast"))
+    row = of(rows, "compiled-genft-fast")
+    assert row["status"] == "measured" and row["generations"] is None and row["kept_bytes"] is None
+    assert "compiled-lora-19" in row[
+        "ratios"
+    ] and f"{row['ratios']['compiled-lora-19'][1]:.2f} x LoRA" in model_step.line(row)
+
+
+def test_compiled_methods_are_measured_when_asked_for():
+    usual = {method.name for method in model_step._parse([]).methods}
+    assert usual == {name for name in METHODS if not name.startswith("compiled-")}
+    asked = model_step._parse(["--method", "compiled-genft-fast"])
+    assert [method.name for method in asked.methods] == ["compiled-genft-fast"]
 
 
 def _scaled(model, dropout, factor=1.01, dtypes=(torch.float32, torch.float64, torch.bfloat16)):
