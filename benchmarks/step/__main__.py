@@ -17,7 +17,7 @@ from benchmarks.measure import command, memory, timing
 from benchmarks.measure.environment import device_name, environment, version
 from benchmarks.measure.gate import refusal
 from benchmarks.measure.rows import ResultStore, Row
-from benchmarks.step.methods import COMPILED, METHODS, Method, lora_of
+from benchmarks.step.methods import COMPILED, METHODS, USUAL, Method, lora_of
 from benchmarks.step.models import MODELS, StepCase, default_cases
 from benchmarks.step.training import Step, check, clock
 
@@ -133,11 +133,10 @@ def line(row: Row) -> str:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = command.parser_of("benchmarks.step", __doc__)
     command.add_device_option(parser)
-    usual = [name for name, method in METHODS.items() if not method.compiled]
-    compiled = ", ".join(name for name in METHODS if name not in usual)
+    others = ", ".join(name for name in METHODS if name not in USUAL)
     parser.add_argument(
-        "--method", nargs="+", choices=METHODS, default=usual, metavar="NAME",
-        help=f"default: {', '.join(usual)}; and {compiled}",
+        "--method", nargs="+", choices=METHODS, default=USUAL, metavar="NAME",
+        help=f"default: {', '.join(USUAL)}; and {others}",
     )  # fmt: skip
     parser.add_argument("--model", nargs="+", choices=MODELS)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES)
