@@ -64,6 +64,9 @@ def asked_again(
         h, b, stream_of_masks = factors[0]  # nothing is left to choose or to cast
         settings = None, config.scaling, psi, 0.0, stream_of_masks
         return backends.load("eager").linear(x, weight, bias, h, b, *settings)[0], asked
-    backend = backends.choose(update.backend, device, compute_dtype(x), not is_factored(psi, 0.0))
+    if is_factored(psi, 0.0):  # PyTorch's products do it all, whatever the backend (genft_kernels/backends/plan.py)
+        backend = "eager"
+    else:
+        backend = backends.choose(update.backend, device, compute_dtype(x), tiled=True)
     action = Action(config.scaling, psi)
     return apply_factors(x, weight, bias, factors[0], action, backend, ops.linear_node.unheard), asked

@@ -247,11 +247,11 @@ class LayerGroup:
 
     def together_with(self, layer: Layer, source: Source) -> dict[Layer, Source]:
         """The layers to generate when `layer` asks, itself first."""
-        together = {layer: source}
+        together, cell = {layer: source}, source.cell
         if layer in self._shares and source.reason_to_stay_alone() is None:  # a replica is in no group
             for each in self.layers:
                 other = source if each is layer else each.source()
-                if other.cell == source.cell and other.reason_to_stay_alone() is None:
+                if other.cell == cell and other.reason_to_stay_alone() is None:
                     together[each] = other
         return together
 
