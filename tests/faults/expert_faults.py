@@ -18,6 +18,20 @@ FAULTS = [
         EXPERTS,
     ),
     Fault(
+        "experts: a flag of a later version is missed",
+        f"{ROOM}/interface.py",
+        'getattr(experts, "has_post_expert_norm", False)',
+        "experts.has_post_expert_norm",
+        EXPERTS,
+    ),
+    Fault(
+        "experts: how gate and up lie is guessed",
+        f"{ROOM}/interface.py",
+        'if halves[name] == 2 and not hasattr(experts, "is_concatenated"):',
+        "if False:",
+        EXPERTS,
+    ),
+    Fault(
         "experts: transposed storage not seen",
         f"{ROOM}/layout.py",
         "return stored.mT if self.transposed else stored",

@@ -59,6 +59,13 @@ FAULTS = [
         SHORT_ROAD,
     ),
     Fault(
+        "short road: tiles by another backend than was asked for",
+        "genft_kernels/short_road.py",
+        "if is_factored(psi, 0.0):  #",
+        "if True:  #",
+        SHORT_ROAD,
+    ),
+    Fault(
         "short road: no masks in training",
         "genft_kernels/short_road.py",
         "if training and (dropout or ",

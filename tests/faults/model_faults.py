@@ -161,7 +161,7 @@ FAULTS = [
     Fault(
         "group: layers in another mode left in",
         "genft_kernels/sharing/cache.py",
-        "other.cell == source.cell and ",
+        "other.cell == cell and ",
         "",
         GROUPS,
     ),

@@ -16,7 +16,37 @@ CPU_PASS = ["tests/backends/test_cpu_pass.py", *QUICK, "-k", "plain or bits"]
 EAGER = ["tests/backends/test_backends.py", "tests/ops/test_precision.py", *QUICK, "-k", "eager"]
 ANYWHERE = ["tests/backends/test_backends.py", "-k", "anywhere and cuda-cpu"]
 
+COMPILED = ["tests/ops/test_ops.py", "-k", "compiled or graph_break"]
+
 FAULTS = [
+    Fault(
+        "compiled: a custom op in the factored form",
+        "genft_kernels/operation.py",
+        "and self._by_pytorch(*args)",
+        "and False",
+        COMPILED,
+    ),
+    Fault(
+        "compiled: kernels become plain PyTorch",
+        "genft_kernels/operation.py",
+        "and self._by_pytorch(*args)",
+        "and True",
+        COMPILED,
+    ),
+    Fault(
+        "compiled: kernels' thin products become plain PyTorch",
+        BACKENDS + "__init__.py",
+        'return backend == "eager" or (',
+        "return True or (",
+        COMPILED,
+    ),
+    Fault(
+        "compiled: memory that nobody wrote is read",
+        BACKENDS + "eager/products.py",
+        "torch.addmm(right[0], left, right, beta=0, alpha=scale)",
+        "left.new_empty((len(left), right.shape[1])).addmm_(left, right, beta=0, alpha=scale)",
+        COMPILED,
+    ),
     Fault(
         "column: weights side by side beside the first ones' units",
         BACKENDS + "eager/thin.py",

@@ -103,7 +103,7 @@ def test_compile_has_no_graph_break(name, backend):
 
 @pytest.mark.parametrize(
     ("name", "opaque"),
-    [("factored-square", set()), ("sum-factored-bias", set()), ("row-tiled", {"column", "linear"})],
+    [("factored-wide-bias", set()), ("sum-factored-bias", set()), ("row-tiled", {"column", "linear"})],
 )
 def test_compiled_graph_holds_products_in_place_of_factored_operations(name, opaque):
     """Custom ops take the host longer than the products do. The tiled form stays what it is, and so do kernels."""

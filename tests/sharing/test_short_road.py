@@ -151,6 +151,16 @@ def test_another_backend_generates_for_itself(layer, monkeypatch):
     assert found == [False, True] and layer.generator.group.generations == 2
 
 
+@pytest.mark.parametrize(("psi", "expected"), [("identity", "eager"), ("tanh", "auto, tiled")])
+def test_nothing_is_chosen_in_the_factored_form_alone(psi, expected, monkeypatch):
+    layer = GenFTLinear(8, 12, config=GenFTConfig(shared_dim=3, specific_dim=2, outer_activation=psi)).eval()
+    x, taken, apply = torch.randn(5, 8), [], short_road.apply_factors
+    y = layer(x)
+    monkeypatch.setattr(short_road, "apply_factors", lambda *args: taken.append(args[5]) or apply(*args))
+    torch.testing.assert_close(layer(x), y)
+    assert taken == [expected]
+
+
 def test_forward_mode_is_refused_as_ever(layer):
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
         layer(torch.randn(3, 16))
