@@ -14,6 +14,7 @@ from genft_kernels import GenFTConfig, GenFTLinear, reference
 from genft_kernels.functional import factored_linear, genft_linear
 from tests.helpers.accuracy import allowed_error, factored_gains, relative_errors
 from tests.helpers.cases import Case, make_data, relative_error, run, runnable
+from tests.helpers.cuda_graphs import captured
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -111,21 +112,13 @@ def test_captured_graph_follows_its_inputs(case, on):
     def step():
         return run(genft_linear, data, case.config, training=True, seed=seed, backend=on.backend)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, found = captured(step)
     with torch.no_grad():
         data.x.copy_(torch.randn_like(data.x))
         seed.fill_(77)
     graph.replay()
     for name, expected in step().items():
-        assert torch.equal(captured[name], expected), name
+        assert torch.equal(found[name], expected), name
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler's, such as that tf32 is off

@@ -12,6 +12,7 @@ from torch import nn
 
 from genft_kernels import GenFTConfig, accumulate, apply_genft, backends, load_adapter, merge, save_adapter, tune
 from genft_kernels.backends import choices
+from tests.helpers.cuda_graphs import captured
 from tests.helpers.tiny_models import Encoder, randomise, tokens
 
 DEVICES = [
@@ -138,15 +139,7 @@ def test_step_is_captured_in_a_graph_and_follows_its_parameters(form):
         model.zero_grad(set_to_none=False)
         model(batch).square().mean().backward()
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    graph, _ = captured(step)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with torch.no_grad():
         for p in trained.values():
