@@ -19,7 +19,7 @@ def scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
     """scale * left @ right, rounded once."""
     if scale == 1:  # which takes half the time where there are few tokens
         return torch.mm(left, right)
-    # Of what is added 0 times nothing is read; but a compiler that takes the product apart does read it.
+    # What is added 0 times is not read, but by a compiler that takes the product apart: it must be there.
     return torch.addmm(right[0], left, right, beta=0, alpha=scale)
 
 
