@@ -194,6 +194,10 @@ def test_gpu_run_after():
 
 
 def test_compiled_steps_of_a_cpu():
+    text = (RESULTS / CPU / "compiled_step.txt").read_text()
+    before, since = (f"{float(ratio):.2f}" for ratio in re.findall(r"x LoRA (\S+)$", text, re.M))
+    said(f"took {before} times the time of LoRA's before, both compiled, and takes {since} since", BACKENDS_PAGE)
+    said(f"takes {since} times compiled LoRA's time where it took {before}", "CHANGELOG.md")
     rows = {(row["batch"], row["method"]): row for row in read_rows(RESULTS / CPU / "model_step.jsonl")}
     few, many = (rows[batch, "compiled-genft-fast"]["ratios"]["compiled-lora-19"][1] for batch in (1, 32))
     said(f"RoBERTa-base with 128 tokens takes {few:.2f}", BACKENDS_PAGE)
