@@ -45,6 +45,28 @@ def summary(rows: Iterable[Row]) -> str:
     return markdown(header, lines)
 
 
+def overview(rows: Iterable[Row]) -> str:
+    """Every method's last epochs on every task, with the difference to LoRA's: a table for each rank of LoRA."""
+    cells: dict[int, dict[str, dict[str, str]]] = {}  # by rank, method and column
+    measured = (row for row in _in_order(rows) if row["status"] == "measured")
+    for (task, _, _, size), same in grouped(measured, "task", "data", "epochs", "size").items():
+        runs = {method: each for (method,), each in grouped(same, "method").items()}
+        if BASELINE in runs:
+            lines = cells.setdefault(runs[BASELINE][0]["settings"]["r"], {})
+            for method, mine in runs.items():
+                apart = None if method == BASELINE else mean_difference(mine, runs[BASELINE])
+                beside = "" if apart is None else f" ({apart[0]:+.3f} ± {apart[1]:.3f})"
+                column = f"{task}, {same[0]['metric']}, {size:,}"
+                lines.setdefault(method, {})[column] = f"{_mean(mine):.3f}{beside}"
+    parts = []
+    for rank, lines in cells.items():
+        columns = list(dict.fromkeys(column for line in lines.values() for column in line))
+        header = [f"as many trained as by LoRA of rank {rank}", *columns]
+        ordered = (method for method in METHODS if method in lines)
+        parts.append(markdown(header, ([METHODS[name].title, *map(lines[name].get, columns)] for name in ordered)))
+    return "\n".join(parts)
+
+
 def table(rows: Sequence[Row]) -> str:
     """A line for each method and size; then what else chance has in it, and what did not run.
 
@@ -83,14 +105,22 @@ def _line(runs: Sequence[Row], baseline: Sequence[Row]) -> tuple[str, ...]:
 
 def difference(runs: Sequence[Row], baseline: Sequence[Row]) -> str | None:
     """The mean of the last epochs' differences by seed, with its 95 % interval; None for less than two in common."""
+    apart = mean_difference(runs, baseline)
+    return apart and f"{apart[0]:+.3f} [{apart[0] - apart[1]:+.3f}, {apart[0] + apart[1]:+.3f}]"
+
+
+def mean_difference(runs: Sequence[Row], baseline: Sequence[Row]) -> tuple[float, float] | None:
+    """As `difference`, as numbers: the mean and half its interval."""
     theirs = {run["seed"]: run["score"][-1] for run in baseline}
     apart = [run["score"][-1] - theirs[run["seed"]] for run in runs if run["seed"] in theirs]
     if len(apart) < 2:
         return None
-    mean = statistics.mean(apart)
     quantile = _QUANTILES[min(len(apart) - 1, len(_QUANTILES)) - 1]
-    half = quantile * statistics.stdev(apart) / math.sqrt(len(apart))
-    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
+    return statistics.mean(apart), quantile * statistics.stdev(apart) / math.sqrt(len(apart))
+
+
+def _mean(runs: Iterable[Row]) -> float:
+    return statistics.mean(run["score"][-1] for run in runs)
 
 
 def _last(runs: Iterable[Row]) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -183,6 +184,15 @@ def test_the_report_is_made_of_the_rows(results):
     assert (folder / "docs" / "six_bars.png").read_bytes().startswith(b"\x89PNG")
     report.write_report(folder, folder)
     assert (folder / "README.md").read_text() == readme
+
+
+def test_the_committed_report_is_that_of_the_committed_rows(tmp_path):
+    (tmp_path / "docs").mkdir()
+    shutil.copy(ROOT / "README.md", tmp_path)
+    report.write_report(RESULTS, tmp_path)
+    for name in ("README.md", "docs/results.md"):
+        stale = f"{name} is not that of benchmarks/results: make bench-report"
+        assert (tmp_path / name).read_text() == (ROOT / name).read_text(), stale
 
 
 def test_every_device_has_its_section_and_its_bars(results):

@@ -13,7 +13,7 @@ from benchmarks.finetune import __main__ as demo  # noqa: E402
 from benchmarks.finetune import compare, grid, training  # noqa: E402
 from benchmarks.finetune.methods import METHODS, Method, Unsuitable  # noqa: E402
 from benchmarks.finetune.recipe import Recipe  # noqa: E402
-from benchmarks.finetune.table import difference, summary, table, tables  # noqa: E402
+from benchmarks.finetune.table import difference, overview, summary, table, tables  # noqa: E402
 from benchmarks.finetune.tasks import TASKS, DemoError, Task, texts  # noqa: E402
 from benchmarks.finetune.training import Setting  # noqa: E402
 from benchmarks.measure.rows import RESULTS, read_rows, write_rows  # noqa: E402
@@ -146,6 +146,15 @@ def test_table_has_means_deviations_and_paired_differences():
     larger, smaller = summary(small + fast[::-1] + lora).splitlines()[2:]  # in this order, whichever was made first
     assert "| 0.850 ± 0.071 | 0.870" in larger
     assert smaller.endswith("| 0.550 ± 0.071 | 0.500 | – | 0.650 ± 0.071 | +0.100 [+0.100, +0.100] |")
+    digits = [row | {"task": "digits"} for row in lora + row]
+    of_both = overview(digits + fast[::-1] + lora + [row | {"settings": {"r": 1}} for row in small])
+    larger, smaller = of_both.split("\n\n")
+    assert larger.splitlines()[2:] == [
+        "| GenFT fast (column stage) | 0.870 (+0.020 ± 0.127) | – |",
+        "| PEFT LoRA | 0.850 | 0.850 |",
+        "| GenFT row stage, as fast | – | 0.750 (-0.100 ± 0.000) |",
+    ]
+    assert smaller.startswith("| as many trained as by LoRA of rank 1 |") and "0.650 (+0.100 ± 0.000)" in smaller
 
 
 def test_the_intervals_width_follows_from_students_t():
