@@ -55,7 +55,7 @@ def file(what: str, device: torch.device) -> Path:
 def read(path: Path) -> dict[str, Any]:
     """The object in a file; ValueError if it is damaged, or another user's."""
     try:
-        if path.stat().st_uid not in (0, os.geteuid()):
+        if hasattr(os, "geteuid") and path.stat().st_uid not in (0, os.geteuid()):
             raise ValueError("it belongs to another user")
         content = json.loads(path.read_bytes())
     except (OSError, RecursionError) as error:

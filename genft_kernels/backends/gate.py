@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import functools
 import os
+import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -231,6 +234,18 @@ def _gain(backend: _Backend, case: Case, device: torch.device) -> float:
 # --- the verdict ----------------------------------------------------------------------------------------------------
 
 
+class Outcome(enum.Enum):
+    """What a run of the gate tells, apart from its reason."""
+
+    VERDICT = enum.auto()  # of the kernels: the same would come out again
+    FAILURE = enum.auto()  # a hang or a death, which may be the kernels' or chance
+    NOTHING = enum.auto()  # the machine would not have it: a card without room or in use, a process that was stopped
+
+
+_REJECTED, _FAILED = 3, 4  # exit statuses of the child; Python's own, 1, is that of a child that never came to examine
+_STOPPED = {-getattr(signal, name, 0) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGKILL")}
+
+
 @functools.cache
 def rejection(backend: str, device: torch.device) -> str | None:
     """Why `backend` may not be chosen on a CUDA device, or None if it passed the gate, now or before."""
@@ -244,9 +259,11 @@ def rejection(backend: str, device: torch.device) -> str | None:
     if "rejected" in known:
         rejected: str | None = known["rejected"]
         return rejected
-    reason, final = run(backend, device, SECONDS)
+    reason, outcome = run(backend, device, SECONDS)
+    if outcome is Outcome.NOTHING:
+        return reason  # the next process asks again
     verdict: dict[str, object] = {"backend": backend, **card.identity(device)}
-    if final:
+    if outcome is Outcome.VERDICT:
         verdict["rejected"] = reason
     else:  # compiling may have taken so long, of which the next process finds a part done; a hang never ends
         verdict["tries"] = tries = known.get("tries", 0) + 1 if isinstance(known.get("tries", 0), int) else 1
@@ -257,8 +274,19 @@ def rejection(backend: str, device: torch.device) -> str | None:
     return reason
 
 
-def run(backend: str, device: torch.device, seconds: float) -> tuple[str | None, bool]:
-    """(the reason for which the gate rejects, or None, whether the same would come out again), by a child process."""
+def run(backend: str, device: torch.device, seconds: float) -> tuple[str | None, Outcome]:
+    """(the reason for which the gate rejects, or None, what that tells), by a child process.
+
+    CUDA kernels are compiled before the child starts, with the time that takes.
+    """
+    if backend == "cuda":
+        from .compiled.run import BuildError
+        from .cuda import extension
+
+        try:
+            extension.load()
+        except BuildError as error:
+            return str(error), Outcome.NOTHING
     command = [sys.executable, "-m", __name__, backend, str(device)]
     environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # which determinism asks for
     try:
@@ -266,26 +294,39 @@ def run(backend: str, device: torch.device, seconds: float) -> tuple[str | None,
             command, timeout=seconds, capture_output=True, text=True, cwd=_PACKAGE.parent, env=environment
         )
     except subprocess.TimeoutExpired:
-        return f"its gate takes longer than {seconds:.0f} s", False
+        return f"its gate takes longer than {seconds:.0f} s", Outcome.FAILURE
     except OSError as error:
-        return f"its gate cannot be run: {error}", False
+        return f"its gate cannot be run: {error}", Outcome.NOTHING
     if done.returncode == 0:
-        return None, True
+        return None, Outcome.VERDICT
     said = [line for line in (done.stdout + done.stderr).strip().splitlines() if line.strip()]
-    return f"{said[-1] if said else 'its gate died'} (exit status {done.returncode})", True
+    reason = said[-1] if said else "its gate died"
+    if done.returncode == _REJECTED:
+        return reason, Outcome.VERDICT
+    of_the_machine = done.returncode == 1 or done.returncode in _STOPPED
+    return f"{reason} (exit status {done.returncode})", Outcome.NOTHING if of_the_machine else Outcome.FAILURE
 
 
 def main() -> None:
-    """Examine the backend and the device that the arguments name; exit with 1 and the reason if it is rejected."""
+    """Examine the backend and the device that the arguments name; the exit status tells `run` how that ended."""
     from . import load
 
-    backend, device = sys.argv[1], torch.device(sys.argv[2])
+    name, device = sys.argv[1], torch.device(sys.argv[2])
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.zeros(1, device=device)  # a context
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
-    reason = examine(load(backend), device)
+    backend = load(name)
+    try:
+        reason = examine(backend, device)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:
+        traceback.print_exc()
+        sys.exit(_FAILED)
     if reason is not None:
-        sys.exit(reason)
+        print(reason, file=sys.stderr)
+        sys.exit(_REJECTED)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from genft_kernels.backends import card
 from genft_kernels.backends.compiled import cache
 from genft_kernels.backends.compiled.run import BuildError
 
@@ -206,6 +207,18 @@ def test_a_folder_mounted_noexec_is_not_used(compiler, folder, monkeypatch):
     monkeypatch.setattr(os, "statvfs", lambda path: Mount if Path(path) == folder else real(path))
     folder.mkdir()
     assert_compiled_privately(compiler, folder, "is mounted noexec")
+
+
+def test_nothing_is_compiled_where_files_have_no_owners(compiler, folder, monkeypatch):
+    """As on Windows; what was found out about a card is still read there."""
+    folder.mkdir()
+    card.write(folder / "found.json", {"a": 1})
+    monkeypatch.delattr(os, "statvfs")
+    monkeypatch.delattr(os, "geteuid")
+    for ask in (cache.obtain, cache.state):
+        with pytest.raises(BuildError, match="on Linux and macOS alone"):
+            ask(library(compiler))
+    assert compiler.runs == 0 and card.read(folder / "found.json") == {"a": 1}
 
 
 def test_a_filesystem_without_locks_is_not_used(compiler, folder, monkeypatch):

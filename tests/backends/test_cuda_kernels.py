@@ -294,6 +294,19 @@ def test_fold_rounds_by_the_words_of_stream_2(layout, dtype, bits, device):
     assert folded.stride() == (weight.stride() if layout == "columns" else (n_in, 1))
 
 
+@pytest.mark.parametrize("columns", [True, False], ids=["of one column", "of one row"])
+def test_fold_of_an_expanded_weight(columns, device):
+    """Cast to the factors' dtype it lies otherwise than before."""
+    line = random(torch.float32, device, N_OUT if columns else N_IN)
+    weight = line[:, None].expand(N_OUT, N_IN) if columns else line.expand(N_OUT, N_IN)
+    for dtype in (torch.float32, torch.bfloat16):
+        h, b = random(dtype, device, N_IN, 7), random(dtype, device, N_OUT, 7)
+        update = Update(b, h, "tanh", 0.0, None, philox.ROW_STREAM)
+        exact = weight.to(dtype).double() + 0.5 * torch.tanh(b.double() @ h.double().t())
+        error = (cuda_kernels.fold(weight, update, 0.5).double() - exact).norm() / exact.norm()
+        assert error < 2 * torch.finfo(dtype).eps
+
+
 # --- special values -------------------------------------------------------------------------------------------------
 
 

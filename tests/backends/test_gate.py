@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import threading
 import types
 
@@ -11,9 +12,12 @@ import torch
 from genft_kernels import backends
 from genft_kernels.backends import card as cards
 from genft_kernels.backends import gate
+from genft_kernels.backends.compiled.run import BuildError
+from genft_kernels.backends.cuda import extension
 from genft_kernels.backends.eager import operations as eager
 from tests.helpers.cases import CPU
 
+VERDICT, FAILURE, NOTHING = gate.Outcome
 CARD = torch.device("cuda", 0)
 NAMES = ("column", "column_backward", "row", "row_backward", "linear", "linear_backward")
 
@@ -152,7 +156,7 @@ def test_gate_compiles_before_it_judges_on_a_card(monkeypatch):
 
 @pytest.mark.slow
 def test_gate_passes_what_is_right_in_a_process_of_its_own():
-    assert gate.run("eager", CPU, 300) == (None, True)
+    assert gate.run("eager", CPU, 300) == (None, VERDICT)
 
 
 def test_gate_sees_a_rounding_that_is_off():
@@ -167,16 +171,58 @@ def test_gate_sees_a_rounding_that_is_off():
 
 
 def test_gate_runs_in_a_process_of_its_own():
-    reason, final = gate.run("no such backend", CPU, 120)
-    assert "ModuleNotFoundError" in reason and "exit status 1" in reason and final
-    reason, final = gate.run("eager", CPU, 0.01)
-    assert "longer than 0 s" in reason and not final
+    reason, outcome = gate.run("no such backend", CPU, 120)
+    assert "ModuleNotFoundError" in reason and "exit status 1" in reason and outcome is NOTHING
+    reason, outcome = gate.run("eager", CPU, 0.01)
+    assert "longer than 0 s" in reason and outcome is FAILURE
+
+
+CHILDREN = {
+    "passes": ("None", None, VERDICT),
+    "rejects": ("'row: an error'", "row: an error", VERDICT),
+    "room": ("raising(torch.OutOfMemoryError('no room'))", "no room (exit status 1)", NOTHING),
+    "raises": ("1 / 0", "ZeroDivisionError: division by zero (exit status 4)", FAILURE),
+    "dies": ("os.kill(os.getpid(), signal.SIGSEGV)", "(exit status -11)", FAILURE),
+    "stopped": ("os.kill(os.getpid(), signal.SIGTERM)", "its gate died (exit status -15)", NOTHING),
+    "killed": ("os.kill(os.getpid(), signal.SIGKILL)", "its gate died (exit status -9)", NOTHING),
+}
+
+
+@pytest.mark.parametrize("body, reason, outcome", CHILDREN.values(), ids=CHILDREN)
+def test_gate_tells_verdicts_from_what_the_machine_did(body, reason, outcome, monkeypatch):
+    """A card without room, or a process that was stopped, is no fault of kernels to be kept."""
+    script = f"""
+import os, signal, sys, torch
+from genft_kernels.backends import gate
+def raising(error): raise error
+gate.examine = lambda backend, device: {body}
+sys.argv = ["gate", "eager", "cpu"]
+gate.main()
+"""
+    real = gate.subprocess.run
+    monkeypatch.setattr(gate.subprocess, "run", lambda command, **how: real([sys.executable, "-c", script], **how))
+    found, told = gate.run("eager", CPU, 120)
+    assert told is outcome and (found is None if reason is None else reason in found)
+
+
+def test_cuda_kernels_are_compiled_before_the_gates_time_begins(monkeypatch):
+    done = []
+    monkeypatch.setattr(extension, "load", lambda: done.append("compiled"))
+    child = types.SimpleNamespace(returncode=0)
+    monkeypatch.setattr(gate.subprocess, "run", lambda *args, **how: done.append("child") or child)
+    assert gate.run("cuda", CARD, 20) == (None, VERDICT) and done == ["compiled", "child"]
+
+    def fails():
+        raise BuildError("the disk is full")
+
+    monkeypatch.setattr(extension, "load", fails)
+    assert gate.run("cuda", CARD, 20) == ("the disk is full", NOTHING) and done[2:] == []
 
 
 @pytest.fixture
 def card(monkeypatch, tmp_path):
     """A machine that seems to have a card, and a gate whose child is replaced by what is in `verdicts`."""
-    calls, verdicts = [], {"triton": (None, True), "cuda": (None, True)}
+    calls, verdicts = [], {"triton": (None, VERDICT), "cuda": (None, VERDICT)}
 
     def run(name, device, seconds):
         calls.append(name)
@@ -209,13 +255,13 @@ def test_auto_takes_kernels_for_the_tiled_form_once_they_have_passed(card):
 
 
 def test_auto_passes_over_what_was_rejected_and_explain_says_why(card):
-    card.verdicts["triton"] = "row (bfloat16): an error of 1", True
+    card.verdicts["triton"] = "row (bfloat16): an error of 1", VERDICT
     assert backends.counted(CARD, torch.bfloat16, True) == "cuda"
     text = backends.explain(CARD, torch.bfloat16)
     assert "eager for the factored form, cuda for the tiled form" in text
     assert "triton: available by name; rejected for auto: row (bfloat16): an error of 1" in text
     assert "cuda: available; passed the gate" in text
-    card.verdicts["cuda"] = "it died", True
+    card.verdicts["cuda"] = "it died", VERDICT
     for file in card.folder.glob("gate-*"):
         file.unlink()
     card.new_process()
@@ -224,7 +270,7 @@ def test_auto_passes_over_what_was_rejected_and_explain_says_why(card):
 
 
 def test_gate_that_takes_too_long_is_tried_again_and_then_kept_as_a_hang(card):
-    card.verdicts["triton"] = "its gate takes longer than 20 s", False
+    card.verdicts["triton"] = "its gate takes longer than 20 s", FAILURE
     for _ in range(2):
         assert gate.rejection("triton", CARD) == "its gate takes longer than 20 s"
         card.new_process()
@@ -235,13 +281,23 @@ def test_gate_that_takes_too_long_is_tried_again_and_then_kept_as_a_hang(card):
 
 
 def test_gate_that_ends_in_its_second_try_is_kept(card):
-    card.verdicts["triton"] = "its gate takes longer than 20 s", False
+    card.verdicts["triton"] = "its gate takes longer than 20 s", FAILURE
     assert gate.rejection("triton", CARD)
-    card.verdicts["triton"] = None, True
+    card.verdicts["triton"] = None, VERDICT
     for _ in range(2):
         card.new_process()
         assert gate.rejection("triton", CARD) is None
     assert card.calls == ["triton"] * 2
+
+
+def test_gate_that_could_not_run_leaves_no_word(card):
+    card.verdicts["triton"] = "OutOfMemoryError (exit status 1)", NOTHING
+    for _ in range(5):
+        assert gate.rejection("triton", CARD) == "OutOfMemoryError (exit status 1)"
+        card.new_process()
+    assert not list(card.folder.glob("gate-*"))
+    card.verdicts["triton"] = None, VERDICT
+    assert gate.rejection("triton", CARD) is None
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "3", json.dumps({"device": "x"}), '{"tries": "x"}'])

@@ -56,5 +56,9 @@ FAULTS = [
         "if False:\n        _comp",
         TESTS_OF_GATE,
     ),
+    Fault("gate: a card without room is kept", GATE, "if outcome is Outcome.NOTHING:", "if False:", TESTS_OF_GATE),
+    Fault("gate: a process that was stopped counts", GATE, " or done.returncode in _STOPPED", "", TESTS_OF_GATE),
+    Fault("gate: a death counts as the machine's", GATE, "sys.exit(_FAILED)", "sys.exit(1)", TESTS_OF_GATE),
+    Fault("gate: nvcc runs in its time", GATE, 'if backend == "cuda":', "if False:", TESTS_OF_GATE),
     Fault("gate: memory that a card may lack", GATE, "[0] > 2 * _bytes", "[0] > 0 * _bytes", TESTS_OF_GATE),
 ]

@@ -123,6 +123,16 @@ def test_rounding_is_repeatable_and_keeps_special_values():
             assert not out[6].isnan() and out[6] > 3e4
 
 
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001], ids=hex)
+def test_rounding_keeps_each_nan(bits):
+    """Of NVIDIA's instructions NaN has all mantissa bits; a dither added to them would be carried into the sign."""
+    exact = torch.full((64,), bits, dtype=torch.int32).view(torch.float32)
+    for dtype in (torch.bfloat16, torch.float16):
+        out = torch.empty(64, dtype=dtype)
+        round_stochastically(exact.clone(), torch.tensor([5]), out)
+        assert out.isnan().all()
+
+
 def test_rounding_wraps_round_its_table(monkeypatch):
     size = stochastic_rounding._TABLE_SIZE
     exact = torch.full((3, size // 2), 1.003)

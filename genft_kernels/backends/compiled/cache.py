@@ -50,6 +50,7 @@ def obtain(library: Library) -> Any:
     Raises:
         BuildError: it cannot be had here; the message says why.
     """
+    _check_system()
     try:
         return _from(cache_folder(), library)
     except _CANNOT_KEEP as error:
@@ -68,7 +69,8 @@ def obtain(library: Library) -> Any:
 
 
 def state(library: Library) -> str:
-    """In words, without compiling: whether the cache has the library; BuildError for a bad GENFT_CACHE_DIR."""
+    """In words, without compiling: whether the cache has the library; BuildError where it could not."""
+    _check_system()
     try:
         folder = cache_folder()
         found = folder.exists() and _find(folder, library)
@@ -119,6 +121,12 @@ def verify(library: Path, manifest: dict) -> None:
 def say(text: str) -> None:
     """Tell the user on standard error."""
     print(f"genft_kernels: {text}", file=sys.stderr, flush=True)
+
+
+def _check_system() -> None:
+    """Raise BuildError where files have no owners, by whom code is trusted."""
+    if not hasattr(os, "geteuid"):
+        raise BuildError("code is compiled and loaded on Linux and macOS alone")
 
 
 def _from(folder: Path, library: Library) -> Any:

@@ -8,6 +8,7 @@ reads it from a place that the seed gives. Forward and backward share the seed a
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 
 import torch
@@ -27,6 +28,8 @@ def round_stochastically(exact: torch.Tensor, seed: torch.Tensor | None, out: to
     2**-24.
     """
     bits, integers = _DROPPED_BITS[out.dtype], exact.view(torch.int32)
+    # CUDA's NaN has all bits, to which nothing can be added; this one has few.
+    exact.nan_to_num_(nan=math.nan, posinf=math.inf, neginf=-math.inf)
     if exact.device.type == "cpu":
         for piece, dither in _against_table(integers, *dither_of(out.dtype, seed, first)):
             piece += dither
