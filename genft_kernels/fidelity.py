@@ -14,7 +14,7 @@ from torch.utils import _pytree
 from .adapt import disabled, merge, remove_genft
 from .arguments import check_type
 from .files.lora import export_lora
-from .files.lora_check import answer, frozen_copy, load_into_peft, relative
+from .files.lora_check import answer, frozen_copy, load_into_peft, quantised_layer, relative
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -53,9 +53,15 @@ def fidelity_report(model: nn.Module, inputs: Any) -> FidelityReport:
 
     Raises:
         RuntimeError: the model has no adapter, or is merged.
+        ValueError: a layer is over a quantised weight, which has one dtype: dequantise a copy of the model first.
     """
     check_type("model", model, nn.Module)
+    if (path := quantised_layer(model)) is not None:
+        raise ValueError(f"{path!r} is over a quantised weight, which has no other dtypes: dequantise a copy first")
     exact = frozen_copy(model).double()
+    set_experts = getattr(exact, "set_experts_implementation", None)
+    if callable(set_experts):
+        set_experts("eager")  # transformers' grouped_mm, often the default, has no float64
     expected = _answer(exact, inputs, torch.float64)
     with disabled(exact):
         frozen = _answer(exact, inputs, torch.float64)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..adapted_model import Adapted, adapted_layers, adapter_state, check_enabled
 from ..arguments import check_type, is_finite
 from ..experts.update import ExpertUpdate
+from ..frozen_weight import FrozenWeight
 from ..matching import Names
 from ..modules import GenFTLinear
 from ..sharing.source import is_tensor_subclass
@@ -199,11 +200,14 @@ def _exportable_layers(model: nn.Module) -> dict[str, Adapted]:
         if layer.merged:
             raise RuntimeError(f"{path!r} is merged: call unmerge(model) first")
         sources = [update.source() for update in layer.updates.values()]
-        for tensor in (layer.stored_weight, *(thin for source in sources for thin in source.thin)):
+        weights = (
+            () if isinstance(layer.frozen_weight, FrozenWeight) else (layer.stored_weight,)
+        )  # codes: all are finite
+        for tensor in (*weights, *(thin for source in sources for thin in source.thin)):
             if tensor.device.type == "meta":
                 raise RuntimeError(f"{path!r} is on the meta device: bring the offloaded model back first")
             if is_tensor_subclass(tensor):
-                raise RuntimeError(f"{path!r} is sharded or quantised ({type(tensor).__name__}): gather it first")
+                raise RuntimeError(f"{path!r} is sharded ({type(tensor).__name__}): gather it first")
             if not tensor.isfinite().all():
                 raise ValueError(f"{path!r}: its weight, its units or its generator's hold NaN or infinity")
     return layers

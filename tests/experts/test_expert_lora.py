@@ -29,6 +29,13 @@ def test_peft_answers_as_the_model_does(make, form, tmp_path):
     assert set(export.energy.values()) == {1.0}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_export_in_16_bits_is_checked(dtype, tmp_path):
+    """PEFT rounds the update of stacked experts to their dtype before it gives it."""
+    _, export = exported(lambda: mixtral().to(dtype), tmp_path)
+    assert export.drift < 8 * torch.finfo(dtype).eps
+
+
 def test_file_is_that_of_target_parameters(tmp_path):
     _, export = exported(mixtral, tmp_path, target_modules=["q_proj"])
     description = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -79,6 +86,11 @@ def test_merged_experts_are_not_exported(tmp_path):
         export_lora(merge(apply_genft(mixtral(), settings())), tmp_path)
 
 
-def test_fidelity_is_reported():
-    report = str(fidelity_report(apply_genft(mixtral(), settings()), {"input_ids": tokens()}))
-    assert "exported" in report and "not exported" not in report
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])  # the latter has no float64
+def test_fidelity_is_reported(implementation):
+    model = apply_genft(mixtral(), settings()).float()
+    model.set_experts_implementation(implementation)
+    report = fidelity_report(model, {"input_ids": tokens()})
+    assert report.not_exported is None and model.config._experts_implementation == implementation
+    gains = {row.way: row.gain for row in report.rows if row.dtype == torch.float32}
+    assert gains["exported"] == pytest.approx(1, abs=1e-3)

@@ -11,6 +11,20 @@ ROOM = "genft_kernels/experts"
 
 FAULTS = [
     Fault(
+        "experts: PEFT's rounding is a fault of the export",
+        "genft_kernels/files/lora_check.py",
+        " + torch.finfo(theirs.dtype).eps:",
+        ":",
+        ["tests/experts/test_expert_lora.py", "-k", "16_bits"],
+    ),
+    Fault(
+        "experts: float64 by grouped_mm",
+        "genft_kernels/fidelity.py",
+        'set_experts("eager")',
+        "pass",
+        ["tests/experts/test_expert_lora.py", "-k", "fidelity"],
+    ),
+    Fault(
         "experts: interleaved halves taken for consecutive ones",
         f"{ROOM}/interface.py",
         "interleaved = halves[name] == 2 and not flags.is_concatenated",

@@ -18,6 +18,14 @@ HANDLE, OPS, LINEAR = "genft_kernels/frozen_weight.py", "genft_kernels/ops.py", 
 OPERATION = "genft_kernels/operation.py"
 
 FAULTS = [
+    Fault("quantised: a copy has no norm", HANDLE, "self.module not in _tried", "False", of("copy_of_an_adapted")),
+    Fault(
+        "quantised: fidelity in other dtypes",
+        "genft_kernels/fidelity.py",
+        "if (path := quantised_layer(model)) is not None:",
+        "if (path := None):",
+        of("fidelity"),
+    ),
     Fault(
         "quantised: W is kept for backward",
         OPERATION,

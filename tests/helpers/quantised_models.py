@@ -92,7 +92,8 @@ def hqq(dtype: torch.dtype) -> nn.Module:
         device = str(torch.get_default_device())
         return HQQLinear(linear, BaseQuantizeConfig(nbits=4, group_size=64), compute_dtype=dtype, device=device)
 
-    return _replaced(tiny_llama(dtype), make)
+    with torch.no_grad():  # or biases would be results of operations, which nobody can copy
+        return _replaced(tiny_llama(dtype), make)
 
 
 KINDS = {

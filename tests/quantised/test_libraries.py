@@ -1,5 +1,6 @@
 """Bases quantised by bitsandbytes, torchao and HQQ (`make test-quantised`; skipped where a library is not there)."""
 
+import copy
 import gc
 import warnings
 
@@ -13,6 +14,7 @@ from genft_kernels import (
     accumulate,
     apply_genft,
     disabled,
+    export_lora,
     load_adapter,
     merge,
     remove_genft,
@@ -107,6 +109,18 @@ def test_adapter_goes_through_files_and_knows_its_bytes(kind, tmp_path):
         codes.view(torch.uint8).reshape(-1)[7] ^= 4
     with pytest.raises(ValueError, match=r"'model.layers.1.self_attn.v_proj': its quantised bytes differ"):
         load_adapter(other, tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_copy_and_export_over_a_quantised_base(kind, tmp_path):
+    model = apply_genft(KINDS[kind](torch.float32), config(weight_ratio="rms")).eval()
+    share_units(model, model)
+    expected = model(IDS).logits
+    if kind != "torchao-nf4":  # which cannot copy its tensors
+        assert torch.equal(copy.deepcopy(model)(IDS).logits, expected)
+    export = export_lora(model, tmp_path, inputs=IDS)
+    assert export.drift < (0.05 if "8bit" in kind else 1e-4) and set(export.energy.values()) == {1.0}
+    assert torch.equal(model(IDS).logits, expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,6 +1,7 @@
 """Adapters over quantised layers: changed, disabled, removed, merged, copied and in files."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from genft_kernels import (
     apply_genft,
     disabled,
     export_lora,
+    fidelity_report,
     load_adapter,
     merge,
     refresh,
@@ -19,6 +21,7 @@ from genft_kernels import (
 from tests.helpers.quantised_layers import (
     TOKENS,
     Int8Linear,
+    assert_same,
     config,
     dense_twin,
     pair,
@@ -156,6 +159,26 @@ def test_export_over_a_quantised_base_is_that_over_the_dense_one(tmp_path):
     mine, dense = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("mine", "dense"))
     assert set(mine) == set(dense)
     assert all(torch.allclose(mine[key], dense[key], rtol=1e-5, atol=1e-6) for key in mine)
+
+
+def saved_and_loaded(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, saved_and_loaded])
+def test_a_copy_of_an_adapted_model_answers_and_trains_as_it_does(copied):
+    """The norm of W is known of the module that it was found for alone."""
+    model, _ = pair(config(weight_ratio="rms"))
+    assert_same(copied(model), model)
+
+
+def test_fidelity_over_a_quantised_base_is_refused():
+    model, _ = pair(config())
+    with pytest.raises(ValueError, match="'layers.0.attention.query' is over a quantised weight.*dequantise a copy"):
+        fidelity_report(model, TOKENS)
 
 
 def test_blocks_of_several_sizes_are_generated_from_the_dense_weight():
