@@ -19,7 +19,7 @@ from .checks import check_linear, check_not_onnx, check_transforms
 from .config import is_factored
 from .frozen_weight import frozen_linear
 from .parameters import GeneratorParameters
-from .short_road import Asked, asked_again
+from .short_road import Key, asked_again
 from .units import GenFTUpdate
 from .update import Action, Factors, Frozen, apply_factors, compute_dtype, forward_seed, generate_factors
 
@@ -41,7 +41,7 @@ def updated_linear(x: Tensor, weight: Frozen, bias: Tensor | None, updates: Sequ
     Raises:
         ValueError: the updates cut W in different ways; an argument does not fit.
     """
-    y, question = asked_again(x, weight, bias, updates)
+    y, key = asked_again(x, weight, bias, updates)
     if y is not None:
         return y
     if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
@@ -61,7 +61,7 @@ def updated_linear(x: Tensor, weight: Frozen, bias: Tensor | None, updates: Sequ
     check_transforms(backend)
     of_blocks: list[list[_Part]] = [[] for _ in range(blocks.count)]
     for update in updates:
-        for index, part in zip(update.blocks.adapted, _generated(update, x, dtype, backend, question), strict=True):
+        for index, part in zip(update.blocks.adapted, _generated(update, x, dtype, backend, key), strict=True):
             of_blocks[index].append(part)
     if blocks.count == 1:
         return _applied(x, weight, bias, of_blocks[0], backend)
@@ -84,7 +84,7 @@ def _traced(x: Tensor, weight: Frozen, bias: Tensor | None, updates: Sequence[Ge
     return F.linear(x.to(wide), updated.to(wide), None if bias is None else bias.to(wide)).to(dtype)
 
 
-def _generated(update: GenFTUpdate, x: Tensor, dtype: torch.dtype, backend: str, question: Asked | None) -> list[_Part]:
+def _generated(update: GenFTUpdate, x: Tensor, dtype: torch.dtype, backend: str, key: Key | None) -> list[_Part]:
     """The update of each adapted block; with those of the other layers of its shape where that can be."""
     config, training = update.config, update.training
     dropout = config.dropout if training else 0.0
@@ -105,7 +105,7 @@ def _generated(update: GenFTUpdate, x: Tensor, dtype: torch.dtype, backend: str,
             for block, seed in zip(blocks, seeds, strict=True)
         ]
     else:
-        factors = update.generator.group.factors_for(update, dtype, backend, seeds, question)  # type: ignore[arg-type]
+        factors = update.generator.group.factors_for(update, dtype, backend, seeds, key)  # type: ignore[arg-type]
     settings = config.scaling, config.outer_activation, dropout
     return [_Part(each, Action(*settings, seed)) for each, seed in zip(factors, seeds, strict=True)]
 
