@@ -49,8 +49,8 @@ FAULTS = [
     Fault(
         "generation: tiles are made again for the backward",
         "genft_kernels/update.py",
-        "stage = computed if is_factored(psi, dropout) else known.stage",
-        "stage = computed",
+        "run = run_operation if is_factored(psi, dropout) else known.run",
+        "run = run_operation",
         KEPT,
     ),
     Fault(
