@@ -135,20 +135,20 @@ class _Results:
     """Results of the stages that go over W, or over tiles of an update; of it their graph is made again."""
 
     def __init__(self) -> None:
-        self._kept: list[Tensor] = []
+        self._before: list[Tensor] = []  # what activations were applied to
 
     def record(self, operation: Operation, activation: str, *args: Any) -> Tensor:
         """Run an operation, and keep what its activation was applied to."""
         results = operation.results(*args)
-        self._kept.append(_kept(results[0] if activation == "identity" else results[1]))
+        self._before.append(_kept(results[0] if activation == "identity" else results[1]))
         return operation.again(results, *args)
 
     def repeat(self) -> Callable[..., Tensor]:
         """Takes the operations' arguments in the same order, and gives the same."""
-        kept = iter(self._kept)
+        recorded = iter(self._before)
 
         def again(operation: Operation, activation: str, *args: Any) -> Tensor:
-            before = next(kept)
+            before = next(recorded)
             return operation.again((activate(activation, before), before), *args)
 
         return again
@@ -186,10 +186,9 @@ class _Generate(torch.autograd.Function):
         # Of one stage its product with W is a factor, or what the graph keeps. A sum's factors are copies of both.
         ctx.results = None if transform == "sum" else _Results()
         run = run_operation if ctx.results is None else ctx.results.record
-        # The graph of two stages would keep more than twice the factors, and is made again in no time.
-        once = transform != "both"
-        leaves, outputs = recipe.graph(parameters, run, _kept if once else _nothing)
-        ctx.graphs = [(leaves, outputs)] if once else []  # a list, because taking from it is atomic
+        keeps_graph = transform != "both"  # two stages: more than twice the factors, and quickly made again
+        leaves, outputs = recipe.graph(parameters, run, _kept if keeps_graph else _nothing)
+        ctx.graphs = [(leaves, outputs)] if keeps_graph else []  # a list, because taking from it is atomic
         ctx.set_materialize_grads(False)
         results = _Stacks(*map(Tensor.detach, outputs)).flat()
         blocks = len(recipe.weights)

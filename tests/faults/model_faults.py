@@ -35,7 +35,7 @@ FAULTS = [
     Fault(
         "generation: the graph of two stages is kept",
         "genft_kernels/sharing/node.py",
-        "_kept if once else _nothing)\n        ctx.graphs = [(leaves, outputs)] if once else []",
+        "_kept if keeps_graph else _nothing)\n        ctx.graphs = [(leaves, outputs)] if keeps_graph else []",
         "_kept)\n        ctx.graphs = [(leaves, outputs)]",
         KEPT,
     ),
