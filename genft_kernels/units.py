@@ -1,4 +1,4 @@
-"""`GenFTUpdate`: one layer's share in generated updates: its own units, and all that its factors are generated from."""
+"""`GenFTUpdate`: one layer's part in generated updates: its own units, and all that its factors are generated from."""
 
 from __future__ import annotations
 

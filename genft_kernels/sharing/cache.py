@@ -315,7 +315,7 @@ class LayerGroup:
 
 
 def all_groups() -> list[LayerGroup]:
-    """The shares of all generators there are."""
+    """The groups of all generators that there are."""
     return list(_groups)
 
 
