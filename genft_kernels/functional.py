@@ -12,7 +12,7 @@ from . import backends, reference
 from .arguments import check_flag
 from .checks import check_factors, check_linear, check_options, check_parameters, check_transforms
 from .config import GenFTConfig, is_factored
-from .parameters import GeneratorParameters
+from .parameters import GeneratorParameters, as_group
 from .philox import ROW_STREAM
 from .update import Action, Factors, apply_factors, compute_dtype, forward_seed, generate_factors, with_zero_units
 
@@ -61,7 +61,7 @@ def genft_linear(
         return reference.genft_linear(x, weight, bias, params, config, training=training, seed=seed)
     check_transforms(chosen)
     seed = forward_seed(seed, x.device, training, dropout, config.outer_activation, dtype)
-    group = GeneratorParameters(*(t if t is None or t.dim() == 1 else t[None] for t in params))
+    group = as_group(params)
     generated = generate_factors([weight], group, config, dtype=dtype, dropout=dropout, seed=seed, backend=chosen)
     (factors,) = generated.unbind()
     action = Action(config.scaling, config.outer_activation, dropout, seed)

@@ -18,7 +18,7 @@ from . import _torch_private, backends, reference
 from .checks import check_linear, check_not_onnx, check_transforms
 from .config import is_factored
 from .frozen_weight import frozen_linear
-from .parameters import GeneratorParameters
+from .parameters import as_group
 from .short_road import Key, asked_again
 from .units import GenFTUpdate
 from .update import Action, Factors, Frozen, apply_factors, compute_dtype, forward_seed, generate_factors
@@ -95,8 +95,7 @@ def _generated(update: GenFTUpdate, x: Tensor, dtype: torch.dtype, backend: str,
     if compiling := torch.compiler.is_compiling():
         check_not_onnx()
     if compiling or update.sharded or _torch_private.tensors_are_fake():
-        of_layer = (t if t is None or t.dim() == 1 else t[None] for t in update.parameters_of_generator())
-        params = GeneratorParameters(*of_layer)
+        params = as_group(update.parameters_of_generator())
         blocks: Sequence[Any] = update.source().blocks
         factors = [
             generate_factors(

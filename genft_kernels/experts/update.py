@@ -14,7 +14,7 @@ from ..config import GenFTConfig, is_factored
 from ..frozen_weight import FrozenWeight
 from ..generator import GenFTGenerator
 from ..merging import MergeableUpdate
-from ..parameters import GeneratorParameters, for_blocks
+from ..parameters import GeneratorParameters, for_blocks, of_block
 from ..update import Action, Factors, compute_dtype, forward_seed, generate_factors
 from .layout import Layout
 from .products import expert_product
@@ -89,8 +89,7 @@ class ExpertUpdate(MergeableUpdate):
             halves = []
             for index, block in enumerate(blocks[start : start + layout.halves], start):
                 wide = block.to(torch.promote_types(block.dtype, torch.float32))
-                of_block = GeneratorParameters(*(t if t is None or t.dim() == 1 else t[index] for t in params))
-                halves.append(reference.delta_weight(wide, of_block, self.config, training=training))
+                halves.append(reference.delta_weight(wide, of_block(params, index), self.config, training=training))
             yield layout._replace(experts=1).join(torch.stack(halves))[0]
 
     @property
