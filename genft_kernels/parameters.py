@@ -73,12 +73,12 @@ class GeneratorParameters(NamedTuple):
 
 
 def as_group(params: GeneratorParameters) -> GeneratorParameters:
-    """One layer's, with the leading dimension that the matrices of a group have, but no bias."""
+    """Those of one layer as a group's, whose matrices have a leading dimension, but no bias."""
     return GeneratorParameters(*(t if t is None or t.dim() == 1 else t[None] for t in params))
 
 
 def of_block(params: GeneratorParameters, index: int) -> GeneratorParameters:
-    """One layer's, of a group's."""
+    """Those of one block, of a group's."""
     return GeneratorParameters(*(t if t is None or t.dim() == 1 else t[index] for t in params))
 
 
