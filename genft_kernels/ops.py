@@ -31,12 +31,12 @@ from .operation import Operation, keep, kept
 
 
 def compute(backend: str, operation: str, *args: Any) -> tuple[Any, ...]:
-    """An operation's results from a backend, or from the one that is chosen here (`backends.choose`)."""
+    """An operation's results from a backend, or from the one that is chosen here (`backends.resolved`)."""
     if not backends.is_open(backend):
         return _compute_by(backend, operation, args)
     first = _first(args)
     for _ in backends.KERNEL_BACKENDS:  # each of which may fail
-        if (name := backends.chosen(backend, first.device, first.dtype, operation, args)) == "eager":
+        if (name := backends.resolved(backend, first.device, first.dtype, operation, args)) == "eager":
             break
         try:
             return _compute_by(name, operation, args)

@@ -67,6 +67,6 @@ def asked_again(
     if is_factored(psi, 0.0):  # PyTorch's products do it all, whatever the backend (genft_kernels/backends/plan.py)
         backend = "eager"
     else:
-        backend = backends.choose(update.backend, device, compute_dtype(x), tiled=True)
+        backend = backends.checked_request(update.backend, device, compute_dtype(x), tiled=True)
     action = Action(config.scaling, psi)
     return apply_factors(x, weight, bias, factors[0], action, backend, ops.linear_node.unheard), key

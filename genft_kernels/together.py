@@ -57,7 +57,7 @@ def updated_linear(x: Tensor, weight: Frozen, bias: Tensor | None, updates: Sequ
     tiled = any(
         not is_factored(each.config.outer_activation, each.config.dropout if each.training else 0.0) for each in updates
     )
-    backend = backends.choose(updates[0].backend, x.device, dtype, tiled)
+    backend = backends.checked_request(updates[0].backend, x.device, dtype, tiled)
     check_transforms(backend)
     of_blocks: list[list[_Part]] = [[] for _ in range(blocks.count)]
     for update in updates:

@@ -123,7 +123,7 @@ class ExpertUpdate(MergeableUpdate):
         dtype = compute_dtype(x)
         dropout = config.dropout if self.training else 0.0
         psi = config.outer_activation
-        backend = backends.choose(self.backend, x.device, dtype, not is_factored(psi, dropout))
+        backend = backends.checked_request(self.backend, x.device, dtype, not is_factored(psi, dropout))
         check_transforms(backend)
         # Drawn for every block, so that no two have one mask.
         seeds = None
