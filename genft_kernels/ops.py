@@ -248,18 +248,23 @@ def _linear_setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Any]) -
     x, weight, _, h, b, seed, ctx.scale, ctx.activation, ctx.dropout, ctx.stream, ctx.backend = inputs
     need_x, _, need_bias, need_h, need_b = ctx.needs_input_grad[:5]
     ctx.needs = [need_x, need_bias, need_h, need_b]
-    tiled = not is_factored(ctx.activation, ctx.dropout)
-    tiled_factors = tiled and (need_h or need_b)
-    keep(
-        ctx,
+    tensors = x, weight, h, b, output[1], seed
+    keep(ctx, *read_in_backward(tensors, (need_x, need_h, need_b), is_factored(ctx.activation, ctx.dropout)))
+    ctx.set_materialize_grads(False)
+
+
+def read_in_backward(tensors: tuple[Any, ...], needs: tuple[bool, bool, bool], factored: bool) -> tuple[Any, ...]:
+    """Of a linear node's (x, W, h, b, x h, seed) what the gradients of (x, h, b) that it `needs` take, else None."""
+    (x, weight, h, b, xh, seed), (need_x, need_h, need_b) = tensors, needs
+    tiled_factors = not factored and (need_h or need_b)
+    return (
         x if need_h or tiled_factors else None,
         weight if need_x else None,
         h if need_x or tiled_factors else None,
         b if need_x or need_h or tiled_factors else None,
-        output[1] if need_b and not tiled else None,
+        xh if need_b and factored else None,
         seed if need_x or tiled_factors else None,
     )
-    ctx.set_materialize_grads(False)
 
 
 def _linear_gradients(ctx: Any, grad: Tensor, backward: Callable[..., Any]) -> tuple[Any, ...]:
