@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from . import _torch_private, backends, reference
+from . import backends, reference
 from .checks import check_linear, check_not_onnx, check_transforms
 from .config import is_factored
 from .frozen_weight import frozen_linear
@@ -91,10 +91,9 @@ def _generated(update: GenFTUpdate, x: Tensor, dtype: torch.dtype, backend: str,
     seeds = [
         forward_seed(None, x.device, training, dropout, config.outer_activation, dtype) for _ in update.blocks.adapted
     ]
-    # A compiled graph cannot hold what outlives it, and sharded parameters cannot be watched.
-    if compiling := torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         check_not_onnx()
-    if compiling or update.sharded or _torch_private.tensors_are_fake():
+    if update.generates_alone():
         params = as_group(update.parameters_of_generator())
         blocks: Sequence[Any] = update.source().blocks
         factors = [

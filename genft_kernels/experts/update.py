@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .. import _torch_private, backends, reference
+from .. import backends, reference
 from ..checks import check_linear, check_transforms
 from ..config import GenFTConfig, is_factored
 from ..frozen_weight import FrozenWeight
@@ -141,8 +141,7 @@ class ExpertUpdate(MergeableUpdate):
 
     def _factors(self, dtype: torch.dtype, backend: str, seeds: Tensor | None) -> Factors:
         """h [E * halves, in, k] and b [E * halves, out / halves, k]; with those of other layers where that can be."""
-        # A compiled graph cannot hold what outlives it, and sharded parameters cannot be watched.
-        if torch.compiler.is_compiling() or self.sharded or _torch_private.tensors_are_fake():
+        if self.generates_alone():
             source = self.source()
             return generate_factors(
                 source.blocks, self.parameters_of_generator(), self.config, dtype=dtype, dropout=source.dropout,
