@@ -60,7 +60,7 @@ def apply_genft(model: nn.Module, config: GenFTConfig, *, backend: str = "auto")
     """
     backends.check_name(backend)
     config = settled(model, config)
-    adapt_as_planned(model, config, plan(model, config), backend)
+    adapt_as_planned(model, config, find_plan(model, config), backend)
     warn_of_fresh_heads(model)
     backends.choices.agree()
     return model
@@ -92,7 +92,7 @@ class Plan(NamedTuple):
         return {f"{owner}.{name}": shape for owner, shapes in (shared | own).items() for name, shape in shapes.items()}
 
 
-def plan(model: nn.Module, config: GenFTConfig, full_matches: FullMatch = full_matches) -> Plan:
+def find_plan(model: nn.Module, config: GenFTConfig, full_matches: FullMatch = full_matches) -> Plan:
     """Find what `config` names in `model`; arguments and errors of `apply_genft`, nothing is changed."""
     check_type("model", model, nn.Module)
     check_config(config)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
-from ..adapt import Plan, adapt_as_planned, plan, remove_genft
+from ..adapt import Plan, adapt_as_planned, find_plan, remove_genft
 from ..adapted_model import (
     GENERATORS,
     adapted_layers,
@@ -107,7 +107,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, *, backend: str
         wanted = _adapter_tensors(model) | _saved_tensors(model)
     else:
         adapter = adapter._replace(config=settled(model, adapter.config))
-        planned = plan(model, adapter.config, full_matches_in_time)
+        planned = find_plan(model, adapter.config, full_matches_in_time)
         weights = {target.name: weight_of(target.module) for target in planned.targets}
         weights |= {stack.name: stack.weight for stack in planned.experts}
         wanted = _planned_tensors(model, planned, adapter.config)
