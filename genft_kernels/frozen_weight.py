@@ -316,16 +316,16 @@ _found: dict[tuple[type, type | None], Kind | None] = {}
 def _find(classes: tuple[type, type | None]) -> Kind | None:
     ancestors = [each for cls in classes if cls is not None for each in cls.__mro__]
     for kind in reversed(_registered):
-        if any(_names(kind, each) for each in ancestors):
+        if any(_is_called(each, kind) for each in ancestors):
             return _registered[kind]
     for each in ancestors:
         for name, known in _library_kinds(_library(each)).items():
-            if _names(name, each):
+            if _is_called(each, name):
                 return known
     return None
 
 
-def _names(kind: type | str, cls: type) -> bool:
+def _is_called(cls: type, kind: type | str) -> bool:
     return kind is cls or kind in (cls.__name__, f"{cls.__module__}.{cls.__qualname__}")
 
 
