@@ -155,6 +155,11 @@ def autocasts(x: torch.Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
 
 
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype that a layer computes in: x's, or autocast's."""
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
+
+
 def check_transforms(backend: str) -> None:
     """Raise NotImplementedError within forward-mode differentiation or a transform of `torch.func`.
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .arguments import check_type
-from .checks import SUPPORTED_DTYPES, autocasts
+from .checks import SUPPORTED_DTYPES, compute_dtype
 
 # Modules of `integrations` with a table KINDS, by the library whose classes it names.
 _LIBRARIES = {"bitsandbytes": "bitsandbytes", "torchao": "torchao", "hqq": "hqq"}
@@ -343,7 +343,7 @@ def frozen_linear(x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None)
     """`F.linear` with a weight that needs no gradient; of a handle nothing dense is kept for backward."""
     if not isinstance(weight, FrozenWeight):
         return F.linear(x, weight, bias)
-    dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
+    dtype = compute_dtype(x)
     bias = None if bias is None else bias.to(dtype)
     return _FrozenProduct.apply(x.to(dtype), weight, bias)  # type: ignore[no-untyped-call]
 

@@ -10,11 +10,11 @@ import torch
 
 from . import backends, reference
 from .arguments import check_flag
-from .checks import check_factors, check_linear, check_options, check_parameters, check_transforms
+from .checks import check_factors, check_linear, check_options, check_parameters, check_transforms, compute_dtype
 from .config import GenFTConfig, is_factored
 from .parameters import GeneratorParameters, as_group
 from .philox import ROW_STREAM
-from .update import Action, Factors, apply_factors, compute_dtype, forward_seed, generate_factors, with_zero_units
+from .update import Action, Factors, apply_factors, forward_seed, generate_factors, with_zero_units
 
 __all__ = ["factored_linear", "genft_linear"]
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from . import _torch_private, backends, ops
+from .checks import compute_dtype
 from .config import is_factored
 from .sharing.cache import current_stream
 from .units import GenFTUpdate
-from .update import Action, Frozen, apply_factors, compute_dtype
+from .update import Action, Frozen, apply_factors
 
 Key = tuple[object, ...]
 

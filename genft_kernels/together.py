@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from . import backends, reference
-from .checks import check_linear, check_not_onnx, check_transforms
+from .checks import check_linear, check_not_onnx, check_transforms, compute_dtype
 from .config import is_factored
 from .frozen_weight import frozen_linear
 from .parameters import as_group
 from .short_road import Key, asked_again
 from .units import GenFTUpdate
-from .update import Action, Factors, Frozen, apply_factors, compute_dtype, forward_seed, generate_factors
+from .update import Action, Factors, Frozen, apply_factors, forward_seed, generate_factors
 
 
 class _Part(NamedTuple):

@@ -14,7 +14,7 @@ from torch.linalg import vector_norm
 
 from . import _torch_private, ops
 from .backends import KERNEL_BACKENDS
-from .checks import autocasts, draw_seed, seed_tensor
+from .checks import compute_dtype, draw_seed, seed_tensor
 from .config import GenFTConfig, is_factored
 from .frozen_weight import FrozenWeight, dense_once
 from .operation import Operation
@@ -227,11 +227,6 @@ def apply_factors(
     h, b, stream = factors
     scale, psi, dropout, seed = action
     return operation(x, weight, bias, h, b, seed, float(scale), psi, dropout, stream, backend)
-
-
-def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype that a layer computes in: x's, or autocast's."""
-    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
 
 
 def forward_seed(

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import compute_dtype
 from ..config import is_factored
 from ..operation import Operation
 from ..ops import compute, read_in_backward
-from ..update import Action, Factors, compute_dtype
+from ..update import Action, Factors
 
 
 @torch.library.custom_op("genft::expert_linear", mutates_args=())

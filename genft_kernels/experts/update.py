@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends, reference
-from ..checks import check_linear, check_transforms
+from ..checks import check_linear, check_transforms, compute_dtype
 from ..config import GenFTConfig, is_factored
 from ..frozen_weight import FrozenWeight
 from ..generator import GenFTGenerator
 from ..merging import MergeableUpdate
 from ..parameters import GeneratorParameters, for_blocks, of_block
-from ..update import Action, Factors, compute_dtype, forward_seed, generate_factors
+from ..update import Action, Factors, forward_seed, generate_factors
 from .layout import Layout
 from .products import expert_product
 
