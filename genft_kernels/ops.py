@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .backends.choices import first_tensor
 from .backends.compiled.run import BuildError
 from .backends.eager import operations as eager
 from .backends.eager.products import lie_in_columns
@@ -34,7 +35,7 @@ def compute(backend: str, operation: str, *args: Any) -> tuple[Any, ...]:
     """An operation's results from a backend, or from the one that is chosen here (`backends.resolved`)."""
     if not backends.is_open(backend):
         return _compute_by(backend, operation, args)
-    first = _first(args)
+    first = first_tensor(args)
     for _ in backends.KERNEL_BACKENDS:  # each of which may fail
         if (name := backends.resolved(backend, first.device, first.dtype, operation, args)) == "eager":
             break
@@ -47,7 +48,7 @@ def compute(backend: str, operation: str, *args: Any) -> tuple[Any, ...]:
 
 def _compute_by(backend: str, operation: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     # By its name, not looked up: a compiler looks into it.
-    device, module = _first(args).device, eager if backend == "eager" else backends.load(backend)
+    device, module = first_tensor(args).device, eager if backend == "eager" else backends.load(backend)
     function = getattr(module, operation)
     if torch.is_autocast_enabled(device.type):
         # The dtypes are settled by now; autocast must not settle them anew inside a product.
@@ -65,13 +66,8 @@ def _compute_by(backend: str, operation: str, args: tuple[Any, ...]) -> tuple[An
 
 def _run(backend: str, operation: str, *args: Any) -> Any:
     """The same with an empty tensor for each None."""
-    empty = _first(args).new_empty
+    empty = first_tensor(args).new_empty
     return tuple(empty(0) if result is None else result for result in compute(backend, operation, *args))
-
-
-def _first(args: Sequence[Any]) -> Tensor:
-    first: Tensor = args[0] if isinstance(args[0], Tensor) else args[1]
-    return first
 
 
 # --- column ---------------------------------------------------------------------------------------------------------
@@ -126,7 +122,7 @@ def _column_gradients(ctx: Any, grad: Tensor, backward: Callable[..., Any]) -> t
 
 
 def _column_by_pytorch(*args: Any) -> bool:
-    return backends.by_pytorch(args[-1], _first(args).device)
+    return backends.by_pytorch(args[-1], first_tensor(args).device)
 
 
 column_node = Operation(column, column_backward, _column_setup, _column_gradients, compute, _column_by_pytorch)
