@@ -37,7 +37,7 @@ FAULTS = [
     Fault(
         "export: Conv1D as nn.Linear",
         "genft_kernels/files/lora.py",
-        "transposed = bool(linear) and all(layer._fan_in_fan_out for layer in linear.values())",
+        "transposed = bool(linear) and all(layer._stored_transposed for layer in linear.values())",
         "transposed = False",
         LORA,
     ),
