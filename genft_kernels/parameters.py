@@ -73,12 +73,12 @@ class GeneratorParameters(NamedTuple):
 
 
 def as_group(params: GeneratorParameters) -> GeneratorParameters:
-    """Those of one layer as a group's, whose matrices have a leading dimension, but no bias."""
+    """One layer's tensors as a group's: the matrices with a leading dimension, the biases without."""
     return GeneratorParameters(*(t if t is None or t.dim() == 1 else t[None] for t in params))
 
 
 def of_block(params: GeneratorParameters, index: int) -> GeneratorParameters:
-    """Those of one block, of a group's."""
+    """One block's tensors, of a group's."""
     return GeneratorParameters(*(t if t is None or t.dim() == 1 else t[index] for t in params))
 
 
