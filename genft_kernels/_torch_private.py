@@ -147,8 +147,8 @@ def flop_formulas_in_use() -> list[dict[Any, Any]]:
 
 @functools.cache
 def listeners() -> tuple[Any, ...]:
-    """A key to who sees operations or takes derivatives forward: how many dispatch modes there are, whether there are
-    transforms, whether something traces (three functions); the module whose `_current_level` is 0 or more in a level.
+    """Functions that tell how many dispatch modes are active, whether a transform is, whether something traces; last
+    the module whose `_current_level` is 0 or more within forward-mode differentiation.
     """
     _private("torch.autograd.forward_ad", "_current_level")
     names = "_len_torch_dispatch_stack", "_are_functorch_transforms_active", "_is_tracing"

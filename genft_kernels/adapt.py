@@ -38,7 +38,7 @@ from .modules import MORE_BLOCKS, GenFTLinear
 from .parameters import shared_shapes, specific_shapes
 from .quantised_linear import QuantisedGenFTLinear, frozen_dtype, mergeable_layers
 from .saved_modules import beside, check_can_return, keep_untied, let_tie, trained_copies
-from .targets import Target, find_modules_to_save, find_targets, frozen_weight
+from .targets import Target, find_modules_to_save, find_targets, weight_of
 from .units import adapter_dtype
 
 
@@ -60,7 +60,7 @@ def apply_genft(model: nn.Module, config: GenFTConfig, *, backend: str = "auto")
     """
     backends.check_name(backend)
     config = settled(model, config)
-    adapt_as_planned(model, config, plan(model, config), backend)
+    adapt_as_planned(model, config, find_plan(model, config), backend)
     warn_of_fresh_heads(model)
     backends.choices.agree()
     return model
@@ -92,7 +92,7 @@ class Plan(NamedTuple):
         return {f"{owner}.{name}": shape for owner, shapes in (shared | own).items() for name, shape in shapes.items()}
 
 
-def plan(model: nn.Module, config: GenFTConfig, full_matches: FullMatch = full_matches) -> Plan:
+def find_plan(model: nn.Module, config: GenFTConfig, full_matches: FullMatch = full_matches) -> Plan:
     """Find what `config` names in `model`; arguments and errors of `apply_genft`, nothing is changed."""
     check_type("model", model, nn.Module)
     check_config(config)
@@ -248,7 +248,7 @@ def _make_generators(
 ) -> dict[tuple[int, int], GenFTGenerator]:
     """One generator for each shape, on the device and in the adapter dtype of its first layer."""
     users: list[tuple[str, tuple[int, int], Tensor | FrozenWeight]] = [
-        (f"target module {target.name!r}", shape, frozen_weight(target.module))
+        (f"target module {target.name!r}", shape, weight_of(target.module))
         for target in targets
         for shape in target.blocks_by_shape()
     ]

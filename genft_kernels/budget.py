@@ -7,7 +7,7 @@ import math
 
 from torch import nn
 
-from .adapt import plan
+from .adapt import find_plan
 from .arguments import is_integer, shown
 from .config import GenFTConfig
 from .defaults import settled
@@ -18,7 +18,7 @@ def within_budget(model: nn.Module, parameters: int, config: GenFTConfig) -> Gen
     if not is_integer(parameters) or parameters < 1:
         raise ValueError(f"parameters must be an integer of at least 1, got {shown(parameters)}")
     config = settled(model, config)
-    planned = plan(model, config)
+    planned = find_plan(model, config)
 
     def total(s: int, r: int) -> int:
         sized = dataclasses.replace(config, shared_dim=s, specific_dim=r)

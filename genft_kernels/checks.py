@@ -27,7 +27,7 @@ def check_sizes(**sizes: object) -> None:
 def check_floating_dtype(name: str, dtype: object) -> None:
     """Raise TypeError unless it is None or one that can train."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in SUPPORTED_DTYPES):
-        raise TypeError(f"{name} must be None or one of {_names(SUPPORTED_DTYPES)}, got {shown(dtype)}")
+        raise TypeError(f"{name} must be None or one of {_listed_dtypes(SUPPORTED_DTYPES)}, got {shown(dtype)}")
 
 
 def check_device(device: Any) -> None:
@@ -48,7 +48,8 @@ def check_frozen_weight(weight: torch.Tensor) -> None:
         raise ValueError("weight is on the meta device: the update is generated from its values, so load them first")
     if weight.dtype not in SUPPORTED_DTYPES:
         raise TypeError(
-            f"weight has dtype {weight.dtype}: quantised weights are not supported, only {_names(SUPPORTED_DTYPES)}"
+            f"weight has dtype {weight.dtype}: quantised weights are not supported, only "
+            f"{_listed_dtypes(SUPPORTED_DTYPES)}"
         )
     if weight.layout != torch.strided:
         raise TypeError(f"weight has layout {weight.layout}; only dense (strided) weights are supported")
@@ -154,6 +155,11 @@ def autocasts(x: torch.Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
 
 
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype that a layer computes in: x's, or autocast's."""
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
+
+
 def check_transforms(backend: str) -> None:
     """Raise NotImplementedError within forward-mode differentiation or a transform of `torch.func`.
 
@@ -207,8 +213,8 @@ def _check_factor(name: str, tensor: torch.Tensor) -> None:
 
 def _check_dtype(name: str, tensor: torch.Tensor) -> None:
     if tensor.dtype not in SUPPORTED_DTYPES:
-        raise TypeError(f"{name} has dtype {tensor.dtype}; supported are {_names(SUPPORTED_DTYPES)}")
+        raise TypeError(f"{name} has dtype {tensor.dtype}; supported are {_listed_dtypes(SUPPORTED_DTYPES)}")
 
 
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+def _listed_dtypes(dtypes: tuple[torch.dtype, ...]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

@@ -138,14 +138,14 @@ class GenFTConfig:
             if getattr(self, name) != "rms":
                 settle(name, float(getattr(self, name)))
         for name in ("target_modules", "exclude_modules", "target_parameters"):
-            settle(name, _names(name, getattr(self, name)))
+            settle(name, _as_names(name, getattr(self, name)))
             if isinstance(getattr(self, name), str):
                 _check_regular_expression(name, getattr(self, name))
         if isinstance(self.modules_to_save, str) and self.modules_to_save != HEAD:
             raise ValueError(
                 f"modules_to_save must be a list of names or {HEAD!r}, got the string {shown(self.modules_to_save)}"
             )
-        settle("modules_to_save", _names("modules_to_save", self.modules_to_save))
+        settle("modules_to_save", _as_names("modules_to_save", self.modules_to_save))
         settle("fused_blocks", checked_fused_blocks(self.fused_blocks))
         if self.specific_dim and self.init_specific_down == "zeros" and self._specific_ups_start_at_zero():
             warn(
@@ -277,7 +277,7 @@ def _check_choice(field: str, value: object, choices: Sequence[str] | Mapping[st
         raise ValueError(f"{field} must be one of {', '.join(choices)}; got {shown(value)}")
 
 
-def _names(field: str, value: object) -> str | tuple[str, ...] | None:
+def _as_names(field: str, value: object) -> str | tuple[str, ...] | None:
     """One regular expression stays a string; a collection of names becomes a tuple."""
     if value is None or (isinstance(value, str) and value):
         return value

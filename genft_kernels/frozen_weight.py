@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .arguments import check_type
-from .checks import SUPPORTED_DTYPES, autocasts
+from .checks import SUPPORTED_DTYPES, compute_dtype
 
 # Modules of `integrations` with a table KINDS, by the library whose classes it names.
 _LIBRARIES = {"bitsandbytes": "bitsandbytes", "torchao": "torchao", "hqq": "hqq"}
@@ -318,16 +318,16 @@ _found: dict[tuple[type, type | None], Kind | None] = {}
 def _find(classes: tuple[type, type | None]) -> Kind | None:
     ancestors = [each for cls in classes if cls is not None for each in cls.__mro__]
     for kind in reversed(_registered):
-        if any(_names(kind, each) for each in ancestors):
+        if any(_is_called(each, kind) for each in ancestors):
             return _registered[kind]
     for each in ancestors:
         for name, known in _library_kinds(_library(each)).items():
-            if _names(name, each):
+            if _is_called(each, name):
                 return known
     return None
 
 
-def _names(kind: type | str, cls: type) -> bool:
+def _is_called(cls: type, kind: type | str) -> bool:
     return kind is cls or kind in (cls.__name__, f"{cls.__module__}.{cls.__qualname__}")
 
 
@@ -345,7 +345,7 @@ def frozen_linear(x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None)
     """`F.linear` with a weight that needs no gradient; of a handle nothing dense is kept for backward."""
     if not isinstance(weight, FrozenWeight):
         return F.linear(x, weight, bias)
-    dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
+    dtype = compute_dtype(x)
     bias = None if bias is None else bias.to(dtype)
     return _FrozenProduct.apply(x.to(dtype), weight, bias)  # type: ignore[no-untyped-call]
 

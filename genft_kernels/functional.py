@@ -10,11 +10,11 @@ import torch
 
 from . import backends, reference
 from .arguments import check_flag
-from .checks import check_factors, check_linear, check_options, check_parameters, check_transforms
+from .checks import check_factors, check_linear, check_options, check_parameters, check_transforms, compute_dtype
 from .config import GenFTConfig, is_factored
-from .parameters import GeneratorParameters
+from .parameters import GeneratorParameters, as_group
 from .philox import ROW_STREAM
-from .update import Action, Factors, apply_factors, compute_dtype, forward_seed, generate_factors, with_zero_units
+from .update import Action, Factors, apply_factors, forward_seed, generate_factors, with_zero_units
 
 __all__ = ["factored_linear", "genft_linear"]
 
@@ -56,16 +56,16 @@ def genft_linear(
     check_parameters(params, config, *weight.shape)
     check_flag("training", training)
     dtype, dropout = compute_dtype(x), config.dropout if training else 0.0
-    chosen = backends.choose(backend, x.device, dtype, not is_factored(config.outer_activation, dropout))
-    if chosen == "reference":
+    backend = backends.checked_request(backend, x.device, dtype, not is_factored(config.outer_activation, dropout))
+    if backend == "reference":
         return reference.genft_linear(x, weight, bias, params, config, training=training, seed=seed)
-    check_transforms(chosen)
+    check_transforms(backend)
     seed = forward_seed(seed, x.device, training, dropout, config.outer_activation, dtype)
-    group = GeneratorParameters(*(t if t is None or t.dim() == 1 else t[None] for t in params))
-    generated = generate_factors([weight], group, config, dtype=dtype, dropout=dropout, seed=seed, backend=chosen)
+    group = as_group(params)
+    generated = generate_factors([weight], group, config, dtype=dtype, dropout=dropout, seed=seed, backend=backend)
     (factors,) = generated.unbind()
     action = Action(config.scaling, config.outer_activation, dropout, seed)
-    return apply_factors(x, weight, bias, factors, action, chosen)
+    return apply_factors(x, weight, bias, factors, action, backend)
 
 
 def factored_linear(
@@ -96,13 +96,13 @@ def factored_linear(
     check_factors(h, b, weight)
     check_options(scale=scale, activation=activation, dropout=dropout, training=training)
     dtype, dropout = compute_dtype(x), dropout if training else 0.0
-    chosen = backends.choose(backend, x.device, dtype, not is_factored(activation, dropout))
-    if chosen == "reference":
+    backend = backends.checked_request(backend, x.device, dtype, not is_factored(activation, dropout))
+    if backend == "reference":
         return reference.factored_linear(
             x, weight, bias, h, b, scale=scale, activation=activation, dropout=dropout, training=training, seed=seed
         )
-    check_transforms(chosen)
+    check_transforms(backend)
     seed = forward_seed(seed, x.device, training, dropout, activation, dtype)
     h, b = (with_zero_units(factor.to(x.device, dtype), -1) for factor in (h, b))
     action = Action(scale, activation, dropout, seed)
-    return apply_factors(x, weight, bias, Factors(h, b, ROW_STREAM), action, chosen)
+    return apply_factors(x, weight, bias, Factors(h, b, ROW_STREAM), action, backend)

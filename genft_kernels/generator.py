@@ -62,7 +62,8 @@ class GenFTGenerator(nn.Module):
         self.reset_parameters()
 
     sharded = False
-    # Whether a state dict held units of its layers' own, but not these; None as long as none held either.
+    # True: a state dict brought layers' own units but not these shared ones; False: it brought these, or was warned of;
+    # None: nothing was loaded.
     left_out_of_load: bool | None = None
 
     def reset_parameters(self) -> None:
@@ -85,21 +86,25 @@ class GenFTGenerator(nn.Module):
     def forward(self) -> dict[str, torch.Tensor]:
         """The shared tensors by name. A call rather than attributes, so that hooks run: pruning's, offloading's."""
         if self.left_out_of_load:
-            self.left_out_of_load = False
-            warn(
-                f"units of layers of shape {self.in_features}x{self.out_features} were loaded from a state dict, but "
-                "the generator that they share was not: it is not a part of the module that was saved or loaded. "
-                "Register it there (part.genft_generators = model.genft_generators), so that it is saved and loaded"
-            )
+            self._warn_of_load()
         return dict(zip(self.tensor_names, registered(self, self.tensor_names), strict=True))
 
     def tensors(self) -> Collection[torch.Tensor]:
-        """The values of a call; without one where nobody would notice."""
+        """The tensors that a call returns; read directly where no hook or override could tell the difference."""
         own = type(self) is not GenFTGenerator or "forward" in vars(self)
         before, after = _torch_private.global_hooks()
         if own or self._forward_pre_hooks or self._forward_hooks or before or after:
             return self().values()
         return registered(self, self.tensor_names)
+
+    def _warn_of_load(self) -> None:
+        """Once, that layers' own units were loaded without these."""
+        self.left_out_of_load = False
+        warn(
+            f"units of layers of shape {self.in_features}x{self.out_features} were loaded from a state dict, but "
+            "the generator that they share was not: it is not a part of the module that was saved or loaded. "
+            "Register it there (part.genft_generators = model.genft_generators), so that it is saved and loaded"
+        )
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)

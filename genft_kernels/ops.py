@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .backends.choices import first_tensor
 from .backends.compiled.run import BuildError
 from .backends.eager import operations as eager
 from .backends.eager.products import lie_in_columns
@@ -31,12 +32,12 @@ from .operation import Operation, keep, kept
 
 
 def compute(backend: str, operation: str, *args: Any) -> tuple[Any, ...]:
-    """An operation's results from a backend, or from the one that is chosen here (`backends.choose`)."""
+    """An operation's results from a backend, or from the one that is chosen here (`backends.resolved`)."""
     if not backends.is_open(backend):
         return _compute_by(backend, operation, args)
-    first = _first(args)
+    first = first_tensor(args)
     for _ in backends.KERNEL_BACKENDS:  # each of which may fail
-        if (name := backends.chosen(backend, first.device, first.dtype, operation, args)) == "eager":
+        if (name := backends.resolved(backend, first.device, first.dtype, operation, args)) == "eager":
             break
         try:
             return _compute_by(name, operation, args)
@@ -47,7 +48,7 @@ def compute(backend: str, operation: str, *args: Any) -> tuple[Any, ...]:
 
 def _compute_by(backend: str, operation: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     # By its name, not looked up: a compiler looks into it.
-    device, module = _first(args).device, eager if backend == "eager" else backends.load(backend)
+    device, module = first_tensor(args).device, eager if backend == "eager" else backends.load(backend)
     function = getattr(module, operation)
     if torch.is_autocast_enabled(device.type):
         # The dtypes are settled by now; autocast must not settle them anew inside a product.
@@ -65,13 +66,8 @@ def _compute_by(backend: str, operation: str, args: tuple[Any, ...]) -> tuple[An
 
 def _run(backend: str, operation: str, *args: Any) -> Any:
     """The same with an empty tensor for each None."""
-    empty = _first(args).new_empty
+    empty = first_tensor(args).new_empty
     return tuple(empty(0) if result is None else result for result in compute(backend, operation, *args))
-
-
-def _first(args: Sequence[Any]) -> Tensor:
-    first: Tensor = args[0] if isinstance(args[0], Tensor) else args[1]
-    return first
 
 
 # --- column ---------------------------------------------------------------------------------------------------------
@@ -126,7 +122,7 @@ def _column_gradients(ctx: Any, grad: Tensor, backward: Callable[..., Any]) -> t
 
 
 def _column_by_pytorch(*args: Any) -> bool:
-    return backends.by_pytorch(args[-1], _first(args).device)
+    return backends.by_pytorch(args[-1], first_tensor(args).device)
 
 
 column_node = Operation(column, column_backward, _column_setup, _column_gradients, compute, _column_by_pytorch)
@@ -248,18 +244,23 @@ def _linear_setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Any]) -
     x, weight, _, h, b, seed, ctx.scale, ctx.activation, ctx.dropout, ctx.stream, ctx.backend = inputs
     need_x, _, need_bias, need_h, need_b = ctx.needs_input_grad[:5]
     ctx.needs = [need_x, need_bias, need_h, need_b]
-    tiled = not is_factored(ctx.activation, ctx.dropout)
-    tiled_factors = tiled and (need_h or need_b)
-    keep(
-        ctx,
+    tensors = x, weight, h, b, output[1], seed
+    keep(ctx, *read_in_backward(tensors, (need_x, need_h, need_b), is_factored(ctx.activation, ctx.dropout)))
+    ctx.set_materialize_grads(False)
+
+
+def read_in_backward(tensors: tuple[Any, ...], needs: tuple[bool, bool, bool], factored: bool) -> tuple[Any, ...]:
+    """Of a linear node's (x, W, h, b, x h, seed) what the gradients of (x, h, b) that it `needs` take, else None."""
+    (x, weight, h, b, xh, seed), (need_x, need_h, need_b) = tensors, needs
+    tiled_factors = not factored and (need_h or need_b)
+    return (
         x if need_h or tiled_factors else None,
         weight if need_x else None,
         h if need_x or tiled_factors else None,
         b if need_x or need_h or tiled_factors else None,
-        output[1] if need_b and not tiled else None,
+        xh if need_b and factored else None,
         seed if need_x or tiled_factors else None,
     )
-    ctx.set_materialize_grads(False)
 
 
 def _linear_gradients(ctx: Any, grad: Tensor, backward: Callable[..., Any]) -> tuple[Any, ...]:

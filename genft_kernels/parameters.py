@@ -72,6 +72,16 @@ class GeneratorParameters(NamedTuple):
         return cls(**{name: along_units(name) for name in cls._fields})
 
 
+def as_group(params: GeneratorParameters) -> GeneratorParameters:
+    """One layer's tensors as a group's: the matrices with a leading dimension, the biases without."""
+    return GeneratorParameters(*(t if t is None or t.dim() == 1 else t[None] for t in params))
+
+
+def of_block(params: GeneratorParameters, index: int) -> GeneratorParameters:
+    """One block's tensors, of a group's."""
+    return GeneratorParameters(*(t if t is None or t.dim() == 1 else t[index] for t in params))
+
+
 def for_blocks(own: torch.Tensor, blocks: int) -> torch.Tensor:
     """A layer's own units for each of its blocks, [blocks, ...]: one matrix serves all, of [n, ...] each its share."""
     return own.expand(blocks, *own.shape) if own.dim() == 2 else own.repeat_interleave(blocks // own.shape[0], 0)

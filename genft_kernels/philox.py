@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from .backends.eager.scratch import scratch
+from .scratch import scratch
 
 COLUMN_STREAM = 0
 ROW_STREAM = 1

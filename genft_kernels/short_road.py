@@ -11,22 +11,23 @@ import torch
 from torch import Tensor
 
 from . import _torch_private, backends, ops
+from .checks import compute_dtype
 from .config import is_factored
 from .sharing.cache import current_stream
 from .units import GenFTUpdate
-from .update import Action, Frozen, apply_factors, compute_dtype
+from .update import Action, Frozen, apply_factors
 
-Asked = tuple[object, ...]
+Key = tuple[object, ...]
 
 
 def asked_again(
     x: Tensor, weight: Frozen, bias: Tensor | None, updates: Sequence[GenFTUpdate]
-) -> tuple[Tensor | None, Asked | None]:
-    """(y, or None on the long road; all that it depends on beside what is watched, or None where that road is a must).
+) -> tuple[Tensor | None, Key | None]:
+    """(y, key): y if the factors at hand serve; else None, with the key under which this forward's factors may be found
+    again, or None where they must never be.
 
-    That road is for several updates or blocks of a weight, for where something listens, and in training for what draws
-    a seed. One function, since each call costs more than what it does: between two layers their weights go through the
-    cache.
+    They serve one update of an undivided weight, where nothing listens, and in training where no seed is drawn. One
+    function, since each call costs more than what it does: between two layers their weights go through the cache.
     """
     update = updates[0]
     if torch.compiler.is_dynamo_compiling() or len(updates) > 1:
@@ -45,28 +46,28 @@ def asked_again(
     share, generator = update.share, update.generator
     config, group = generator.config, generator.group
     dropout = update.training and config.dropout  # factors of two stages have the masks of one
-    asked = x.dtype, device, x.layout, x.shape[-1:], of_bias, update.backend, dropout, of_modes
+    key = x.dtype, device, x.layout, x.shape[-1:], of_bias, update.backend, dropout, of_modes
     accumulation = group.accumulation
-    if accumulation is None and (share is None or share.asked != asked):
-        return None, asked
+    if accumulation is None and (share is None or share.key != key):
+        return None, key
     psi, training = config.outer_activation, update.training
     if training and (dropout or not is_factored(psi, 0.0)):
-        return None, asked
+        return None, key
     factors = None
     if accumulation is not None:
-        factors = accumulation.answers.get((update, asked))
+        factors = accumulation.by_key.get((update, key))
     elif share is not None:
         with group.lock:
             factors = share.held(update.watched(), generator.tensors(), once=training)
     if factors is None:
-        return None, asked
+        return None, key
     if kind == "cpu" and not (autocast or gradients) and update.backend in ("auto", "eager"):
         h, b, stream_of_masks = factors[0]  # nothing is left to choose or to cast
         settings = None, config.scaling, psi, 0.0, stream_of_masks
-        return backends.load("eager").linear(x, weight, bias, h, b, *settings)[0], asked
+        return backends.load("eager").linear(x, weight, bias, h, b, *settings)[0], key
     if is_factored(psi, 0.0):  # PyTorch's products do it all, whatever the backend (genft_kernels/backends/plan.py)
         backend = "eager"
     else:
-        backend = backends.choose(update.backend, device, compute_dtype(x), tiled=True)
+        backend = backends.checked_request(update.backend, device, compute_dtype(x), tiled=True)
     action = Action(config.scaling, psi)
-    return apply_factors(x, weight, bias, factors[0], action, backend, ops.linear_node.unheard), asked
+    return apply_factors(x, weight, bias, factors[0], action, backend, ops.linear_node.unheard), key

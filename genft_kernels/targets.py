@@ -51,7 +51,7 @@ class Target(NamedTuple):
 
     def blocks_by_shape(self) -> dict[tuple[int, int], RowBlocks]:
         """The adapted blocks by their (in, out): one generator each. ValueError if they do not make up W's rows."""
-        out_features, in_features = frozen_weight(self.module).shape
+        out_features, in_features = weight_of(self.module).shape
         with about(f"target module {self.name!r}"):
             return {(in_features, rows): blocks for rows, blocks in self.blocks.by_rows(out_features).items()}
 
@@ -92,7 +92,7 @@ def find_targets(model: nn.Module, config: GenFTConfig, full_matches: FullMatch 
     for module, held_at in paths.items():
         try:
             check_adaptable(module)
-            frozen_weight(module)  # a quantised one is made dense once, to try
+            weight_of(module)  # a quantised one is made dense once, to try
             for name in held_at:
                 check_called(model, name)
         except (TypeError, ValueError) as error:
@@ -132,7 +132,7 @@ def find_modules_to_save(model: nn.Module, config: GenFTConfig, targets: Iterabl
     return list(found)
 
 
-def frozen_weight(module: nn.Module) -> torch.Tensor | FrozenWeight:
+def weight_of(module: nn.Module) -> torch.Tensor | FrozenWeight:
     """W [out, in] of a target: a view where it is stored transposed, a handle where it is quantised."""
     if (quantised := FrozenWeight.of(module)) is not None:
         return quantised

@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from . import _torch_private, backends, reference
-from .checks import check_linear, check_not_onnx, check_transforms
+from . import backends, reference
+from .checks import check_linear, check_not_onnx, check_transforms, compute_dtype
 from .config import is_factored
 from .frozen_weight import frozen_linear
-from .parameters import GeneratorParameters
-from .short_road import Asked, asked_again
+from .parameters import as_group
+from .short_road import Key, asked_again
 from .units import GenFTUpdate
-from .update import Action, Factors, Frozen, apply_factors, compute_dtype, forward_seed, generate_factors
+from .update import Action, Factors, Frozen, apply_factors, forward_seed, generate_factors
 
 
 class _Part(NamedTuple):
@@ -41,7 +41,7 @@ def updated_linear(x: Tensor, weight: Frozen, bias: Tensor | None, updates: Sequ
     Raises:
         ValueError: the updates cut W in different ways; an argument does not fit.
     """
-    y, question = asked_again(x, weight, bias, updates)
+    y, key = asked_again(x, weight, bias, updates)
     if y is not None:
         return y
     if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
@@ -57,11 +57,11 @@ def updated_linear(x: Tensor, weight: Frozen, bias: Tensor | None, updates: Sequ
     tiled = any(
         not is_factored(each.config.outer_activation, each.config.dropout if each.training else 0.0) for each in updates
     )
-    backend = backends.choose(updates[0].backend, x.device, dtype, tiled)
+    backend = backends.checked_request(updates[0].backend, x.device, dtype, tiled)
     check_transforms(backend)
     of_blocks: list[list[_Part]] = [[] for _ in range(blocks.count)]
     for update in updates:
-        for index, part in zip(update.blocks.adapted, _generated(update, x, dtype, backend, question), strict=True):
+        for index, part in zip(update.blocks.adapted, _generated(update, x, dtype, backend, key), strict=True):
             of_blocks[index].append(part)
     if blocks.count == 1:
         return _applied(x, weight, bias, of_blocks[0], backend)
@@ -84,19 +84,17 @@ def _traced(x: Tensor, weight: Frozen, bias: Tensor | None, updates: Sequence[Ge
     return F.linear(x.to(wide), updated.to(wide), None if bias is None else bias.to(wide)).to(dtype)
 
 
-def _generated(update: GenFTUpdate, x: Tensor, dtype: torch.dtype, backend: str, question: Asked | None) -> list[_Part]:
+def _generated(update: GenFTUpdate, x: Tensor, dtype: torch.dtype, backend: str, key: Key | None) -> list[_Part]:
     """The update of each adapted block; with those of the other layers of its shape where that can be."""
     config, training = update.config, update.training
     dropout = config.dropout if training else 0.0
     seeds = [
         forward_seed(None, x.device, training, dropout, config.outer_activation, dtype) for _ in update.blocks.adapted
     ]
-    # A compiled graph cannot hold what outlives it, and sharded parameters cannot be watched.
-    if compiling := torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         check_not_onnx()
-    if compiling or update.sharded or _torch_private.tensors_are_fake():
-        of_layer = (t if t is None or t.dim() == 1 else t[None] for t in update.parameters_of_generator())
-        params = GeneratorParameters(*of_layer)
+    if update.generates_alone():
+        params = as_group(update.parameters_of_generator())
         blocks: Sequence[Any] = update.source().blocks
         factors = [
             generate_factors(
@@ -105,7 +103,7 @@ def _generated(update: GenFTUpdate, x: Tensor, dtype: torch.dtype, backend: str,
             for block, seed in zip(blocks, seeds, strict=True)
         ]
     else:
-        factors = update.generator.group.factors_for(update, dtype, backend, seeds, question)  # type: ignore[arg-type]
+        factors = update.generator.group.factors_for(update, dtype, backend, seeds, key)  # type: ignore[arg-type]
     settings = config.scaling, config.outer_activation, dropout
     return [_Part(each, Action(*settings, seed)) for each, seed in zip(factors, seeds, strict=True)]
 

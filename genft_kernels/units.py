@@ -1,4 +1,4 @@
-"""`GenFTUpdate`: one layer's share in generated updates: its own units, and all that its factors are generated from."""
+"""`GenFTUpdate`: one layer's part in generated updates: its own units, and all that its factors are generated from."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class GenFTUpdate(nn.Module):
     specific_names: tuple[str, ...]
     share: Share | None = None  # its part of the last generation, as long as that is held
     merged: bool = False
-    _fan_in_fan_out = False
+    _stored_transposed = False
     _sharded = False
 
     @property
@@ -127,12 +127,17 @@ class GenFTUpdate(nn.Module):
     @property
     def frozen_weight(self) -> Tensor | FrozenWeight:
         """W [out, in], merged or not: a view where it is stored transposed, a handle where it is quantised."""
-        return self.stored_weight.t() if self._fan_in_fan_out else self.stored_weight
+        return self.stored_weight.t() if self._stored_transposed else self.stored_weight
 
-    @property
-    def sharded(self) -> bool:
+    def generates_alone(self) -> bool:
+        """Whether this forward has to generate the layer's factors anew, and for no other layer."""
+        # A compiled graph cannot hold what outlives it, and sharded parameters cannot be watched.
+        compiling = torch.compiler.is_compiling()
+        return compiling or self._is_sharded(self.frozen_weight) or _torch_private.tensors_are_fake()
+
+    def _is_sharded(self, weight: Tensor | FrozenWeight) -> bool:
         """Whether parameters are, or have been, of a tensor class of their own, as FSDP's outside of a forward."""
-        return self._sharded or self.generator.sharded or is_tensor_subclass(self.frozen_weight)
+        return self._sharded or self.generator.sharded or is_tensor_subclass(weight)
 
     def specific_parameters(self) -> dict[str, Tensor]:
         """The layer's own trained tensors by name."""
@@ -165,7 +170,7 @@ class GenFTUpdate(nn.Module):
         """The sentence of `Source.obstacle`."""
         if self.merged:
             return "it is merged"
-        if self._sharded or self.generator.sharded or is_tensor_subclass(block):
+        if self._is_sharded(block):
             return "its parameters are sharded, quantised or of another tensor class"
         if block.shape != (self.generator.out_features, self.generator.in_features):
             return "its weight is not resident"

@@ -14,7 +14,7 @@ from torch.linalg import vector_norm
 
 from . import _torch_private, ops
 from .backends import KERNEL_BACKENDS
-from .checks import autocasts, draw_seed, seed_tensor
+from .checks import compute_dtype, draw_seed, seed_tensor
 from .config import GenFTConfig, is_factored
 from .frozen_weight import FrozenWeight, dense_once
 from .operation import Operation
@@ -45,7 +45,7 @@ class Action(NamedTuple):
     seed: torch.Tensor | None = None  # int64 [1]; None without dropout and where nothing rounds stochastically
 
 
-def computed(operation: Operation, activation: str, *args: Any) -> torch.Tensor:
+def run_operation(operation: Operation, activation: str, *args: Any) -> torch.Tensor:
     """The first result of an operation, in which the activation is the last step."""
     return operation(*args)
 
@@ -54,7 +54,7 @@ class Known(NamedTuple):
     """Parts that a generation need not compute, because somebody keeps them."""
 
     norms: torch.Tensor | None = None  # of the weights, [L]
-    stage: Callable[..., torch.Tensor] = computed  # in place of that
+    run: Callable[..., torch.Tensor] = run_operation  # takes the place of that one
 
 
 NOTHING = Known()
@@ -103,8 +103,8 @@ def generate_factors(
         ((h, b),) = more
         return Factors(torch.cat([right, h], 2), torch.cat([left, b], 2), ROW_STREAM)  # [L, in, 2 k], [L, out, 2 k]
     row, psi = units("row", matrix_ratio), config.outer_activation
-    stage = computed if is_factored(psi, dropout) else known.stage  # thin products are not worth keeping
-    h = stage(ops.row_node, phi, left, right, row.down, row.down_bias, seed, psi, dropout, phi, backend)  # [L, in, k]
+    run = run_operation if is_factored(psi, dropout) else known.run  # thin products are not worth keeping
+    h = run(ops.row_node, phi, left, right, row.down, row.down_bias, seed, psi, dropout, phi, backend)  # [L, in, k]
     h, b = row.joined(h, config.hidden_dim)
     # dW = sigma * D instead of sigma * D^T: the factors change places.
     return Factors(b, h, ROW_STREAM) if config.delta_layout == "out_in" else Factors(h, b, ROW_STREAM)
@@ -121,7 +121,7 @@ def _over_weights(
     at_once = backend not in KERNEL_BACKENDS and first.down.device.type == "cpu" and not others
     if at_once or not isinstance(weights[0], FrozenWeight):
         return [
-            known.stage(ops.column_node, phi, matrices, of_stage.down, of_stage.down_bias, phi, backend)
+            known.run(ops.column_node, phi, matrices, of_stage.down, of_stage.down_bias, phi, backend)
             for matrices, of_stage in stages
         ]
     found: list[list[torch.Tensor]] = [[] for _ in stages]
@@ -129,7 +129,7 @@ def _over_weights(
         for layer in range(len(weights)):
             for results, (matrices, of_stage) in zip(found, stages, strict=True):
                 one = [matrices[layer]], of_stage.down[layer : layer + 1], of_stage.down_bias
-                results.append(known.stage(ops.column_node, phi, *one, phi, backend))
+                results.append(known.run(ops.column_node, phi, *one, phi, backend))
     return [torch.cat(results) for results in found]
 
 
@@ -227,11 +227,6 @@ def apply_factors(
     h, b, stream = factors
     scale, psi, dropout, seed = action
     return operation(x, weight, bias, h, b, seed, float(scale), psi, dropout, stream, backend)
-
-
-def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype that a layer computes in: x's, or autocast's."""
-    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
 
 
 def forward_seed(

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from genft_kernels.backends.eager import scratch
+from genft_kernels import scratch
 from tests import cuda_host
 
 # Beside other workers of pytest-xdist: torch.compile in this process alone, and no more threads than cores.

@@ -13,6 +13,7 @@ from benchmarks.measure.workload import Workload
 from genft_kernels import GeneratorParameters, GenFTConfig, reference
 from genft_kernels.activations import activate
 from genft_kernels.functional import factored_linear, genft_linear
+from genft_kernels.parameters import as_group
 from genft_kernels.philox import COLUMN_STREAM, ROW_STREAM, keep_mask
 from genft_kernels.update import generate_factors
 
@@ -62,7 +63,7 @@ def layer(problem: Problem, backend: str) -> Workload:
 
 def generation(problem: Problem, backend: str) -> Workload:
     """The half that does not see x: W and parameters to the thin factors h [in, k] and b [out, k]."""
-    config, params = problem.config, GeneratorParameters(*(t if t is None else t[None] for t in problem.params))
+    config, params = problem.config, as_group(problem.params)
     settings = {"dtype": problem.x.dtype, "dropout": config.dropout, "seed": problem.seed, "backend": backend}
 
     def generate() -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.measure.workload import Workload
-from genft_kernels.backends.eager import scratch
+from genft_kernels import scratch
 from genft_kernels.sharing import node as generation
 
 

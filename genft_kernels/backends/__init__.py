@@ -26,6 +26,7 @@ KERNEL_BACKENDS = ("triton", "cuda")  # in the order in which "auto" asks them
 OPERATION_BACKENDS = ("eager", *KERNEL_BACKENDS)
 BACKENDS = ("auto", *OPERATION_BACKENDS, "reference")
 # Not chosen yet: an operation chooses where it runs, where it knows its sizes. A compiled graph serves all lengths.
+# These strings travel through the schemas of operations in a backend's place.
 _OPEN = {False: "auto, factored", True: "auto, tiled"}
 
 _set_aside: dict[tuple[str, torch.device], str] = {}  # (backend, device): why "auto" takes it no more in this process
@@ -84,10 +85,10 @@ def check_name(name: str) -> None:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {shown(name)}")
 
 
-def choose(requested: str, device: torch.device, dtype: torch.dtype, tiled: bool = False) -> str:
+def checked_request(requested: str, device: torch.device, dtype: torch.dtype, tiled: bool = False) -> str:
     """The backend to hand to the operations: the one that computes in `dtype` on `device`, if one is asked for by name.
 
-    "auto" stays open until an operation runs (`chosen`); only it ever becomes another.
+    "auto" stays open until an operation runs (`resolved`); only it ever becomes another.
 
     Raises:
         ValueError: no such backend.
@@ -112,15 +113,15 @@ def by_pytorch(backend: str, device: torch.device) -> bool:
     return backend == "eager" or (backend == _OPEN[False] and not choices.table(device))
 
 
-def chosen(backend: str, device: torch.device, dtype: torch.dtype, operation: str, args: tuple[Any, ...]) -> str:
-    """The backend of an operation that has to choose: the fastest for its shape where measured, else `counted`."""
+def resolved(backend: str, device: torch.device, dtype: torch.dtype, operation: str, args: tuple[Any, ...]) -> str:
+    """The backend of an operation that has to choose: the fastest for its shape where measured, else `default_for`."""
     tiled = backend == _OPEN[True]
     choices.note(operation, tiled, args)
     if (table := choices.table(device)) and (shape := choices.shape_of(operation, tiled, args)) is not None:
         name = table.get(str(shape))
         if name is not None and may_choose(name, device, dtype):
             return name
-    return counted(device, dtype, tiled)
+    return default_for(device, dtype, tiled)
 
 
 def may_choose(name: str, device: torch.device, dtype: torch.dtype) -> bool:
@@ -129,7 +130,7 @@ def may_choose(name: str, device: torch.device, dtype: torch.dtype) -> bool:
 
 
 @functools.cache
-def counted(device: torch.device, dtype: torch.dtype, tiled: bool) -> str:
+def default_for(device: torch.device, dtype: torch.dtype, tiled: bool) -> str:
     """The winner by counted launches and bytes: "eager", whose products are a vendor's, but for the tiled form on a
     CUDA device. There it is the first backend of kernels that can run and has passed the gate on that card."""
     kernels = KERNEL_BACKENDS if tiled and device.type == "cuda" else ()
@@ -146,7 +147,7 @@ def set_aside(name: str, device: torch.device, operation: str, error: Exception)
             RuntimeWarning,
             stacklevel=2,
         )
-    counted.cache_clear()
+    default_for.cache_clear()
 
 
 def _refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -174,7 +175,7 @@ def explain(
     """
     check_type("device", device, (torch.device, str, int), optional=True)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    factored, tiled = (counted(device, dtype, form) for form in (False, True))
+    factored, tiled = (default_for(device, dtype, form) for form in (False, True))
     auto = factored if factored == tiled else f"{factored} for the factored form, {tiled} for the tiled form"
     measured = f"; but for {len(table)} measured shapes" if (table := choices.table(device)) else ""
     lines = [f'backend="auto" on {device}: {auto}{measured}', "  eager: available; plain PyTorch"]

@@ -11,7 +11,7 @@ import datetime
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,8 +69,13 @@ def shape_of(operation: str, tiled: bool, args: tuple[Any, ...]) -> Shape | None
             tokens = power_of_two(of_tokens.numel() // max(1, of_tokens.shape[-1]))
             if tokens == 0:
                 return None
-    first = args[0] if isinstance(args[0], Tensor) else args[1]
-    return Shape(tiled, first.dtype, n_in, n_out, k, tokens, backward)
+    return Shape(tiled, first_tensor(args).dtype, n_in, n_out, k, tokens, backward)
+
+
+def first_tensor(args: Sequence[Any]) -> Tensor:
+    """The first tensor of an operation's arguments, of its device and dtype."""
+    first: Tensor = args[0] if isinstance(args[0], Tensor) else args[1]
+    return first
 
 
 class Call(NamedTuple):

@@ -92,7 +92,7 @@ class Kernels:
         """W + scale * U  [out, in] in the factors' dtype; it lies in memory as W does."""
         (n_out, n_in), k = weight.shape, update.right.shape[1]
         _check_update(update, n_out, n_in, k)
-        transposed = weight.stride(0) == 1 and weight.stride(1) != 1
+        transposed = weight.stride(0) == 1 and weight.stride(1) > 1
         new = update.right.new_empty
         out = new((n_in, n_out)).t() if transposed else new((n_out, n_in))
         self._launchers.fold(weight, _dense(update), scale, out)

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import compute_dtype
 from ..config import is_factored
 from ..operation import Operation
-from ..ops import compute
-from ..update import Action, Factors, compute_dtype
+from ..ops import compute, read_in_backward
+from ..update import Action, Factors
 
 
 @torch.library.custom_op("genft::expert_linear", mutates_args=())
@@ -74,18 +75,10 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, offsets, weight, _, h, b, seed, ctx.scale, ctx.activation, ctx.dropout, ctx.stream, ctx.backend = inputs
     need_x, need_h, need_b = (ctx.needs_input_grad[i] for i in (0, 4, 5))
     ctx.needs = [need_x, need_h, need_b]
-    tiled = not is_factored(ctx.activation, ctx.dropout)
-    tiled_factors = tiled and (need_h or need_b)
-    keep = (
-        (x, need_h or tiled_factors),
-        (offsets, True),
-        (weight, need_x),
-        (h, need_x or tiled_factors),
-        (b, need_x or need_h or tiled_factors),
-        (output[1], need_b and not tiled),
-        (seed, need_x or tiled_factors),
-    )
-    ctx.save_for_backward(*(tensor if needed else None for tensor, needed in keep))
+    tensors = x, weight, h, b, output[1], seed
+    factored = is_factored(ctx.activation, ctx.dropout)
+    x, *others = read_in_backward(tensors, (need_x, need_h, need_b), factored)
+    ctx.save_for_backward(x, offsets, *others)
     ctx.set_materialize_grads(False)
 
 

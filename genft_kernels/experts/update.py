@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .. import _torch_private, backends, reference
-from ..checks import check_linear, check_transforms
+from .. import backends, reference
+from ..checks import check_linear, check_transforms, compute_dtype
 from ..config import GenFTConfig, is_factored
 from ..frozen_weight import FrozenWeight
 from ..generator import GenFTGenerator
 from ..merging import MergeableUpdate
-from ..parameters import GeneratorParameters, for_blocks
-from ..update import Action, Factors, compute_dtype, forward_seed, generate_factors
+from ..parameters import GeneratorParameters, for_blocks, of_block
+from ..update import Action, Factors, forward_seed, generate_factors
 from .layout import Layout
 from .products import expert_product
 
@@ -89,8 +89,7 @@ class ExpertUpdate(MergeableUpdate):
             halves = []
             for index, block in enumerate(blocks[start : start + layout.halves], start):
                 wide = block.to(torch.promote_types(block.dtype, torch.float32))
-                of_block = GeneratorParameters(*(t if t is None or t.dim() == 1 else t[index] for t in params))
-                halves.append(reference.delta_weight(wide, of_block, self.config, training=training))
+                halves.append(reference.delta_weight(wide, of_block(params, index), self.config, training=training))
             yield layout._replace(experts=1).join(torch.stack(halves))[0]
 
     @property
@@ -124,7 +123,7 @@ class ExpertUpdate(MergeableUpdate):
         dtype = compute_dtype(x)
         dropout = config.dropout if self.training else 0.0
         psi = config.outer_activation
-        backend = backends.choose(self.backend, x.device, dtype, not is_factored(psi, dropout))
+        backend = backends.checked_request(self.backend, x.device, dtype, not is_factored(psi, dropout))
         check_transforms(backend)
         # Drawn for every block, so that no two have one mask.
         seeds = None
@@ -142,8 +141,7 @@ class ExpertUpdate(MergeableUpdate):
 
     def _factors(self, dtype: torch.dtype, backend: str, seeds: Tensor | None) -> Factors:
         """h [E * halves, in, k] and b [E * halves, out / halves, k]; with those of other layers where that can be."""
-        # A compiled graph cannot hold what outlives it, and sharded parameters cannot be watched.
-        if torch.compiler.is_compiling() or self.sharded or _torch_private.tensors_are_fake():
+        if self.generates_alone():
             source = self.source()
             return generate_factors(
                 source.blocks, self.parameters_of_generator(), self.config, dtype=dtype, dropout=source.dropout,

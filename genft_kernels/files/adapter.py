@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
-from ..adapt import Plan, adapt_as_planned, plan, remove_genft
+from ..adapt import Plan, adapt_as_planned, find_plan, remove_genft
 from ..adapted_model import (
     GENERATORS,
     adapted_layers,
@@ -29,7 +29,7 @@ from ..defaults import settled
 from ..frozen_weight import FrozenWeight
 from ..matching import full_matches_in_time
 from ..saved_modules import tied_again, unsavable
-from ..targets import frozen_weight
+from ..targets import weight_of
 from .fingerprint import Fingerprint
 from .foreign_folder import explain_foreign_folder
 from .format import AdapterFile, is_ours, read_adapter_file, write_adapter_file
@@ -107,8 +107,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, *, backend: str
         wanted = _adapter_tensors(model) | _saved_tensors(model)
     else:
         adapter = adapter._replace(config=settled(model, adapter.config))
-        planned = plan(model, adapter.config, full_matches_in_time)
-        weights = {target.name: frozen_weight(target.module) for target in planned.targets}
+        planned = find_plan(model, adapter.config, full_matches_in_time)
+        weights = {target.name: weight_of(target.module) for target in planned.targets}
         weights |= {stack.name: stack.weight for stack in planned.experts}
         wanted = _planned_tensors(model, planned, adapter.config)
     _check_base(weights, adapter.fingerprints)

@@ -47,7 +47,7 @@ def all_in_model(tensors: Mapping[str, T]) -> dict[str, T]:
     return renamed
 
 
-def adapted_layers(tensors: Mapping[str, T]) -> list[str]:
+def layers_in_file(tensors: Mapping[str, T]) -> list[str]:
     """The paths of the layers that have tensors of their own in a file."""
     owners = (name.removeprefix(_MODEL).rpartition(_OWN)[0] for name in tensors if name.startswith(_MODEL))
     return sorted({owner for owner in owners if owner})

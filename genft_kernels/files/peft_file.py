@@ -61,7 +61,7 @@ def _config(description: Mapping[str, Any], tensors: Mapping[str, torch.Tensor])
     settings = {
         name: description[RENAMED.get(name, name)] for name in SETTINGS if RENAMED.get(name, name) in description
     }
-    layers = names.adapted_layers(tensors)
+    layers = names.layers_in_file(tensors)
     if not layers:
         if description.get("layers_to_transform") is not None:
             raise ValueError("layers_to_transform with specific_dim=0: no tensor tells which layers are adapted")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..parameters import GeneratorParameters
+from ..parameters import as_group
 from ..units import GenFTUpdate
 from ..update import generate_factors
 
@@ -50,10 +50,7 @@ def exact(updates: Iterable[GenFTUpdate]) -> ThinUpdate:
 def _factors(update: GenFTUpdate) -> tuple[Tensor, Tensor]:
     """(down, up) of the blocks that one generator serves."""
     config, dtype = update.config, torch.promote_types(update.frozen_weight.dtype, torch.float32)
-    # The matrices of one layer; the biases have no dimension for layers.
-    params = GeneratorParameters(
-        *(t if t is None or t.dim() == 1 else t[None] for t in update.parameters_of_generator())
-    )
+    params = as_group(update.parameters_of_generator())
     downs, ups = [], []
     weights: list[Any] = list(update.source().blocks)
     for index, weight in zip(update.blocks.adapted, weights, strict=True):

@@ -30,9 +30,9 @@ def accumulate(model: nn.Module) -> Iterator[nn.Module]:
         optimizer.step()
 
     The gradients are those of the same passes without it: they add to `.grad`, but only when the context ends, so
-    clip, unscale and step after it. `zero_grad` within it drops what came before, as ever. What the updates' gradients
-    sum up in is float32 or wider. Dropout of the column
-    stage draws one mask for the whole context, that of the row stage a new one in each forward.
+    clip, unscale and step after it. `zero_grad` within it drops what came before, as ever. The updates' gradients are
+    summed in float32 or wider. Dropout of the column stage draws one mask for the whole context, that of the row stage
+    a new one in each forward.
 
     Sharded layers, and what `torch.compile` has compiled, generate in every forward as ever. Under
     `DistributedDataParallel` let all but the last micro-batch run under its `no_sync()`, and leave
@@ -67,8 +67,8 @@ class Accumulation:
             raise ValueError("accumulate(model) needs a model with GenFT layers: call apply_genft(model, config) first")
         self.active = False
         self._held: dict[tuple[Layer, Settings], _Held] = {}
-        # By layer and the question of `LayerGroup.factors_for`, for who asks again (genft_kernels/short_road.py).
-        self.answers: dict[tuple[Layer, object], list[Factors]] = {}
+        # By layer and the key of `LayerGroup.factors_for`, for who asks again (genft_kernels/short_road.py).
+        self.by_key: dict[tuple[Layer, object], list[Factors]] = {}
         self._marks = _Marks()
         self._looked_in: int | None = None  # the backward pass in which the marks were last looked at
 
@@ -102,12 +102,12 @@ class Accumulation:
             if group.accumulation is self:
                 group.accumulation = None
         self._held.clear()
-        self.answers.clear()
+        self.by_key.clear()
         self._marks.remove()
         self.active = False
 
     def factors_for(
-        self, group: LayerGroup, layer: Layer, source: Source, settings: Settings, seeds: list[Tensor], asked: object
+        self, group: LayerGroup, layer: Layer, source: Source, settings: Settings, seeds: list[Tensor], key: object
     ) -> list[Factors]:
         """As `LayerGroup.factors_for`, of leaves where gradients are recorded."""
         gradients = settings.gradients
@@ -124,7 +124,7 @@ class Accumulation:
                 self._marks.plant(one.thin)
             held = self._held[layer, settings]
         given = held.given if gradients else [f._replace(h=f.h.detach(), b=f.b.detach()) for f in held.given]
-        self.answers[layer, asked] = given
+        self.by_key[layer, key] = given
         return given
 
     def _arrives(self, grad: Tensor) -> None:

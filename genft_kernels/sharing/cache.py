@@ -37,7 +37,7 @@ class Share:
         self._blocks = slice(start, start + len(source.blocks))
         self.own = Snapshot(source.own.values(), source.weight, values=batch.values)
         self._glance: Glance | None = None
-        self.asked: object = None  # of `LayerGroup.factors_for`, by the forward that took it last
+        self.key: object = None  # of `LayerGroup.factors_for`, of the forward that took it last
         self._readers: set[int] = set()  # the threads that have taken it
         self.asked_in = self.compared_in = 0  # rounds of the batch
 
@@ -55,7 +55,7 @@ class Share:
         """Whether what the factors were generated from is as it was."""
         return self.own.same(source.own.values(), source.weight) and self.batch.shared.same(source.shared.values())
 
-    def take(self, source: Source, settings: Settings, repeats: bool, asked: object) -> list[Factors] | None:
+    def take(self, source: Source, settings: Settings, repeats: bool, key: object) -> list[Factors] | None:
         """The factors for a forward of the layer, or None if they do not hold for it.
 
         In training a layer takes them once, but for the repetition of a checkpointed region.
@@ -66,13 +66,13 @@ class Share:
         factors = self.held(source.watched, source.shared.values(), once=once)
         if factors is not None:
             self._readers.add(threading.get_ident())
-            self.asked = asked
+            self.key = key
         return factors
 
     def follow(self, before: Share | None) -> None:
         """Take the place of one: with the same settings and W, who asks as last time may have the factors."""
         if before is not None and before._settings == self._settings and before.own.begins_as(self.own):
-            self.asked = before.asked
+            self.key = before.key
 
     def held(self, own: list[Tensor], shared: Collection[Tensor], *, once: bool) -> list[Factors] | None:
         """The factors under the settings that they were made under, or None if they hold no more.
@@ -220,7 +220,7 @@ class LayerGroup:
         vars(layer)["share"] = self._shares[layer] = share
 
     def factors_for(
-        self, layer: Layer, dtype: torch.dtype, backend: str, seeds: list[Tensor], asked: object = None
+        self, layer: Layer, dtype: torch.dtype, backend: str, seeds: list[Tensor], key: object = None
     ) -> list[Factors]:
         """The factors of the layer's adapted blocks in `dtype`.
 
@@ -228,22 +228,22 @@ class LayerGroup:
             backend: an operation backend by name.
             seeds: of this forward, int64 [1] for each adapted block. Where the layer makes the generation, they are
                 its seeds in the column stage too. Unused where that has no dropout.
-            asked: all that the other arguments follow from, and the modes of PyTorch that are looked at. A forward
-                that asks the same may have what the share holds (genft_kernels/short_road.py).
+            key: all that the other arguments follow from, and the modes of PyTorch that are looked at. A forward
+                of the same key may have what the share holds (genft_kernels/short_road.py).
         """
         source = layer.source()
         gradients, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         settings = Settings(backend, dtype, source.dropout, gradients, inference, current_stream(source.weight.device))
         with self.lock:
             if self.accumulation is not None and not inference and source.reason_to_stay_alone() is None:
-                return self.accumulation.factors_for(self, layer, source, settings, seeds, asked)
+                return self.accumulation.factors_for(self, layer, source, settings, seeds, key)
             if settings.dropout > 0 and _may_be_repeated():
                 # The repetition draws this forward's seeds again, but nothing that a group drew.
                 return self.generate({layer: source}, settings, seeds, values=False)[layer].factors
             repeats = _torch_private.in_backward()
             share = self._shares.get(layer)
-            factors = None if share is None else share.take(source, settings, repeats, asked)
-            return self._renew(layer, source, settings, seeds, repeats, asked) if factors is None else factors
+            factors = None if share is None else share.take(source, settings, repeats, key)
+            return self._renew(layer, source, settings, seeds, repeats, key) if factors is None else factors
 
     def together_with(self, layer: Layer, source: Source) -> dict[Layer, Source]:
         """The layers to generate when `layer` asks, itself first."""
@@ -297,7 +297,7 @@ class LayerGroup:
         ]
 
     def _renew(
-        self, layer: Layer, source: Source, settings: Settings, seeds: list[Tensor], repeats: bool, asked: object
+        self, layer: Layer, source: Source, settings: Settings, seeds: list[Tensor], repeats: bool, key: object
     ) -> list[Factors]:
         # In a backward (reentrant checkpointing) the gradient of a whole group would be computed for each region.
         sources = {layer: source} if repeats else self.together_with(layer, source)
@@ -310,12 +310,12 @@ class LayerGroup:
             for each, share in shares.items():
                 share.follow(self._shares.get(each))
                 self._hold(each, share)
-            shares[layer].take(source, settings, repeats, asked)
+            shares[layer].take(source, settings, repeats, key)
         return shares[layer].factors
 
 
 def all_groups() -> list[LayerGroup]:
-    """The shares of all generators there are."""
+    """The groups of all generators that there are."""
     return list(_groups)
 
 

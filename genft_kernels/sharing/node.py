@@ -24,7 +24,7 @@ from ..activations import activate
 from ..frozen_weight import FrozenWeight, dense_once
 from ..operation import Operation, first_order
 from ..parameters import GeneratorParameters, for_blocks
-from ..update import Factors, Known, computed, generate_factors, unit_multiple
+from ..update import Factors, Known, generate_factors, run_operation, unit_multiple
 from .source import Source
 
 
@@ -93,8 +93,8 @@ class _Recipe:
         owned = position - len(names)
         return names[position] if owned < 0 else self.specific_names[owned % len(self.specific_names)]
 
-    def factors(self, parameters: Sequence[Tensor], stage: Callable[..., Tensor] = computed) -> _Stacks:
-        """The factors of all blocks; `stage` as in `Known`."""
+    def factors(self, parameters: Sequence[Tensor], run: Callable[..., Tensor] = run_operation) -> _Stacks:
+        """The factors of all blocks; `run` as in `Known`."""
         device, count = self.weights[0].device, len(self.shared_names)
         shared = dict(zip(self.shared_names, parameters, strict=False))
         own = parameters[count:]
@@ -107,7 +107,7 @@ class _Recipe:
             stacked = GeneratorParameters.concatenated(shared, specific, device, len(self.weights), multiple)
             h, b, self.stream = generate_factors(
                 self.weights, stacked, self.config,
-                dtype=dtype, dropout=dropout, seed=seed, backend=backend, known=Known(norms, stage),
+                dtype=dtype, dropout=dropout, seed=seed, backend=backend, known=Known(norms, run),
             )  # fmt: skip
         return _Stacks(h, b)
 
@@ -120,7 +120,7 @@ class _Recipe:
         return torch.stack(of_blocks) if len(of_blocks) > 1 else of_blocks[0][None]  # not even a copy
 
     def graph(
-        self, parameters: Sequence[Tensor], stage: Callable[..., Tensor], keep: Callable[[Tensor], object]
+        self, parameters: Sequence[Tensor], run: Callable[..., Tensor], keep: Callable[[Tensor], object]
     ) -> tuple[list[Tensor], _Stacks]:
         """(leaves that stand for the parameters, factors that hang on them), in a graph that saves what `keep` gives.
 
@@ -128,30 +128,30 @@ class _Recipe:
         """
         leaves = [parameter.detach().requires_grad_(parameter.requires_grad) for parameter in parameters]
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, Tensor.detach):
-            return leaves, self.factors(leaves, stage)
+            return leaves, self.factors(leaves, run)
 
 
 class _Results:
     """Results of the stages that go over W, or over tiles of an update; of it their graph is made again."""
 
     def __init__(self) -> None:
-        self._kept: list[Tensor] = []
+        self._before: list[Tensor] = []  # what activations were applied to
 
     def record(self, operation: Operation, activation: str, *args: Any) -> Tensor:
-        """Run a stage, and keep what its activation was applied to."""
+        """Run an operation, and keep what its activation was applied to."""
         results = operation.results(*args)
-        self._kept.append(_kept(results[0] if activation == "identity" else results[1]))
+        self._before.append(_kept(results[0] if activation == "identity" else results[1]))
         return operation.again(results, *args)
 
     def repeat(self) -> Callable[..., Tensor]:
-        """Takes the stages' arguments in the same order, and gives the same."""
-        kept = iter(self._kept)
+        """Takes the operations' arguments in the same order, and gives the same."""
+        recorded = iter(self._before)
 
-        def stage(operation: Operation, activation: str, *args: Any) -> Tensor:
-            before = next(kept)
+        def again(operation: Operation, activation: str, *args: Any) -> Tensor:
+            before = next(recorded)
             return operation.again((activate(activation, before), before), *args)
 
-        return stage
+        return again
 
 
 def _version(tensor: Tensor | FrozenWeight) -> int | None:
@@ -185,11 +185,10 @@ class _Generate(torch.autograd.Function):
         transform = recipe.config.transform
         # Of one stage its product with W is a factor, or what the graph keeps. A sum's factors are copies of both.
         ctx.results = None if transform == "sum" else _Results()
-        stage = computed if ctx.results is None else ctx.results.record
-        # The graph of two stages would keep more than twice the factors, and is made again in no time.
-        once = transform != "both"
-        leaves, outputs = recipe.graph(parameters, stage, _kept if once else _nothing)
-        ctx.graphs = [(leaves, outputs)] if once else []  # a list, because taking from it is atomic
+        run = run_operation if ctx.results is None else ctx.results.record
+        keeps_graph = transform != "both"  # two stages: more than twice the factors, and quickly made again
+        leaves, outputs = recipe.graph(parameters, run, _kept if keeps_graph else _nothing)
+        ctx.graphs = [(leaves, outputs)] if keeps_graph else []  # a list, because taking from it is atomic
         ctx.set_materialize_grads(False)
         results = _Stacks(*map(Tensor.detach, outputs)).flat()
         blocks = len(recipe.weights)
@@ -211,8 +210,8 @@ class _Generate(torch.autograd.Function):
         try:
             leaves, outputs = ctx.graphs.pop()
         except IndexError:  # not kept, or a further backward
-            stage = computed if ctx.results is None else ctx.results.repeat()
-            leaves, outputs = recipe.graph(parameters, stage, Tensor.detach)
+            run = run_operation if ctx.results is None else ctx.results.repeat()
+            leaves, outputs = recipe.graph(parameters, run, Tensor.detach)
         of_stacks = [
             (stack, _stacked(of_blocks, stack))
             for stack, of_blocks in zip(outputs, (grads[:blocks], grads[blocks:]), strict=True)

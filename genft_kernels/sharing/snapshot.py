@@ -100,7 +100,10 @@ class Together:
 
 
 class Glance:
-    """The least that tells of tensors which `Snapshot` has just found to be what they were that they still are."""
+    """A cheap check that tensors which `Snapshot` has just compared in full have not changed since.
+
+    They are the same objects, with the same addresses, versions and first bytes.
+    """
 
     def __init__(self, tensors: Sequence[Tensor], *, values: bool) -> None:
         self._objects, self._addresses = list(map(id, tensors)), list(map(Tensor.data_ptr, tensors))

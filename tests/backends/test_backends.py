@@ -210,19 +210,19 @@ def test_eager_never_waits_for_a_value_of_its_device(outer, dropout, dtype):
 
 def test_auto_takes_the_first_that_can_run():
     for tiled in (False, True):
-        open_ = backends.choose("auto", CPU, torch.float32, tiled)
-        assert backends.is_open(open_) and backends.chosen(open_, CPU, torch.float32, "row", ()) == "eager"
-    assert backends.choose("reference", CPU, torch.float32) == "reference"
+        open_ = backends.checked_request("auto", CPU, torch.float32, tiled)
+        assert backends.is_open(open_) and backends.resolved(open_, CPU, torch.float32, "row", ()) == "eager"
+    assert backends.checked_request("reference", CPU, torch.float32) == "reference"
 
 
 def test_explicit_backend_never_becomes_another(monkeypatch):
     with pytest.raises(RuntimeError, match="backend 'triton' cannot run on cpu: .*(not installed|float64)"):
-        backends.choose("triton", CPU, torch.float64)
+        backends.checked_request("triton", CPU, torch.float64)
     monkeypatch.setattr(backends, "unavailable", lambda name, device, dtype: "it is broken today")
     with pytest.raises(RuntimeError, match="backend 'eager' cannot run on cpu: it is broken today"):
-        backends.choose("eager", CPU, torch.float32)
+        backends.checked_request("eager", CPU, torch.float32)
     with pytest.raises(ValueError, match="backend must be one of auto, eager, triton, cuda, reference; got 'cutlass'"):
-        backends.choose("cutlass", CPU, torch.float32)
+        backends.checked_request("cutlass", CPU, torch.float32)
 
 
 def test_explain_names_every_backend_and_the_choice():

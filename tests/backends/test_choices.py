@@ -41,7 +41,7 @@ def another(monkeypatch, tmp_path):
     monkeypatch.setattr(choices, "_tables", {})
     monkeypatch.setattr(tuning, "_COLD_BYTES", (1, 1))
     monkeypatch.setenv("GENFT_CACHE_DIR", str(tmp_path))
-    backends.counted.cache_clear()
+    backends.default_for.cache_clear()
     return calls
 
 

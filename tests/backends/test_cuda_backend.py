@@ -92,9 +92,9 @@ def test_backend_without_a_gpu_says_so(dtype, reason):
     """In a process without tests/cuda_host."""
     program = f"""
 import torch
-from genft_kernels.backends import choose, counted
-print(counted(torch.device("cpu"), torch.{dtype}, True))
-choose("cuda", torch.device("cpu"), torch.{dtype})
+from genft_kernels.backends import checked_request, default_for
+print(default_for(torch.device("cpu"), torch.{dtype}, True))
+checked_request("cuda", torch.device("cpu"), torch.{dtype})
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.stdout == "eager\n"

@@ -233,7 +233,7 @@ def card(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Test Card")
     monkeypatch.setenv("GENFT_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(backends, "unavailable", lambda name, device, dtype: None)
-    caches = gate.rejection, cards.identity, backends.counted
+    caches = gate.rejection, cards.identity, backends.default_for
 
     def new_process():
         for cached in caches:
@@ -246,17 +246,17 @@ def card(monkeypatch, tmp_path):
 
 
 def test_auto_takes_kernels_for_the_tiled_form_once_they_have_passed(card):
-    assert backends.counted(CARD, torch.bfloat16, False) == "eager" and not card.calls
+    assert backends.default_for(CARD, torch.bfloat16, False) == "eager" and not card.calls
     for _ in range(3):
-        assert backends.counted(CARD, torch.bfloat16, True) == "triton"
+        assert backends.default_for(CARD, torch.bfloat16, True) == "triton"
     card.new_process()
-    assert backends.counted(CARD, torch.bfloat16, True) == "triton" and card.calls == ["triton"]
-    assert backends.counted(CPU, torch.bfloat16, True) == "eager"
+    assert backends.default_for(CARD, torch.bfloat16, True) == "triton" and card.calls == ["triton"]
+    assert backends.default_for(CPU, torch.bfloat16, True) == "eager"
 
 
 def test_auto_passes_over_what_was_rejected_and_explain_says_why(card):
     card.verdicts["triton"] = "row (bfloat16): an error of 1", VERDICT
-    assert backends.counted(CARD, torch.bfloat16, True) == "cuda"
+    assert backends.default_for(CARD, torch.bfloat16, True) == "cuda"
     text = backends.explain(CARD, torch.bfloat16)
     assert "eager for the factored form, cuda for the tiled form" in text
     assert "triton: available by name; rejected for auto: row (bfloat16): an error of 1" in text
@@ -265,8 +265,8 @@ def test_auto_passes_over_what_was_rejected_and_explain_says_why(card):
     for file in card.folder.glob("gate-*"):
         file.unlink()
     card.new_process()
-    assert backends.counted(CARD, torch.bfloat16, True) == "eager"
-    assert backends.choose("triton", CARD, torch.bfloat16, tiled=True) == "triton"
+    assert backends.default_for(CARD, torch.bfloat16, True) == "eager"
+    assert backends.checked_request("triton", CARD, torch.bfloat16, tiled=True) == "triton"
 
 
 def test_gate_that_takes_too_long_is_tried_again_and_then_kept_as_a_hang(card):

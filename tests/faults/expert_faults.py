@@ -125,8 +125,8 @@ FAULTS = [
     Fault(
         "experts: a copy of the stack is kept",
         f"{ROOM}/products.py",
-        "        (weight, need_x),\n",
-        "        (weight.clone(), need_x),\n",
+        "    tensors = x, weight, h,",
+        "    tensors = x, weight.clone(), h,",
         PRODUCTS,
     ),
     Fault(

@@ -54,7 +54,7 @@ FAULTS = [
     Fault(
         "short road: whatever is asked gets the last answer",
         "genft_kernels/short_road.py",
-        "(share is None or share.asked != asked)",
+        "(share is None or share.key != key)",
         "share is None",
         SHORT_ROAD,
     ),
@@ -82,15 +82,15 @@ FAULTS = [
     Fault(
         "short road: past the leaves of an accumulation",
         "genft_kernels/short_road.py",
-        "    if accumulation is not None:\n        factors = accumulation.answers.get((update, asked))\n    elif",
+        "    if accumulation is not None:\n        factors = accumulation.by_key.get((update, key))\n    elif",
         "    if",
         SHORT_ROAD,
     ),
     Fault(
-        "short road: an accumulation's answer to another question",
+        "short road: an accumulation's factors of another key",
         "genft_kernels/short_road.py",
-        "factors = accumulation.answers.get((update, asked))",
-        "factors = next((found for (layer, _), found in accumulation.answers.items() if layer is update), None)",
+        "factors = accumulation.by_key.get((update, key))",
+        "factors = next((found for (layer, _), found in accumulation.by_key.items() if layer is update), None)",
         SHORT_ROAD,
     ),
     Fault(
@@ -145,8 +145,8 @@ FAULTS = [
     Fault(
         "short road: dtypes not asked",
         "genft_kernels/short_road.py",
-        "asked = x.dtype, device,",
-        "asked = device,",
+        "key = x.dtype, device,",
+        "key = device,",
         SHORT_ROAD,
     ),
     Fault(
@@ -201,7 +201,7 @@ FAULTS = [
     Fault(
         "short road: the long road for each forward",
         "genft_kernels/sharing/cache.py",
-        "            self.asked = asked\n        return factors",
+        "            self.key = key\n        return factors",
         "        return factors",
         SHORT_ROAD,
     ),

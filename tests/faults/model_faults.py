@@ -35,7 +35,7 @@ FAULTS = [
     Fault(
         "generation: the graph of two stages is kept",
         "genft_kernels/sharing/node.py",
-        "_kept if once else _nothing)\n        ctx.graphs = [(leaves, outputs)] if once else []",
+        "_kept if keeps_graph else _nothing)\n        ctx.graphs = [(leaves, outputs)] if keeps_graph else []",
         "_kept)\n        ctx.graphs = [(leaves, outputs)]",
         KEPT,
     ),
@@ -49,8 +49,8 @@ FAULTS = [
     Fault(
         "generation: tiles are made again for the backward",
         "genft_kernels/update.py",
-        "stage = computed if is_factored(psi, dropout) else known.stage",
-        "stage = computed",
+        "run = run_operation if is_factored(psi, dropout) else known.run",
+        "run = run_operation",
         KEPT,
     ),
     Fault(

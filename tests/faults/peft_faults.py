@@ -37,7 +37,7 @@ FAULTS = [
     Fault(
         "export: Conv1D as nn.Linear",
         "genft_kernels/files/lora.py",
-        "transposed = bool(linear) and all(layer._fan_in_fan_out for layer in linear.values())",
+        "transposed = bool(linear) and all(layer._stored_transposed for layer in linear.values())",
         "transposed = False",
         LORA,
     ),
@@ -58,7 +58,7 @@ FAULTS = [
     Fault(
         "export: another update of PEFT's passes",
         "genft_kernels/files/lora_check.py",
-        "if error > max(1 - energy[path], 0) ** 0.5 + _UPDATE_TOLERANCE:",
+        "if error > max(1 - energy[path], 0) ** 0.5 + _UPDATE_TOLERANCE + torch.finfo(theirs.dtype).eps:",
         "if False:",
         LORA,
     ),
@@ -72,8 +72,8 @@ FAULTS = [
     Fault(
         "export: frozen weights copied for the check",
         "genft_kernels/files/lora_check.py",
-        "nn.Parameter(p.detach(), requires_grad=False)",
-        "nn.Parameter(p.detach().clone(), requires_grad=False)",
+        "nn.Parameter(parameter.detach(), requires_grad=False)",
+        "nn.Parameter(parameter.detach().clone(), requires_grad=False)",
         LORA,
     ),
     Fault("fidelity: gain of the whole answer", "genft_kernels/fidelity.py", "found - frozen", "found", FIDELITY),

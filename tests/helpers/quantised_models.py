@@ -8,8 +8,11 @@ import torch
 from torch import nn
 
 from genft_kernels.frozen_weight import FrozenWeight
+from tests.helpers.quantised_layers import gradients
 
 TARGETS = ("q_proj", "v_proj")
+IDS = torch.arange(18).reshape(2, 9)
+FORMS = {"factored": {}, "tiled": {"outer_activation": "leaky_relu"}}
 
 
 def tiny_llama(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -120,3 +123,19 @@ def with_dense_targets(model: nn.Module, dtype: torch.dtype) -> nn.Module:
                 plain.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
             model.set_submodule(path, plain)
     return model
+
+
+def step(model):
+    """(logits, gradients by name) of a training step."""
+    torch.manual_seed(1)
+    model.zero_grad()
+    output = model.train()(IDS, labels=IDS)
+    output.loss.backward()
+    return output.logits.detach(), gradients(model)
+
+
+def assert_same(model, twin):
+    (logits, mine), (expected, theirs) = step(model), step(twin)
+    assert (logits - expected).abs().max() == 0
+    assert set(mine) == set(theirs) and mine
+    assert {name for name in mine if not torch.equal(mine[name], theirs[name])} == set()

@@ -54,9 +54,9 @@ def taken(monkeypatch) -> list[bool]:
     found, asked_again = [], short_road.asked_again
 
     def noted(*args):
-        y, question = asked_again(*args)
+        y, key = asked_again(*args)
         found.append(y is not None)
-        return y, question
+        return y, key
 
     monkeypatch.setattr("genft_kernels.together.asked_again", noted)
     return found

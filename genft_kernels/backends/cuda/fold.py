@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..launchers import Update
@@ -16,10 +15,7 @@ def fold(weight: Tensor, given: Update, scale: float, out: Tensor) -> None:
     """Write W + scale * drop(psi(b h^T)) to `out` [out, in], which lies in memory as W does."""
     check_features(*weight.shape)
     dtype = given.right.dtype
-    lying = matrix(weight, dtype)
-    if lying[-1] != matrix(out, dtype)[-1]:  # an expanded W lies otherwise once it is cast
-        lying = matrix(torch.empty_like(out).copy_(weight), dtype)
-    launch("fold", lying, update(given), scale, out, dtype)
+    launch("fold", matrix(weight, dtype), update(given), scale, out, dtype)
 
 
 def check_features(*features: int) -> None:

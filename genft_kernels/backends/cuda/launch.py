@@ -92,7 +92,7 @@ def matrix(given: Tensor, dtype: torch.dtype) -> tuple[Tensor, int, bool]:
     (rows, columns), (row, column) = stored.shape, stored.stride()
     if column == 1 or columns == 1:
         return stored, row, False
-    if row == 1 or rows == 1:
+    if (row == 1 and column > 0) or rows == 1:  # 0: one column, expanded, which a cast would lay out by rows
         return stored, column, True
     return stored.contiguous(), columns, False
 

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from ... import philox
 from ...activations import ACTIVATIONS
+from ...scratch import scratch
 from ..compiled import cache
 from ..compiled.build import package_sources
 from ..compiled.run import BuildError
 from ..compiled.run import run as run_compiler
 from .fold import Folding
 from .rounding import dither_of
-from .scratch import scratch
 from .update_tile import Others, Sums, Update, Wanted
 
 _SOURCES = ("cpu_update.cpp", "cpu_block.h", "cpu_math.h", "cpu_philox.h", "cpu_thin.h", "genft.h", "philox.h")

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...scratch import scratch
 from .products import is_16_bit
 from .rounding import round_stochastically
-from .scratch import scratch
 
 
 class Folding(NamedTuple):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .scratch import scratch
+from ...scratch import scratch
 
 
 def product(slot: str, left: Tensor, right: Tensor) -> Tensor:

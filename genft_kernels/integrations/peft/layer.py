@@ -17,7 +17,7 @@ from ...instance_forward import share_hooks
 from ...modules import UpdateOfLayer
 from ...row_blocks import RowBlocks
 from ...sharing.source import is_tensor_subclass
-from ...targets import frozen_weight
+from ...targets import weight_of
 from ...together import updated_linear
 from ...units import GenFTUpdate, adapter_dtype
 
@@ -185,7 +185,7 @@ class GenFTLayer(AdapterLayer):
         share_hooks(base_layer, self)  # its forward is called, never itself
         self.base_layer = base_layer
         self.fan_in_fan_out = is_conv1d(base_layer)
-        self.out_features, self.in_features = frozen_weight(base_layer).shape
+        self.out_features, self.in_features = weight_of(base_layer).shape
         self._hold(shared)
         self.train(base_layer.training)
 

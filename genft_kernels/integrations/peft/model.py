@@ -26,7 +26,7 @@ from ...generator import GenFTGenerator
 from ...matching import ends, put
 from ...row_blocks import RowBlocks
 from ...sharing.source import is_tensor_subclass
-from ...targets import check_called, check_gradients_pass, frozen_weight
+from ...targets import check_called, check_gradients_pass, weight_of
 from ...units import adapter_dtype
 from .config import PREFIX, PeftGenFTConfig
 from .experts import AdapterExperts, ExpertStack
@@ -271,7 +271,7 @@ def check_base(config: PeftGenFTConfig, model: nn.Module) -> None:
         elif isinstance(module, (GenFTLayer, ExpertStack)):
             config.check_base(path, module.frozen_weight)
         elif isinstance(module, nn.Linear) or is_conv1d(module) or kind_of(module) is not None:
-            config.check_base(path, frozen_weight(module))
+            config.check_base(path, weight_of(module))
 
 
 def _check_blocks(config: PeftGenFTConfig, model: nn.Module, adapter_name: str) -> None:

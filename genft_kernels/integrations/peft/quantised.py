@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...frozen_weight import FrozenWeight, is_kind_of_layer, kind_name, kind_of
 from ...quantised_linear import updated_quantised
-from ...targets import frozen_weight
+from ...targets import weight_of
 from .layer import GenFTLayer
 
 
@@ -27,7 +27,7 @@ class QuantisedGenFTLayer(GenFTLayer):
 
     def __init__(self, base_layer: nn.Module, shared: Any, requantise: Any = None) -> None:
         super().__init__(base_layer, shared)
-        self._dense_dtype = frozen_weight(base_layer).dtype
+        self._dense_dtype = weight_of(base_layer).dtype
         self._requantise = requantise
 
     @property
