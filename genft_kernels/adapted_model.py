@@ -91,9 +91,9 @@ def updates_of(model: nn.Module) -> list[GenFTUpdate]:
 
 
 def warn_if_tied_again(model: nn.Module) -> None:
-    """Warn of trained modules whose parameters have been replaced by frozen ones, in whatever way."""
-    for name, other in tied_again(model, adapter_state(model).saved_modules).items():
-        warn(f"modules_to_save: {name!r} is tied to {other!r} again, so what was trained is gone, and it is frozen")
+    """Warn of trained modules whose parameters the model has elsewhere, too, in whatever way that came."""
+    for told in tied_again(model, adapter_state(model).saved_modules):
+        warn(told)
 
 
 def look_once(model: nn.Module) -> None:

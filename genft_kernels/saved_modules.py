@@ -74,10 +74,15 @@ def beside(original: nn.Module, trained: nn.Module) -> nn.Module:
     return original
 
 
-def tied_again(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
-    """Frozen parameters that have taken the place of trained ones, by name, and where else the model has them."""
+def tied_again(model: nn.Module, paths: Iterable[str]) -> list[str]:
+    """A sentence for each parameter of the saved modules that the model has elsewhere, too, in whatever way."""
     saved = {path: model.get_submodule(path) for path in paths}
-    return {name: other for name, other in _ties(model, saved).items() if not model.get_parameter(name).requires_grad}
+    told = []
+    for name, other in _ties(model, saved).items():
+        trains = model.get_parameter(name).requires_grad
+        follows = f"{other!r} trains, too, and is neither saved nor undone" if trains else "what was trained is gone"
+        told.append(f"modules_to_save: {name!r} is tied to {other!r} again, so {follows}")
+    return told
 
 
 def keep_untied(model: nn.Module, paths: Iterable[str]) -> None:
@@ -102,15 +107,12 @@ class _TieTheRest:
         self.owner, self.root, self.paths = owner, root, paths
 
     def __call__(self, *args: object, **options: object) -> object:
-        trained = [
-            (module, name, parameter)
-            for path in self.paths
-            for module in self.root.get_submodule(path).modules()
-            for name, parameter in module._parameters.items()
-        ]
+        before = [(module, *named) for module in self.root.modules() for named in module._parameters.items()]
+        trained = {id(each) for path in self.paths for each in self.root.get_submodule(path).parameters()}
         result = getattr(type(self.owner), "tie_weights")(self.owner, *args, **options)  # noqa: B009
-        for module, name, parameter in trained:
-            module._parameters[name] = parameter
+        for module, name, parameter in before:
+            if {id(parameter), id(module._parameters.get(name))} & trained:  # either end of a tie
+                module._parameters[name] = parameter
         return result
 
 

@@ -45,12 +45,12 @@ def asked_again(
     of_bias = None if bias is None else (bias.dtype, bias.device, bias.shape)
     share, generator = update.share, update.generator
     config, group = generator.config, generator.group
-    dropout = update.training and config.dropout  # factors of two stages have the masks of one
-    key = x.dtype, device, x.layout, x.shape[-1:], of_bias, update.backend, dropout, of_modes
+    psi, training = config.outer_activation, update.training
+    dropout = training and config.dropout  # factors of two stages have the masks of one
+    key = x.dtype, device, x.layout, x.shape[-1:], of_bias, update.backend, training, dropout, of_modes
     accumulation = group.accumulation
     if accumulation is None and (share is None or share.key != key):
         return None, key
-    psi, training = config.outer_activation, update.training
     if training and (dropout or not is_factored(psi, 0.0)):
         return None, key
     factors = None

@@ -58,8 +58,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     config, tensors = adapter_state(model).config, _adapter_tensors(model) | _saved_tensors(model)
     sharded = any_sharded(tensors.values())
     by_one(partial(_check_holds_no_model, Path(directory)), sharded)
-    for name, other in tied_again(model, adapter_state(model).saved_modules).items():
-        raise RuntimeError(f"modules_to_save: {name!r} is tied to {other!r} again, so what was trained is gone")
+    for told in tied_again(model, adapter_state(model).saved_modules):
+        raise RuntimeError(told)
     copies = {name: whole(tensor.detach()).cpu().clone(memory_format=_DENSE) for name, tensor in tensors.items()}
     for name, tensor in copies.items():
         problem = _not_finite(name, tensor)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .. import _torch_private
 from ..arguments import check_type
@@ -151,6 +152,7 @@ class _Marks:
 
     def __init__(self) -> None:
         self._marks: dict[Tensor, tuple[Tensor, int, bool]] = {}  # the gradient, its version, whether planted
+        self._hooks: list[RemovableHandle] = []
 
     def plant(self, parameters: Iterable[Tensor]) -> None:
         """Mark those that train and are not marked yet."""
@@ -160,6 +162,13 @@ class _Marks:
                 if grad is None:
                     grad = parameter.grad = torch.zeros_like(parameter)
                 self._marks[parameter] = grad, grad._version, planted
+                if parameter.is_leaf:
+                    self._hooks.append(parameter.register_post_accumulate_grad_hook(self._added))
+
+    def _added(self, parameter: Tensor) -> None:
+        """Note what autograd itself has added, of another part of the loss: zeros, too, are no `zero_grad` then."""
+        assert parameter.grad is not None
+        self._marks[parameter] = parameter.grad, parameter.grad._version, False
 
     def cleared(self) -> bool:
         """Whether a gradient was taken away, or overwritten by zeros."""
@@ -180,6 +189,9 @@ class _Marks:
             if planted and parameter.grad is grad and (grad._version == version or not grad.any()):
                 parameter.grad = None
         self._marks.clear()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
 
 
 class _Held:

@@ -34,6 +34,7 @@ class Share:
 
     def __init__(self, batch: Batch, layer: Layer, source: Source, settings: Settings, start: int) -> None:
         self.batch, self._layer, self._settings = batch, weakref.ref(layer), settings
+        self._training = source.training
         self._blocks = slice(start, start + len(source.blocks))
         self.own = Snapshot(source.own.values(), source.weight, values=batch.values)
         self._glance: Glance | None = None
@@ -58,9 +59,10 @@ class Share:
     def take(self, source: Source, settings: Settings, repeats: bool, key: object) -> list[Factors] | None:
         """The factors for a forward of the layer, or None if they do not hold for it.
 
-        In training a layer takes them once, but for the repetition of a checkpointed region.
+        In training a layer takes them once, but for the repetition of a checkpointed region; and none that another mode
+        has made, since in training less is looked at.
         """
-        if self._settings != settings:
+        if self._settings != settings or self._training != source.training:
             return None
         once = source.training and not repeats
         factors = self.held(source.watched, source.shared.values(), once=once)
@@ -127,7 +129,8 @@ class Batch:
         self.shares: list[weakref.ref[Share]] = []  # of all layers
         first = next(iter(sources.values()))
         self.shared = Snapshot(first.shared.values(), values=values)
-        watched = values and not (first.training or compares_at_once(first.weight.device))
+        training = all(source.training for source in sources.values())
+        watched = values and not (training or compares_at_once(first.weight.device))
         self._together: Together | None = None  # of the layers `_members`, by id
         self._members: list[int] = []
         own = [source.watched for source in sources.values()]

@@ -101,6 +101,20 @@ FAULTS = [
         SHORT_ROAD,
     ),
     Fault(
+        "accumulate: zeros that a penalty adds are taken for zero_grad",
+        "genft_kernels/sharing/accumulate.py",
+        "if parameter.is_leaf:",
+        "if False:",
+        ["tests/sharing/test_group_contexts.py", "-k", "zero_grad"],
+    ),
+    Fault(
+        "share: training's serves evaluation",
+        "genft_kernels/sharing/cache.py",
+        " or self._training != source.training",
+        "",
+        STALE,
+    ),
+    Fault(
         "share: values of a group that trains not compared",
         "genft_kernels/sharing/cache.py",
         "values=kept and (len(sources) > 1 or not source.training)",

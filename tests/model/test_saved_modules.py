@@ -102,6 +102,37 @@ def test_after_removal_weights_are_tied_as_ever(copied):
         assert snapshot(model) == before
 
 
+@pytest.mark.filterwarnings("ignore:modules_to_save. 'model.embed_tokens.weight' is tied")
+def test_tying_again_leaves_a_frozen_head_alone():
+    model = llama()
+    with torch.no_grad():
+        frozen = model(ids()).logits
+    apply_genft(model, config(modules_to_save=["model.embed_tokens"]))
+    head, embedding = model.lm_head.weight, model.model.embed_tokens.weight
+    randomise(model)
+    expected = model(ids()).logits
+    for again in (model.tie_weights, lambda: model.tie_weights(recompute_mapping=False), model.model.tie_weights):
+        again()
+        assert model.lm_head.weight is head and model.model.embed_tokens.weight is embedding
+        assert not head.requires_grad and torch.equal(model(ids()).logits, expected)
+    with disabled(model):
+        assert torch.equal(model(ids()).logits, frozen)
+    model.resize_token_embeddings(72, mean_resizing=False)
+    assert model.lm_head.weight.shape == (72, 32) and not model.lm_head.weight.requires_grad
+    assert torch.allclose(model(ids()).logits[..., :64], expected, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:modules_to_save. 'embedding.weight' is tied")
+def test_a_trained_module_that_is_tied_by_hand_is_told(tmp_path):
+    model = apply_genft(TiedModel(), config(target_modules=["first"], modules_to_save=["embedding"]))
+    model.head.weight = model.embedding.weight
+    message = "'embedding.weight' is tied to 'head.weight' again, so 'head.weight' trains, too"
+    with pytest.warns(UserWarning, match=message):
+        trainable_summary(model)
+    with pytest.raises(RuntimeError, match=message):
+        save_adapter(model, tmp_path / "new")
+
+
 @pytest.mark.filterwarnings(TIED)
 def test_a_tie_by_hand_is_told(tmp_path):
     settings = config(target_modules=["first"], modules_to_save=["head"])

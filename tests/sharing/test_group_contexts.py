@@ -13,7 +13,16 @@ import torch
 from accelerate import cpu_offload
 from torch import nn
 
-from genft_kernels import GenFTConfig, GenFTLinear, apply_genft, backends, explain, remove_genft, save_adapter
+from genft_kernels import (
+    GenFTConfig,
+    GenFTLinear,
+    accumulate,
+    apply_genft,
+    backends,
+    explain,
+    remove_genft,
+    save_adapter,
+)
 from tests.helpers.adapted_models import (
     DROPOUT,
     Checkpointed,
@@ -246,6 +255,26 @@ def test_explain_says_what_is_generated_together():
     assert text.startswith(backends.explain("cpu", torch.float64)) and "8x8: 4 layers on cpu in one generation" in text
     with pytest.raises(RuntimeError, match="no GenFT adapter"):
         explain(one_by_one(model).layers)
+
+
+@pytest.mark.parametrize("to_none", [True, False, None], ids=["cleared", "zeroed", "kept"])
+def test_zeros_that_another_part_of_the_loss_adds_are_no_zero_grad(to_none):
+    """As of a penalty on units that are still zero; a `zero_grad` between two micro-batches drops what came before."""
+    model = adapted(Encoder, {}).train()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "specific" in name:
+                parameter.zero_()
+    found = []
+    for context in (contextlib.nullcontext(), accumulate(model)):
+        with context:
+            for number in range(4):
+                penalty = sum(p.square().sum() for p in model.parameters() if p.requires_grad)
+                (loss_of(model) + 0.1 * penalty).backward()
+                if number == 1 and to_none is not None:
+                    model.zero_grad(set_to_none=to_none)
+        found.append(gradients(model))
+    assert_close(*found[::-1])
 
 
 def test_forward_mode_raises_before_a_generation():

@@ -8,8 +8,9 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from genft_kernels import GenFTLinear, accumulate, refresh
+from genft_kernels import GenFTConfig, GenFTLinear, accumulate, apply_genft, refresh
 from genft_kernels.sharing import cache, snapshot
 from tests.helpers.adapted_models import adapted, generations, groups, loss_of
 from tests.helpers.tiny_models import Encoder, tokens
@@ -92,6 +93,24 @@ def test_training_mode_reuses_nothing_across_two_forwards(change, gradients):
             assert generations(model) == count
         changed(model, change, PARTS["generator"])
         assert torch.equal(model(tokens()), copy.deepcopy(model)(tokens()))
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("at_once", [True, False], ids=["cpu", "device"])
+def test_evaluation_takes_nothing_that_training_made(layers, at_once, monkeypatch):
+    """In training less is looked at; a reentrant region's first run leaves factors that a `no_grad` evaluation fits."""
+    for module in (cache, snapshot):
+        monkeypatch.setattr(module, "compares_at_once", lambda device: at_once)
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(layers)))
+    names = list(map(str, range(layers)))
+    apply_genft(model, GenFTConfig(shared_dim=2, specific_dim=1, zero_delta=False, target_modules=names))
+    x = torch.randn(4, 8, requires_grad=True)
+    for _ in range(3):
+        checkpoint(model.train(), x, use_reentrant=True).square().sum().backward()
+        changed(model, CHANGES["fused-adam"], lambda model: [model[0].specific_up])
+        with torch.no_grad():
+            fresh = copy.deepcopy(model).eval()(x)
+            assert all(torch.equal(model.eval()(x), fresh) for _ in range(3))
 
 
 def test_layers_that_an_earlier_forward_left_out_are_not_stale_either():
