@@ -30,7 +30,9 @@ def check_adaptable(linear: nn.Module) -> None:
     computes = type(linear).forward is nn.Linear.forward or type(linear).__name__ == "FalconLinear"
     plain = isinstance(linear, nn.Linear) and computes
     if isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear) or not (plain or is_conv1d(linear)):
-        raise TypeError(f"{type(linear).__name__} cannot be adapted: only nn.Linear and transformers' Conv1D can")
+        kind = f"{type(linear).__module__}.{type(linear).__name__}"
+        other = "; merge and unload the other adapter first" if kind.startswith("peft.") else ""
+        raise TypeError(f"{kind} cannot be adapted: only nn.Linear and transformers' Conv1D can{other}")
     if (weight := linear._parameters.get("weight")) is None:
         raise TypeError("its weight is not a parameter but computed (by a parametrization, weight or spectral norm)")
     if kind_of(linear) is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, *, backend: str
     adapter = by_one(partial(_read, Path(directory)), any_sharded(model.parameters()))
     was_adapted = is_adapted(model)
     if was_adapted:
-        _check_same_config(adapter_state(model).config, adapter.config)
+        # Which layers a configuration means is compared by the layers themselves, where the file tells them.
+        _check_same_config(adapter_state(model).config, adapter.config, but=NAMING if adapter.fingerprints else ())
         _check_unmerged(model)
         weights = {path: layer.frozen_weight for path, layer in adapted_layers(model).items()}
         wanted = _adapter_tensors(model) | _saved_tensors(model)
@@ -125,6 +126,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, *, backend: str
 
 
 _DENSE = torch.contiguous_format
+# Settings that name modules, in one of many ways.
+NAMING = ("target_modules", "exclude_modules", "target_parameters", "modules_to_save")
 
 
 def _check_holds_no_model(directory: Path) -> None:
@@ -211,12 +214,12 @@ def _planned_tensors(model: nn.Module, planned: Plan, config: GenFTConfig) -> di
     return tensors
 
 
-def _check_same_config(mine: GenFTConfig, theirs: GenFTConfig) -> None:
+def _check_same_config(mine: GenFTConfig, theirs: GenFTConfig, but: Collection[str]) -> None:
     in_model, in_file = mine.to_dict(), theirs.to_dict()
     differing = [
         f"{name}: {in_model[name]!r} in the model, {in_file[name]!r} in the file"
         for name in in_model
-        if in_model[name] != in_file[name]
+        if name not in but and in_model[name] != in_file[name]
     ]
     if differing:
         raise ValueError(f"the model is adapted with another configuration ({'; '.join(differing)[:1000]})")

@@ -143,6 +143,8 @@ class PeftGenFTConfig(PeftConfig):
 
     def check_base(self, path: str, weight: Frozen) -> None:
         """ValueError if the adapter comes from a file, and was trained on another weight [out, in] of this layer."""
+        if weight.device.type == "meta":
+            raise ValueError(f"{path!r} is on the meta device: it is compared with what was trained on, so load it first")
         difference = self.trained_on[path].difference(Fingerprint.of(weight))
         if difference:
             raise ValueError(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +67,19 @@ class AdapterUpdate(UpdateOfLayer):
 
     def extra_repr(self) -> str:
         return f"shared_dim={self.config.shared_dim}, specific_dim={self.config.specific_dim}"
+
+
+@contextlib.contextmanager
+def _brought_back(*modules: nn.Module) -> Iterator[None]:
+    """Within the context what accelerate has offloaded of some modules is here, as if each had been called."""
+    hooked = [(module, hook) for module in modules if (hook := vars(module).get("_hf_hook")) is not None]
+    for module, hook in hooked:
+        hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        for module, hook in hooked:
+            hook.post_forward(module, None)
 
 
 class AdapterLayer(nn.Module, BaseTunerLayer):
@@ -235,12 +249,19 @@ class GenFTLayer(AdapterLayer):
         updates = [own[name] for name in adapters if name in own]
         if not updates:
             return self.base_layer.forward(x)
+        if "_hf_hook" in vars(self.base_layer):
+            with _brought_back(self.base_layer, *updates, *(update.generator.container for update in updates)):
+                return self._product(x, updates)
+        return self._product(x, updates)
+
+    def _product(self, x: Tensor, updates: list[AdapterUpdate]) -> Tensor:
         weight = self.frozen_weight
         if is_tensor_subclass(weight) and kind_of(self.base_layer) is not None:
             raise TypeError(f"{kind_name(self.base_layer)} was quantised after its adapter: quantise the model first")
         if not torch.is_grad_enabled():  # FSDP's say that they train, because others do that it keeps them with
             weight = weight.detach()
-        x = x if torch.is_autocast_enabled(x.device.type) else self._cast_input_dtype(x, weight.dtype)
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            x = self._cast_input_dtype(x, weight.dtype)
         return updated_linear(x, weight, self.base_layer.bias, updates)
 
     def _mixed(self, x: Tensor, adapter_names: list[str]) -> Tensor:

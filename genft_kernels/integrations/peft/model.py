@@ -55,6 +55,7 @@ class PeftGenFTModel(BaseTuner):
                 `fused_blocks` names no target.
         """
         config = self.peft_config[adapter_name]
+        check_not_compiled(model)
         check_base(config, model)
         self._held_twice = _held_twice(model)
         self._generators: dict[tuple[int, int], GenFTGenerator] = {}  # the new adapter's
@@ -83,6 +84,11 @@ class PeftGenFTModel(BaseTuner):
             if not adapted:
                 del model._modules[SHARED]
             raise
+
+    @staticmethod
+    def _check_target_module_exists(config: Any, key: str) -> Any:
+        """As ever; but an adapter may be called as targets are, and its shared tensors are none."""
+        return key.partition(".")[0] != SHARED and BaseTuner._check_target_module_exists(config, key)
 
     @classmethod
     def _get_adapter_state_dict(
