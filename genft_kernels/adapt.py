@@ -38,7 +38,7 @@ from .modules import MORE_BLOCKS, GenFTLinear
 from .parameters import shared_shapes, specific_shapes
 from .quantised_linear import QuantisedGenFTLinear, frozen_dtype, mergeable_layers
 from .saved_modules import beside, check_can_return, keep_untied, let_tie, trained_copies
-from .targets import Target, find_modules_to_save, find_targets, frozen_weight
+from .targets import Target, find_modules_to_save, find_targets, frozen_weight, warn_of_unmatched
 from .units import adapter_dtype
 
 
@@ -103,7 +103,9 @@ def plan(model: nn.Module, config: GenFTConfig, full_matches: FullMatch = full_m
     experts = find_expert_targets(model, config, full_matches)
     names_modules = config.target_modules is not None or config.fused_blocks is not None
     targets = find_targets(model, config, full_matches) if names_modules or not experts else []
-    return Plan(targets, experts, find_modules_to_save(model, config, [*targets, *experts]))
+    to_save = find_modules_to_save(model, config, [*targets, *experts])
+    warn_of_unmatched(model, config, full_matches)
+    return Plan(targets, experts, to_save)
 
 
 def adapt_as_planned(model: nn.Module, config: GenFTConfig, plan: Plan, backend: str = "auto") -> None:

@@ -60,7 +60,7 @@ class GenFTConfig:
         target_modules: suffixes of module names, or one regular expression that matches whole names (as in PEFT);
             "all-linear" stands for every linear layer but the output embedding, a model's head and what is in
             `modules_to_save`, None for the query and value projections and whatever `fused_blocks` names.
-        exclude_modules: the same, for modules to leave alone.
+        exclude_modules: suffixes of names, or one regular expression for whole names, of modules to leave alone.
         modules_to_save: suffixes of modules that are trained in full and saved with the adapter; "head" stands for
             the head of a model of transformers or timm.
         target_parameters: suffixes of names of stacked experts' parameters, as "experts.gate_up_proj", or one regular

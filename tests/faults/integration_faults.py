@@ -167,6 +167,13 @@ FAULTS = [
         [*DEFAULTS, "-k", "falcon"],
     ),
     Fault(
+        "targets: a string that matches nothing is passed over",
+        "genft_kernels/matching.py",
+        "return [] if self.matching(wanted) else [wanted]",
+        "return []",
+        ["tests/model/test_targets.py"],
+    ),
+    Fault(
         "tracing: what is at hand becomes a constant",
         "genft_kernels/together.py",
         "    if torch.jit.is_tracing():",
