@@ -147,6 +147,10 @@ class GenFTConfig:
             )
         settle("modules_to_save", _names("modules_to_save", self.modules_to_save))
         settle("fused_blocks", checked_fused_blocks(self.fused_blocks))
+        if self.scaling == 0:
+            warn("scaling=0: nothing can ever train, because the update and every gradient are zero")
+        elif self.weight_ratio == 0 and not self.bias:
+            warn("weight_ratio=0 without bias: nothing can ever train, because the update and every gradient are zero")
         if self.specific_dim and self.init_specific_down == "zeros" and self._specific_ups_start_at_zero():
             warn(
                 "the specific units can never train: init_specific_down='zeros' and their up matrices start at zero "

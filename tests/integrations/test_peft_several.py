@@ -38,6 +38,7 @@ def test_active_adapters_add_their_updates(first, second):
         assert (answer - folded(model, adapter)(tokens())).abs().max() > 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:scaling=0")
 def test_active_adapters_that_are_scaled_to_nothing_answer_as_the_frozen_model():
     model = with_second_adapter(peft_model(scaling=0.0), scaling=0.0)
     model.base_model.set_adapter(["default", "other"])
