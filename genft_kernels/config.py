@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .activations import ACTIVATIONS
-from .arguments import check_type, is_finite, is_integer, shown, warn
+from .arguments import check_type, is_finite, is_integer, shown, told, warn
 from .foreign_settings import names_our_settings
 from .row_blocks import checked_fused_blocks
 
@@ -264,6 +264,12 @@ def _with_lists(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _with_lists(each) for name, each in value.items()}
     return [_with_lists(each) for each in value] if isinstance(value, tuple) else value
+
+
+def replaced(config: GenFTConfig, **changes: Any) -> GenFTConfig:
+    """`config` with other values of some settings, without its warnings."""
+    with told():
+        return dataclasses.replace(config, **changes)
 
 
 def is_factored(outer_activation: str, dropout: float) -> bool:

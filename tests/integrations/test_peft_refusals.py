@@ -39,6 +39,12 @@ def test_preset_gives_what_is_not_given():
     assert torch.equal(peft.get_peft_model(base(), config).eval()(tokens()), base()(tokens()))
 
 
+def test_warning_of_the_settings_is_given_once():
+    with pytest.warns(UserWarning, match="specific units can never train") as caught:
+        peft.get_peft_model(base(), peft_config(preset="vtab"))
+    assert len(caught) == 1
+
+
 BAD = {
     "preset": (dict(preset="best"), "preset must be one of"),
     "setting": (dict(dropout=1.5), "dropout must be"),

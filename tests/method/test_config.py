@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import warnings
 
@@ -94,6 +95,12 @@ def test_specific_units_that_cannot_train_warn():
         warnings.simplefilter("error")
         GenFTConfig(init_specific_down="zeros", tie_specific=False)
         GenFTConfig(init_specific_down="zeros", init_specific_up="zeros", transform="column", zero_delta="down")
+
+
+def test_warning_points_at_the_line_that_set_it():
+    with pytest.warns(UserWarning, match="scaling=0") as caught:
+        dataclasses.replace(GenFTConfig(), scaling=0)
+    assert [each.filename for each in caught] == [__file__]
 
 
 @pytest.mark.parametrize("zero", ["scaling", "weight_ratio"])

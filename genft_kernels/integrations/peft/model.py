@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, cast
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from ...adaptable import is_conv1d
 from ...arguments import about
-from ...config import GenFTConfig
+from ...config import GenFTConfig, replaced
 from ...experts.targets import find_expert_targets
 from ...files.fingerprint import Fingerprint
 from ...files.names import STACKED
@@ -136,7 +135,7 @@ class PeftGenFTModel(BaseTuner):
         """The parameters that got the adapter: each a stack of experts, as `GenFTConfig.target_parameters` says."""
         native = peft_config.native()
         choice: dict[str, Any] = {name: getattr(peft_config, name) for name in ("target_parameters", "exclude_modules")}
-        targets = find_expert_targets(model, dataclasses.replace(native, **choice))
+        targets = find_expert_targets(model, replaced(native, **choice))
         for target in targets:
             if len(target.paths) > 1:
                 raise ValueError(f"{target.paths[0]!r} and {target.paths[1]!r} are one module: PEFT knows only one")
