@@ -28,6 +28,13 @@ FAULTS = [
         LORA,
     ),
     Fault(
+        "export: numpy's rank as it is",
+        "genft_kernels/files/lora.py",
+        "highest = int(rank or",
+        "highest = (rank or",
+        LORA,
+    ),
+    Fault(
         "export: the old description stays beside new tensors",
         "genft_kernels/files/lora.py",
         "(directory / CONFIG_FILE).unlink(missing_ok=True)",
