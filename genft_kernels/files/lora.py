@@ -103,7 +103,7 @@ def export_lora(
     """
     check_type("directory", directory, (str, os.PathLike))
     directory, layers = Path(directory), _exportable_layers(model)
-    _check_size(rank, energy)
+    check_size(rank, energy)
     _check_names(model, layers)
     if is_ours(directory):
         raise ValueError(f"{directory} holds an adapter of this package: choose another folder for the export")
@@ -221,7 +221,8 @@ def _check_names(model: nn.Module, layers: dict[str, Adapted]) -> None:
             raise ValueError(f"modules_to_save: PEFT would take {name!r} as well, whose name ends in one of {saved}")
 
 
-def _check_size(rank: int | None, energy: float | None) -> None:
+def check_size(rank: int | None, energy: float | None) -> None:
+    """Raise ValueError unless they are what `export_lora` may be given."""
     if rank is not None and energy is not None:
         raise ValueError("give rank or energy, not both")
     if rank is not None and not (is_integer(rank) and rank >= 1):
