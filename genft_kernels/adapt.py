@@ -96,6 +96,10 @@ def plan(model: nn.Module, config: GenFTConfig, full_matches: FullMatch = full_m
     """Find what `config` names in `model`; arguments and errors of `apply_genft`, nothing is changed."""
     check_type("model", model, nn.Module)
     check_config(config)
+    if type(model).__name__ == "OptimizedModule":  # what is set on it goes to the model inside
+        raise TypeError(
+            "torch.compile has wrapped the model: adapt the model first and compile it then, or pass model._orig_mod"
+        )
     if is_adapted(model) or any(isinstance(module, (GenFTLinear, GenFTExperts)) for module in model.modules()):
         raise RuntimeError("the model has GenFT layers already: call remove_genft(model) first")
     if hasattr(model, GENERATORS):

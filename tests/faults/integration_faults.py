@@ -167,6 +167,13 @@ FAULTS = [
         [*DEFAULTS, "-k", "falcon"],
     ),
     Fault(
+        "adapting: what compile has wrapped is taken",
+        "genft_kernels/adapt.py",
+        'if type(model).__name__ == "OptimizedModule":',
+        "if False:",
+        ["tests/model/test_adapt.py"],
+    ),
+    Fault(
         "targets: a string that matches nothing is passed over",
         "genft_kernels/matching.py",
         "return [] if self.matching(wanted) else [wanted]",
