@@ -181,6 +181,13 @@ FAULTS = [
         ["tests/model/test_targets.py"],
     ),
     Fault(
+        "examples: a model that is not installed",
+        "examples/generate.py",
+        "if package is None:",
+        "if False:",
+        ["tests/packaging/test_examples.py", "-k", "package"],
+    ),
+    Fault(
         "tracing: what is at hand becomes a constant",
         "genft_kernels/together.py",
         "    if torch.jit.is_tracing():",
