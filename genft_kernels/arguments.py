@@ -13,6 +13,7 @@ from typing import TypeGuard
 
 _SHOWN = 80  # characters of a value in a message
 _about = contextvars.ContextVar("_about", default="")
+_told = contextvars.ContextVar("_told", default=False)
 
 
 def check_type(name: str, value: object, wanted: type | tuple[type, ...], optional: bool = False) -> None:
@@ -73,9 +74,21 @@ def about(subject: str) -> Iterator[None]:
         _about.reset(token)
 
 
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """Within the context `warn` says nothing: the user has been warned of these values."""
+    token = _told.set(True)
+    try:
+        yield
+    finally:
+        _told.reset(token)
+
+
 def warn(message: str) -> None:
-    """A UserWarning at the first line outside this package."""
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+    """A UserWarning at the first line outside this package, and outside `dataclasses` with its `replace`."""
+    if _told.get():
+        return
+    within, frame, level = (__package__, "dataclasses"), sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in within:
         frame, level = frame.f_back, level + 1
     warnings.warn(_about.get() + message, stacklevel=level)

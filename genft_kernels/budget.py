@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 from torch import nn
 
 from .adapt import find_plan
 from .arguments import is_integer, shown
-from .config import GenFTConfig
+from .config import GenFTConfig, replaced
 from .defaults import settled
 
 
@@ -21,7 +20,7 @@ def within_budget(model: nn.Module, parameters: int, config: GenFTConfig) -> Gen
     planned = find_plan(model, config)
 
     def total(s: int, r: int) -> int:
-        sized = dataclasses.replace(config, shared_dim=s, specific_dim=r)
+        sized = replaced(config, shared_dim=s, specific_dim=r)
         return sum(math.prod(shape) for shape in planned.tensor_shapes(sized).values())
 
     smallest = total(1, 0)
@@ -34,4 +33,4 @@ def within_budget(model: nn.Module, parameters: int, config: GenFTConfig) -> Gen
     shared, specific = total(2, 0) - smallest, total(1, 1) - smallest
     left = parameters - (smallest - shared)
     r = config.specific_dim * left // (config.specific_dim * specific + config.shared_dim * shared)
-    return dataclasses.replace(config, shared_dim=(left - r * specific) // shared, specific_dim=r)
+    return replaced(config, shared_dim=(left - r * specific) // shared, specific_dim=r)

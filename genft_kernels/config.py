@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .activations import ACTIVATIONS
-from .arguments import check_type, is_finite, is_integer, shown, warn
+from .arguments import check_type, is_finite, is_integer, shown, told, warn
 from .foreign_settings import names_our_settings
 from .row_blocks import checked_fused_blocks
 
@@ -60,7 +60,7 @@ class GenFTConfig:
         target_modules: suffixes of module names, or one regular expression that matches whole names (as in PEFT);
             "all-linear" stands for every linear layer but the output embedding, a model's head and what is in
             `modules_to_save`, None for the query and value projections and whatever `fused_blocks` names.
-        exclude_modules: the same, for modules to leave alone.
+        exclude_modules: suffixes of names, or one regular expression for whole names, of modules to leave alone.
         modules_to_save: suffixes of modules that are trained in full and saved with the adapter; "head" stands for
             the head of a model of transformers or timm.
         target_parameters: suffixes of names of stacked experts' parameters, as "experts.gate_up_proj", or one regular
@@ -147,6 +147,10 @@ class GenFTConfig:
             )
         settle("modules_to_save", _as_names("modules_to_save", self.modules_to_save))
         settle("fused_blocks", checked_fused_blocks(self.fused_blocks))
+        if self.scaling == 0:
+            warn("scaling=0: nothing can ever train, because the update and every gradient are zero")
+        elif self.weight_ratio == 0 and not self.bias:
+            warn("weight_ratio=0 without bias: nothing can ever train, because the update and every gradient are zero")
         if self.specific_dim and self.init_specific_down == "zeros" and self._specific_ups_start_at_zero():
             warn(
                 "the specific units can never train: init_specific_down='zeros' and their up matrices start at zero "
@@ -260,6 +264,12 @@ def _with_lists(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _with_lists(each) for name, each in value.items()}
     return [_with_lists(each) for each in value] if isinstance(value, tuple) else value
+
+
+def replaced(config: GenFTConfig, **changes: Any) -> GenFTConfig:
+    """`config` with other values of some settings, without its warnings."""
+    with told():
+        return dataclasses.replace(config, **changes)
 
 
 def is_factored(outer_activation: str, dropout: float) -> bool:

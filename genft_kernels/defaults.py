@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from .arguments import check_type
-from .config import HEAD, QUERY_AND_VALUE_NAMES, GenFTConfig, check_config
+from .config import HEAD, QUERY_AND_VALUE_NAMES, GenFTConfig, check_config, replaced
 from .heads import NAMES as HEAD_NAMES
 from .heads import heads
 from .matching import Names
@@ -77,7 +76,7 @@ def settled(model: nn.Module, config: GenFTConfig) -> GenFTConfig:
         names = Names(name for name, _ in model.named_modules(remove_duplicate=False) if name)
         if not names.matching(QUERY_AND_VALUE_NAMES):
             changes |= _targets_by_type(model, names)
-    return dataclasses.replace(config, **changes) if changes else config
+    return replaced(config, **changes) if changes else config
 
 
 def _targets_by_type(model: nn.Module, names: Names) -> dict[str, Any]:

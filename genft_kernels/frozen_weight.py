@@ -61,8 +61,9 @@ def register_frozen_weight(kind: type | str, *, dense: Callable[[Any], Tensor]) 
     check_type("kind", kind, (type, str))
     if not callable(dense):
         raise TypeError(f"dense must be a function of a module, got {type(dense).__name__}")
-    if kind in (object, nn.Module, nn.Linear, Tensor, nn.Parameter) or kind in ("Linear", "Module", "Tensor"):
-        raise ValueError(f"kind={kind!r}: layers of all kinds are of it")
+    for each in (*nn.Linear.__mro__, *nn.Parameter.__mro__):
+        if _is_called(each, kind) or kind in (f"nn.{each.__name__}", f"torch.nn.{each.__name__}"):
+            raise ValueError(f"kind={kind!r}: layers of all kinds are of it")
     _registered.pop(kind, None)  # the latest registration is the last
     _registered[kind] = Kind(dense)
     _found.clear()

@@ -79,6 +79,19 @@ class Names:
         """The names whose dotted end is `entry`, in the model's order."""
         return self._by_end.get(entry, [])
 
+    def unmatched(self, wanted: str | Iterable[str] | None) -> list[str]:
+        """The entries of a list that name nothing, or the regular expression that matches nothing."""
+        if isinstance(wanted, str):
+            return [] if self.matching(wanted) else [wanted]
+        return [entry for entry in wanted or () if not self.ending_in(entry)]
+
+    def hint(self, wanted: str | Iterable[str] | None) -> str:
+        """What to say of a string that matches nothing, where it would as a name in a list."""
+        named = self.ending_in(wanted) if isinstance(wanted, str) else []
+        if named and wanted not in named:
+            return f" (a string is a regular expression for whole paths: for a name write [{wanted!r}])"
+        return ""
+
 
 def put(model: nn.Module, path: str, module: nn.Module) -> None:
     """Have `model` hold a module at a path; not by setattr, so that the name keeps its place among its siblings."""

@@ -47,7 +47,7 @@ def asked_again(
     config, group = generator.config, generator.group
     psi, training = config.outer_activation, update.training
     dropout = training and config.dropout  # factors of two stages have the masks of one
-    key = x.dtype, device, x.layout, x.shape[-1:], of_bias, update.backend, training, dropout, of_modes
+    key = x.dtype, device, x.layout, x.shape[-1:], of_bias, update.backend, training, of_modes
     accumulation = group.accumulation
     if accumulation is None and (share is None or share.key != key):
         return None, key

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .adaptable import check_adaptable, is_conv1d
-from .arguments import about, warn
+from .arguments import about, shown, warn
 from .config import ALL_LINEAR, QUERY_AND_VALUE_NAMES, GenFTConfig
 from .frozen_weight import FrozenWeight, blocks_gradients, is_kind_of_layer, kind_name, without_dense
 from .heads import heads
@@ -60,8 +60,7 @@ def find_targets(model: nn.Module, config: GenFTConfig, full_matches: FullMatch 
     """The layers that `config` adapts, in the model's order.
 
     A string in `target_modules` or `exclude_modules` is a regular expression for whole paths; in a list, each entry
-    is a path or its dotted end (as in PEFT). An entry that matches no module at all is warned of: it may be misspelt,
-    or one list serves several families of models.
+    is a path or its dotted end (as in PEFT).
 
     Raises:
         ValueError: nothing matches, a matched module cannot be adapted, or an entry of `fused_blocks` is unused.
@@ -80,12 +79,6 @@ def find_targets(model: nn.Module, config: GenFTConfig, full_matches: FullMatch 
             paths.setdefault(module, []).append(name)
     if not paths:
         raise ValueError(_nothing_matched(model, config, wanted, names))
-    for field in ("target_modules", "exclude_modules"):
-        entries = getattr(config, field) or ()
-        unmatched = [] if isinstance(entries, str) else [entry for entry in entries if not names.ending_in(entry)]
-        if unmatched:
-            verb = "matches" if len(unmatched) == 1 else "match"
-            warn(f"{field}: {_listing(map(repr, unmatched))} {verb} no module of the model. {_linear_layers(model)}")
     fused: Mapping[str, Any] = config.fused_blocks or {}
     blocks_of = {name: entry for entry in fused for name in names.ending_in(entry)}
     targets = []
@@ -180,14 +173,28 @@ def check_gradients_pass(model: nn.Module, adapted: Mapping[nn.Module, str]) -> 
             raise TypeError(f"{name!r} ({kind_name(module)}) comes after the target {below!r}: {reason}")
 
 
+def warn_of_unmatched(model: nn.Module, config: GenFTConfig, full_matches: FullMatch = full_matches) -> None:
+    """Warn of what `target_modules` or `exclude_modules` names and the model does not have.
+
+    It may be misspelt, or one list serves several families of models.
+    """
+    names = Names((name for name, _ in model.named_modules(remove_duplicate=False) if name), full_matches)
+    # A string in `target_modules` that matches nothing has been refused.
+    targets = None if isinstance(config.target_modules, str) else config.target_modules
+    for field, entries in (("target_modules", targets), ("exclude_modules", config.exclude_modules)):
+        if unmatched := names.unmatched(entries):
+            verb = "matches" if len(unmatched) == 1 else "match"
+            listed = _listing(map(shown, unmatched)) + names.hint(entries)
+            warn(f"{field}: {listed} {verb} no module of the model. {_linear_layers(model)}")
+
+
 def _nothing_matched(model: nn.Module, config: GenFTConfig, wanted: str | Iterable[str], names: Names) -> str:
     patterns = wanted if isinstance(wanted, str) else ", ".join(wanted)
     if wanted == ALL_LINEAR:
         patterns = repr(ALL_LINEAR)
-    elif isinstance(wanted, str) and names.ending_in(wanted):
-        patterns += f" (a string is a regular expression for whole paths: for a name write [{wanted!r}])"
+    patterns = patterns[:500] + names.hint(wanted)
     excluded = f" outside exclude_modules={config.exclude_modules!r}" if config.exclude_modules else ""
-    return f"target_modules matched nothing: {patterns[:500]}{excluded[:500]}. {_linear_layers(model)}"
+    return f"target_modules matched nothing: {patterns}{excluded[:500]}. {_linear_layers(model)}"
 
 
 def _linear_layers(model: nn.Module) -> str:

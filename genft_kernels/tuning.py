@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from . import backends, ops
-from .arguments import check_type, is_integer, shown
+from .arguments import check_type, is_finite, is_integer, shown
 from .backends import choices
 from .together import updated_linear
 from .units import GenFTUpdate, refresh
@@ -52,14 +52,16 @@ def tune(model: nn.Module, tokens: int | Sequence[int] = (8192, 128), *, seconds
         seconds: to spend in all; what is left then is not measured, and said to be so.
 
     Raises:
-        ValueError: the model has no layer with `backend="auto"`, or a number of tokens is not positive.
+        ValueError: the model has no layer with `backend="auto"`; a number of tokens or of seconds is none.
         OSError: what was measured cannot be kept.
     """
     check_type("model", model, nn.Module)
-    tokens = [tokens] if isinstance(tokens, int) else list(tokens)
-    for number in tokens:
-        if not is_integer(number) or number < 1:
-            raise ValueError(f"tokens must be positive integers, got {shown(number)}")
+    counts = tokens if isinstance(tokens, Sequence) else [tokens]
+    wrong = [count for count in counts if not is_integer(count) or count < 1]
+    if wrong or not counts:
+        raise ValueError(f"tokens must be positive integers, one or more, got {shown(wrong[0] if wrong else tokens)}")
+    if not is_finite(seconds) or seconds < 0:
+        raise ValueError(f"seconds must be a number of at least 0, got {shown(seconds)}")
     updates = _one_of_each_shape(model)
     deadline = time.monotonic() + seconds
     found: dict[torch.device, dict[str, Measured]] = {}
@@ -67,7 +69,7 @@ def tune(model: nn.Module, tokens: int | Sequence[int] = (8192, 128), *, seconds
         for update in updates:
             device = update.stored_weight.device
             known: dict[str, Measured] = {}
-            for count in sorted({choices.power_of_two(number) for number in tokens}):
+            for count in sorted({choices.power_of_two(int(count)) for count in counts}):
                 calls = {shape: each for shape, each in _calls(update, count).items() if shape not in known}
                 for shape, of_shape in calls.items():
                     if time.monotonic() > deadline:

@@ -69,10 +69,10 @@ def find_expert_targets(
     names = Names(owners, full_matches)
     excluded = Names(modules, full_matches).matching(config.exclude_modules)
     chosen = {name for name in names.matching(wanted) if owners[name][0] not in excluded}
-    missing = [] if isinstance(wanted, str) else [entry for entry in wanted if not names.ending_in(entry)]
+    missing = names.unmatched(wanted)
     if missing or not chosen:
-        shown = wanted if isinstance(wanted, str) else ", ".join(missing or wanted)
-        raise ValueError(f"target_parameters matched nothing: {shown[:500]}. {_stacks(modules)}")
+        listed = ", ".join(missing or ([wanted] if isinstance(wanted, str) else wanted))
+        raise ValueError(f"target_parameters matched nothing: {listed[:500]}{names.hint(wanted)}. {_stacks(modules)}")
     held_at: dict[nn.Module, list[str]] = {}
     for path, module in modules.items():
         held_at.setdefault(module, []).append(path)

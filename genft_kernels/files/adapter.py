@@ -98,7 +98,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, *, backend: str
     check_type("directory", directory, (str, os.PathLike))
     if backend is not None:
         backends.check_name(backend)
-    adapter = by_one(partial(_read, Path(directory)), any_sharded(model.parameters()))
+    adapter = by_one(partial(read_adapter, Path(directory)), any_sharded(model.parameters()))
     was_adapted = is_adapted(model)
     if was_adapted:
         # Which layers a configuration means is compared by the layers themselves, where the file tells them.
@@ -148,7 +148,8 @@ def _base(model: nn.Module) -> dict[str, object]:
     return {"base_model_name_or_path": name, "auto_mapping": mapping}
 
 
-def _read(directory: Path) -> AdapterFile:
+def read_adapter(directory: Path) -> AdapterFile:
+    """The adapter in a folder, of whatever format `load_adapter` reads; its errors about files."""
     if is_ours(directory):
         return read_adapter_file(directory)
     if is_of_peft(directory):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapted_model import Adapted, adapted_layers, adapter_state, check_enabled
-from ..arguments import check_type, is_finite
+from ..arguments import check_type, is_finite, is_integer
 from ..experts.update import ExpertUpdate
 from ..frozen_weight import FrozenWeight
 from ..matching import Names
@@ -104,7 +104,7 @@ def export_lora(
     """
     check_type("directory", directory, (str, os.PathLike))
     directory, layers = Path(directory), _exportable_layers(model)
-    _check_size(rank, energy)
+    check_size(rank, energy)
     _check_names(model, layers)
     if is_ours(directory):
         raise ValueError(f"{directory} holds an adapter of this package: choose another folder for the export")
@@ -113,7 +113,7 @@ def export_lora(
     factors = {path: _thin_update(path, layer, rank, energy) for path, layer in linear.items()}
     stacked = {name: exact_stack(path, stacks[path], rank, energy) for path, name in lora_names(stacks).items()}
     made: dict[str, ThinUpdate | StackedUpdate] = {**factors, **stacked}
-    highest = rank or max(each.rank for each in made.values())
+    highest = int(rank or max(each.rank for each in made.values()))
     tensors = {}
     for name, each in made.items():
         down, up, *_ = each.padded(highest)
@@ -225,10 +225,11 @@ def _check_names(model: nn.Module, layers: dict[str, Adapted]) -> None:
             raise ValueError(f"modules_to_save: PEFT would take {name!r} as well, whose name ends in one of {saved}")
 
 
-def _check_size(rank: int | None, energy: float | None) -> None:
+def check_size(rank: int | None, energy: float | None) -> None:
+    """Raise ValueError unless they are what `export_lora` may be given."""
     if rank is not None and energy is not None:
         raise ValueError("give rank or energy, not both")
-    if rank is not None and not (type(rank) is int and rank >= 1):
+    if rank is not None and not (is_integer(rank) and rank >= 1):
         raise ValueError(f"rank must be an integer of at least 1, got {rank!r}")
     if energy is not None and not (is_finite(energy) and 0 < energy <= 1):
         raise ValueError(f"energy must be a number in (0, 1], got {energy!r}")

@@ -8,6 +8,7 @@ import threading
 import types
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -304,6 +305,11 @@ def test_tune_keeps_the_fastest_of_every_shape(another, monkeypatch, capsys):
     assert "linear_backward" in another
 
 
+def test_tune_takes_numbers_of_numpy(another):
+    layer = GenFTLinear(12, 20, config=CONFIG)
+    assert tune(layer, np.int64(8), seconds=np.float32(0)) == tune(layer, [np.int64(8)], seconds=0) == []
+
+
 def test_tune_stops_when_its_time_is_over(another, capsys):
     layer = GenFTLinear(12, 20, config=CONFIG)
     assert tune(layer, 8, seconds=0.0) == [] and not list(card.file("choices", CPU).parent.glob("choices-*"))
@@ -313,8 +319,13 @@ def test_tune_stops_when_its_time_is_over(another, capsys):
 def test_tune_says_what_is_wrong(another):
     with pytest.raises(ValueError, match='no GenFT layers with backend="auto"'):
         tune(torch.nn.Linear(3, 3))
-    with pytest.raises(ValueError, match="tokens must be positive integers, got 0"):
-        tune(GenFTLinear(12, 20, config=CONFIG), [8, 0])
+    layer = GenFTLinear(12, 20, config=CONFIG)
+    for wrong, named in {"8": "'8'", 8.0: "8.0", None: "None", True: "True", (): r"\(\)", (8, 0): "0"}.items():
+        with pytest.raises(ValueError, match=f"tokens must be positive integers, one or more, got {named}$"):
+            tune(layer, wrong)
+    for wrong in ("1", None, -1, float("nan")):
+        with pytest.raises(ValueError, match="seconds must be a number of at least 0, got "):
+            tune(layer, 8, seconds=wrong)
     with pytest.raises(TypeError, match="model must be a Module"):
         tune("model")
 

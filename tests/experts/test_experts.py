@@ -92,6 +92,15 @@ def test_one_projection_alone(make, target):
     assert largest_difference(found, expected(model, routed())) < 1e-12
 
 
+@pytest.mark.parametrize("targets", [None, ["o_proj"]])
+def test_exclusion_that_matches_nothing_is_told_once(targets):
+    with pytest.warns(
+        UserWarning, match=r"exclude_modules: 'experts' \(.*write \['experts'\]\) matches no module"
+    ) as told:
+        apply_genft(mixtral(), settings(target_modules=targets, exclude_modules="experts"))
+    assert len(told) == 1
+
+
 def test_reference_is_the_specification():
     model = apply_genft(mixtral(), settings(), backend="reference")
     found = results(experts_of(model), routed(), trained(model))

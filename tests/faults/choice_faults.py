@@ -34,6 +34,7 @@ FAULTS = [
         "torch.no_grad()",
         TESTS,
     ),
+    Fault("tune: measures nothing in silence", TUNING, "if wrong or not counts:", "if wrong:", TESTS),
     Fault("tune: keeps the slowest", TUNING, "min(self.milliseconds", "max(self.milliseconds", TESTS),
     Fault("gate: a hang is tried for ever", GATE, "if tries == TRIES:", "if False:", TESTS_OF_GATE),
     Fault("gate: for each process anew", GATE, 'if "rejected" in known:', "if False:", TESTS_OF_GATE),

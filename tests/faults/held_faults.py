@@ -166,22 +166,22 @@ FAULTS = [
     Fault(
         "short road: the bias not asked",
         "genft_kernels/short_road.py",
-        "of_bias, update.backend, dropout, of_modes",
-        "update.backend, dropout, of_modes",
+        "of_bias, update.backend, training, of_modes",
+        "update.backend, training, of_modes",
         SHORT_ROAD,
     ),
     Fault(
         "short road: modes not asked",
         "genft_kernels/short_road.py",
-        "of_bias, update.backend, dropout, of_modes",
-        "of_bias, update.backend, dropout",
+        "of_bias, update.backend, training, of_modes",
+        "of_bias, update.backend, training",
         SHORT_ROAD,
     ),
     Fault(
         "short road: the backend not asked",
         "genft_kernels/short_road.py",
-        "of_bias, update.backend, dropout, of_modes",
-        "of_bias, dropout, of_modes",
+        "of_bias, update.backend, training, of_modes",
+        "of_bias, training, of_modes",
         SHORT_ROAD,
     ),
     Fault(
@@ -264,8 +264,8 @@ FAULTS = [
     Fault(
         "share: another mode's taken",
         "genft_kernels/sharing/cache.py",
-        "        if self._settings != settings:\n            return None\n",
-        "",
+        "if self._settings != settings or",
+        "if",
         GROUPS,
     ),
     Fault(
@@ -348,7 +348,7 @@ FAULTS = [
     Fault(
         "short road: masks of training in evaluation",
         "genft_kernels/short_road.py",
-        "update.backend, dropout, of_modes",
+        "update.backend, training, of_modes",
         "update.backend, of_modes",
         SHORT_ROAD,
     ),

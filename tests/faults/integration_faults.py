@@ -167,6 +167,27 @@ FAULTS = [
         [*DEFAULTS, "-k", "falcon"],
     ),
     Fault(
+        "adapting: what compile has wrapped is taken",
+        "genft_kernels/adaptable.py",
+        'if type(model).__name__ == "OptimizedModule":',
+        "if False:",
+        ["tests/model/test_adapt.py"],
+    ),
+    Fault(
+        "targets: a string that matches nothing is passed over",
+        "genft_kernels/matching.py",
+        "return [] if self.matching(wanted) else [wanted]",
+        "return []",
+        ["tests/model/test_targets.py"],
+    ),
+    Fault(
+        "examples: a model that is not installed",
+        "examples/generate.py",
+        "if package is None:",
+        "if False:",
+        ["tests/packaging/test_examples.py", "-k", "package"],
+    ),
+    Fault(
         "tracing: what is at hand becomes a constant",
         "genft_kernels/together.py",
         "    if torch.jit.is_tracing():",

@@ -3,6 +3,8 @@
 from tests.faults.planting import Fault
 
 LORA = ["tests/files/test_lora.py"]
+COMMAND = ["tests/files/test_lora_command.py"]
+MAIN = "genft_kernels/__main__.py"
 FIDELITY = ["tests/files/test_fidelity.py"]
 TUNER = [
     f"tests/integrations/test_peft{name}.py" for name in ("", "_several", "_merging", "_refusals", "_transformers")
@@ -26,6 +28,18 @@ FAULTS = [
         "if energy is None and (rank is None or self.rank <= rank):",
         "if energy is None:",
         LORA,
+    ),
+    Fault(
+        "export: numpy's rank as it is",
+        "genft_kernels/files/lora.py",
+        "highest = int(rank or",
+        "highest = (rank or",
+        LORA,
+    ),
+    Fault("command: inputs that the model does not take", MAIN, "except Exception:", "except LookupError:", COMMAND),
+    Fault("command: rows that nothing fills up", MAIN, "value[:1] for", "value for", COMMAND),
+    Fault(
+        "command: the base is loaded before the adapter", MAIN, "read_adapter(Path(arguments.adapter))", "pass", COMMAND
     ),
     Fault(
         "export: the old description stays beside new tensors",

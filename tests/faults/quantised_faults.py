@@ -192,6 +192,13 @@ FAULTS = [
         REFUSED,
     ),
     Fault(
+        "quantised: a name that means every layer",
+        HANDLE,
+        "if _is_called(each, kind) or kind in",
+        "if kind in (each, each.__name__) or kind in",
+        of("means_every_layer"),
+    ),
+    Fault(
         "quantised: what lets no gradient through since is not looked at",
         "genft_kernels/adapted_model.py",
         "    check_gradients_pass(model, {layer: name for name, layer in adapted_layers(model).items()})\n",

@@ -4,6 +4,8 @@ from tests.faults.planting import Fault
 
 MODULES = ["tests/model/test_modules.py"]
 CONFIG = ["tests/method/test_config.py"]
+CONFIG_FILE = "genft_kernels/config.py"
+ARGUMENTS = "genft_kernels/arguments.py"
 BUDGET = ["tests/method/test_budget.py"]
 RATES = ["tests/model/test_parameter_groups.py"]
 
@@ -57,6 +59,10 @@ FAULTS = [
         "r = 7 * left // (7 * specific + 12 * shared)",
         BUDGET,
     ),
+    Fault("never trains: biases alone are thought not to", CONFIG_FILE, "== 0 and not self.bias:", "== 0:", CONFIG),
+    Fault("never trains: a scale of zero is passed over", CONFIG_FILE, "if self.scaling == 0:", "if False:", CONFIG),
+    Fault("warnings: point into dataclasses", ARGUMENTS, '(__package__, "dataclasses")', "(__package__,)", CONFIG),
+    Fault("warnings: once for each number of units", ARGUMENTS, "    if _told.get():", "    if False:", BUDGET),
     Fault(
         "budget: biases are not counted",
         "genft_kernels/budget.py",

@@ -10,7 +10,7 @@ from torch import nn
 from genft_kernels import GenFTConfig, apply_genft, disabled, load_adapter, merge, remove_genft, save_adapter, unmerge
 from genft_kernels.files.format import CONFIG_FILE, TENSORS_FILE
 from tests.helpers.adapter_files import QUERY, SAVED, adapted, base, contents, edit_config, edit_tensors
-from tests.helpers.tiny_models import GroupedQueryBlock, randomise, snapshot
+from tests.helpers.tiny_models import GroupedQueryBlock, randomise, snapshot, tokens
 
 
 @pytest.fixture
@@ -109,6 +109,16 @@ def test_an_adapted_model_of_another_configuration_is_refused(folder):
     with pytest.raises(ValueError, match=r"another configuration \(scaling: 2.0 in the model, 1.0 in the file\)"):
         load_adapter(model, folder)
     assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("names", [["value", "query"], r".*\.(query|value)"], ids=str)
+def test_layers_may_be_named_in_another_way(names, folder):
+    """They are compared themselves, by what the file says of their weights."""
+    model = adapted(target_modules=names, **SAVED)
+    load_adapter(model, folder)
+    assert torch.equal(model(tokens()), load_adapter(base(), folder)(tokens()))
+    with pytest.raises(ValueError, match="another base model: its layers differ"):
+        load_adapter(adapted(target_modules=["query"], **SAVED), folder)
 
 
 def test_a_merged_model_is_refused(folder):

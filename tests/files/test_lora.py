@@ -4,6 +4,7 @@ import copy
 import json
 import warnings
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -90,7 +91,7 @@ def test_export_agrees_to_rounding(dtype, rms, tmp_path):
 
 def test_a_file_says_what_servers_read(tmp_path):
     model = adapted(GroupedQueryBlock, target_modules=["q_proj", "v_proj"], modules_to_save=["down_proj"])
-    export = export_lora(model, tmp_path, rank=5)
+    export = export_lora(model, tmp_path, rank=np.int64(5))
     assert (export.rank, export.server_rank, export.drift) == (5, 8, None)
     description = json.loads((tmp_path / "adapter_config.json").read_text())
     assert description["r"] == description["lora_alpha"] == 5

@@ -16,6 +16,7 @@ from tests.helpers.peft_models import (  # noqa: E402
     folded,
     peft_config,
     peft_model,
+    randomised,
     with_second_adapter,
 )
 
@@ -38,6 +39,34 @@ def test_active_adapters_add_their_updates(first, second):
         assert (answer - folded(model, adapter)(tokens())).abs().max() > 1e-3
 
 
+def test_an_adapter_may_be_called_as_targets_are(tmp_path):
+    model = peft.get_peft_model(base(), peft_config(), "query", autocast_adapter_dtype=False)
+    expected = randomised(model).eval()(tokens())
+    assert torch.allclose(expected, folded(model, "query")(tokens()), rtol=1e-10, atol=1e-12)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(base(), tmp_path / "query", "value", autocast_adapter_dtype=False)
+    assert torch.equal(again.eval()(tokens()), expected)
+    model.add_adapter("value", peft_config(), autocast_adapter_dtype=False)
+    model.delete_adapter("value")
+    assert torch.equal(model(tokens()), expected)
+
+
+@pytest.mark.parametrize("active", [["default"], ["default", "other"]])
+def test_offloaded_tensors_come_back_for_a_forward(active):
+    """accelerate brings them where modules are called, and the tuner reads what its modules hold."""
+    accelerate = pytest.importorskip("accelerate")
+    model = with_second_adapter(peft_model())
+    model.base_model.set_adapter(active)
+    expected = model(tokens())
+    accelerate.cpu_offload(model, execution_device="cpu")
+    layer = model.base_model.model.layers[0].attention.query
+    for _ in range(2):
+        assert torch.allclose(model(tokens()), expected, rtol=1e-12)
+        held = [layer.base_layer.weight, *layer.genft_own["default"].parameters(), *model.genft_shared.parameters()]
+        assert all(tensor.device.type == "meta" for tensor in held)
+
+
+@pytest.mark.filterwarnings("ignore:scaling=0")
 def test_active_adapters_that_are_scaled_to_nothing_answer_as_the_frozen_model():
     model = with_second_adapter(peft_model(scaling=0.0), scaling=0.0)
     model.base_model.set_adapter(["default", "other"])

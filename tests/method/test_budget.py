@@ -33,6 +33,12 @@ def test_units_of_one_shape(layers, parameters, units):
     assert config == fast
 
 
+def test_warning_of_the_preset_is_given_once():
+    with pytest.warns(UserWarning, match="specific units can never train") as caught:
+        GenFTConfig.for_budget(stack(2, 32), 2000, "vtab", **EVERY)
+    assert [each.filename for each in caught] == [__file__]
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -1,9 +1,11 @@
+import dataclasses
 import json
 import warnings
 
 import pytest
+import torch
 
-from genft_kernels import GenFTConfig
+from genft_kernels import GenFTConfig, GenFTLinear
 
 
 @pytest.mark.parametrize(
@@ -93,6 +95,30 @@ def test_specific_units_that_cannot_train_warn():
         warnings.simplefilter("error")
         GenFTConfig(init_specific_down="zeros", tie_specific=False)
         GenFTConfig(init_specific_down="zeros", init_specific_up="zeros", transform="column", zero_delta="down")
+
+
+def test_warning_points_at_the_line_that_set_it():
+    with pytest.warns(UserWarning, match="scaling=0") as caught:
+        dataclasses.replace(GenFTConfig(), scaling=0)
+    assert [each.filename for each in caught] == [__file__]
+
+
+@pytest.mark.parametrize("zero", ["scaling", "weight_ratio"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("transform", ["both", "column", "row", "sum"])
+def test_what_can_never_train_warns(transform, bias, zero):
+    """And nothing else: biases train without W."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        config = GenFTConfig(
+            shared_dim=2, specific_dim=1, bias=bias, transform=transform, zero_delta=False, **{zero: 0}
+        )
+    told = [str(each.message) for each in caught]
+    layer = GenFTLinear(6, 6, config=config)
+    layer(torch.randn(3, 6)).square().sum().backward()
+    still = not any(p.grad.any() for p in layer.parameters() if p.requires_grad)
+    assert still == bool(told) == (zero == "scaling" or not bias)
+    assert all(each.startswith(f"{zero}=0") and "nothing can ever train" in each for each in told)
 
 
 def test_config_is_immutable_and_survives_json():

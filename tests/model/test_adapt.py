@@ -14,8 +14,10 @@ from genft_kernels import (
     GenFTLinear,
     apply_genft,
     disabled,
+    load_adapter,
     merge,
     remove_genft,
+    save_adapter,
     trainable_summary,
     unmerge,
 )
@@ -162,6 +164,29 @@ def test_second_adapter_raises_and_changes_nothing():
     with pytest.raises(RuntimeError, match="GenFT layers already"):
         apply_genft(nn.Sequential(model), config(target_modules=["classifier.1"]))
     assert snapshot(model) == before
+
+
+def test_what_compile_returned_is_refused_and_nothing_changes(tmp_path):
+    save_adapter(adapted(), tmp_path)
+    model = Encoder()
+    compiled = torch.compile(model, backend="eager")
+    before = snapshot(model)
+    message = "adapt the model first and compile it then, or pass model._orig_mod"
+    with pytest.raises(TypeError, match=message):
+        apply_genft(compiled, config())
+    with pytest.raises(TypeError, match=message):
+        load_adapter(compiled, tmp_path)
+    assert snapshot(model) == before and not hasattr(compiled, "genft_generators")
+
+
+def test_model_that_is_compiled_in_place_is_adapted():
+    model = Encoder().eval()
+    model.compile(backend="eager")
+    before = model(tokens())
+    randomise(apply_genft(model, config()))
+    after = model(tokens())
+    assert not torch.allclose(after, before)
+    torch.testing.assert_close(after, merge(model)(tokens()))
 
 
 def test_adapters_of_a_16_bit_model_are_float32():

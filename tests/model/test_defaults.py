@@ -1,6 +1,7 @@
 """Settings left to the model: targets by its type, its head; and settings that other methods have."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -158,6 +159,14 @@ def test_head_is_found_trained_on_request_and_left_out_of_all_linear(kind):
     apply_genft(model, GenFTConfig(shared_dim=2, modules_to_save="head"))
     assert adapter_state(model).config.modules_to_save == tuple(expected)
     assert all(p.requires_grad for name in expected for p in model.get_submodule(name).parameters())
+
+
+def test_settling_a_configuration_does_not_warn_of_it_again():
+    with pytest.warns(UserWarning, match="scaling=0"):
+        config = GenFTConfig(shared_dim=2, scaling=0, modules_to_save="head")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apply_genft(made("BertForSequenceClassification", **NAMES), config)
 
 
 def test_head_of_timm_is_what_it_says_it_is():

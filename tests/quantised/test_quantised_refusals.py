@@ -108,10 +108,17 @@ def test_a_kind_is_known_by_its_weights_class():
     assert model.layers[0].attention.query.base_layer is query
 
 
-def test_register_frozen_weight_refuses_what_means_every_layer():
-    for kind in (nn.Linear, nn.Module, torch.Tensor, "Linear"):
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Module, nn.Parameter, torch.Tensor, object])
+def test_register_frozen_weight_refuses_what_means_every_layer(kind, monkeypatch):
+    monkeypatch.setattr(frozen_weight, "_registered", {})
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    for each in (kind, kind.__name__, name, f"nn.{kind.__name__}", f"torch.nn.{kind.__name__}"):
         with pytest.raises(ValueError, match="layers of all kinds"):
-            register_frozen_weight(kind, dense=lambda layer: layer.weight)
+            register_frozen_weight(each, dense=lambda layer: layer.weight)
+    register_frozen_weight(f"my_library.{kind.__name__}", dense=lambda layer: layer.weight)
+
+
+def test_register_frozen_weight_refuses_other_types():
     with pytest.raises(TypeError, match="kind must be a type or str"):
         register_frozen_weight(3, dense=lambda layer: layer.weight)
     with pytest.raises(TypeError, match="dense must be a function"):

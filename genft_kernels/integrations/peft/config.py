@@ -10,6 +10,7 @@ from typing import Any
 
 from peft import PeftConfig
 
+from ...arguments import told
 from ...config import PRESETS, GenFTConfig
 from ...files.fingerprint import Fingerprint
 from ...files.format import CONFIG_FILE, FORMAT_VERSION, parsed_fingerprints
@@ -121,7 +122,7 @@ class PeftGenFTConfig(PeftConfig):
             field = RENAMED.get(name, name)
             if getattr(self, field) is None:
                 setattr(self, field, settings[name])
-        self.native()
+        self._made_native()
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As ever; but beside a saved model the type says what to import, because transformers loads both at once.
@@ -136,6 +137,10 @@ class PeftGenFTConfig(PeftConfig):
 
     def native(self) -> GenFTConfig:
         """The settings of the update alone, which know of no modules."""
+        with told():
+            return self._made_native()
+
+    def _made_native(self) -> GenFTConfig:
         settings = {name: getattr(self, RENAMED.get(name, name)) for name in SETTINGS}
         if not self.init_weights:
             settings["zero_delta"] = False
@@ -144,7 +149,9 @@ class PeftGenFTConfig(PeftConfig):
     def check_base(self, path: str, weight: Frozen) -> None:
         """ValueError if the adapter comes from a file, and was trained on another weight [out, in] of this layer."""
         if weight.device.type == "meta":
-            raise ValueError(f"{path!r} is on the meta device: it is compared with what was trained on, so load it first")
+            raise ValueError(
+                f"{path!r} is on the meta device: it is compared with what was trained on, so load it first"
+            )
         difference = self.trained_on[path].difference(Fingerprint.of(weight))
         if difference:
             raise ValueError(

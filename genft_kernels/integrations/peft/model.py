@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, cast
@@ -15,9 +14,9 @@ from peft.utils.integrations import init_empty_weights
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ...adaptable import is_conv1d
+from ...adaptable import check_not_wrapped, is_conv1d
 from ...arguments import about
-from ...config import GenFTConfig
+from ...config import GenFTConfig, replaced
 from ...experts.targets import find_expert_targets
 from ...files.fingerprint import Fingerprint
 from ...files.names import STACKED
@@ -55,7 +54,7 @@ class PeftGenFTModel(BaseTuner):
                 `fused_blocks` names no target.
         """
         config = self.peft_config[adapter_name]
-        check_not_compiled(model)
+        check_not_wrapped(model)
         check_base(config, model)
         self._held_twice = _held_twice(model)
         self._generators: dict[tuple[int, int], GenFTGenerator] = {}  # the new adapter's
@@ -142,7 +141,7 @@ class PeftGenFTModel(BaseTuner):
         """The parameters that got the adapter: each a stack of experts, as `GenFTConfig.target_parameters` says."""
         native = peft_config.native()
         choice: dict[str, Any] = {name: getattr(peft_config, name) for name in ("target_parameters", "exclude_modules")}
-        targets = find_expert_targets(model, dataclasses.replace(native, **choice))
+        targets = find_expert_targets(model, replaced(native, **choice))
         for target in targets:
             if len(target.paths) > 1:
                 raise ValueError(f"{target.paths[0]!r} and {target.paths[1]!r} are one module: PEFT knows only one")
