@@ -30,7 +30,8 @@ def check_adaptable(linear: nn.Module) -> None:
     computes = type(linear).forward is nn.Linear.forward or type(linear).__name__ == "FalconLinear"
     plain = isinstance(linear, nn.Linear) and computes
     if isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear) or not (plain or is_conv1d(linear)):
-        kind = f"{type(linear).__module__}.{type(linear).__name__}"
+        of_torch = type(linear).__module__.startswith("torch.")
+        kind = type(linear).__name__ if of_torch else f"{type(linear).__module__}.{type(linear).__name__}"
         other = "; merge and unload the other adapter first" if kind.startswith("peft.") else ""
         raise TypeError(f"{kind} cannot be adapted: only nn.Linear and transformers' Conv1D can{other}")
     if (weight := linear._parameters.get("weight")) is None:

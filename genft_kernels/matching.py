@@ -86,7 +86,7 @@ class Names:
         return [entry for entry in wanted or () if not self.ending_in(entry)]
 
     def hint(self, wanted: str | Iterable[str] | None) -> str:
-        """What to say of a string that matches nothing, where it would as a name in a list."""
+        """A remark on a string that matches nothing, and would as a name in a list; empty for all else."""
         named = self.ending_in(wanted) if isinstance(wanted, str) else []
         if named and wanted not in named:
             return f" (a string is a regular expression for whole paths: for a name write [{wanted!r}])"

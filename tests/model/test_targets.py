@@ -64,7 +64,7 @@ def test_string_is_a_regular_expression_for_whole_paths():
 )
 def test_name_that_matches_nothing_is_not_passed_over(settings, message):
     with pytest.warns(UserWarning, match=message) as caught:
-        found = plan(Encoder(), config(**settings)).names
+        found = find_plan(Encoder(), config(**settings)).names
     assert len(caught) == 1
     assert found == ["layers.0.attention.query", "layers.1.attention.query"]
 
