@@ -149,7 +149,10 @@ def _load(device: torch.device) -> Mapping[str, str]:
         if not any(cache.cache_folder().glob(f"{_WHAT}-*.json")):  # not even what a file would be called is asked for
             return {}
         path = card.file(_WHAT, device)
-    except (OSError, RuntimeError):
+    except OSError:
+        return {}  # there is no folder
+    except RuntimeError as error:
+        warnings.warn(f"no table of tune is read: {error}", stacklevel=2)
         return {}
     return _read(path, device) if path.exists() else {}
 

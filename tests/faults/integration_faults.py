@@ -10,6 +10,27 @@ EXPORTS = ["tests/ops/test_exports.py"]
 
 FAULTS = [
     Fault(
+        "peft: shared tensors taken for targets",
+        "genft_kernels/integrations/peft/model.py",
+        'return key.partition(".")[0] != SHARED and ',
+        "return ",
+        ["tests/integrations/test_peft_several.py", "-k", "called_as_targets"],
+    ),
+    Fault(
+        "peft: offloaded tensors stay away",
+        "genft_kernels/integrations/peft/layer.py",
+        'if "_hf_hook" in vars(self.base_layer):',
+        "if False:",
+        ["tests/integrations/test_peft_several.py", "-k", "offloaded"],
+    ),
+    Fault(
+        "peft: a wrapped model is taken",
+        "genft_kernels/integrations/peft/model.py",
+        "        check_not_wrapped(model)\n",
+        "",
+        ["tests/integrations/test_peft_refusals.py", "-k", "wrapped"],
+    ),
+    Fault(
         "blocks: those of another size have no update",
         "genft_kernels/modules.py",
         'return {"": self, **{f"{MORE_BLOCKS}.{rows}": update for rows, update in more.items()}}',

@@ -70,27 +70,6 @@ FAULTS = [
         LORA,
     ),
     Fault(
-        "peft: shared tensors taken for targets",
-        "genft_kernels/integrations/peft/model.py",
-        'return key.partition(".")[0] != SHARED and ',
-        "return ",
-        ["tests/integrations/test_peft_several.py", "-k", "called_as_targets"],
-    ),
-    Fault(
-        "peft: offloaded tensors stay away",
-        "genft_kernels/integrations/peft/layer.py",
-        'if "_hf_hook" in vars(self.base_layer):',
-        "if False:",
-        ["tests/integrations/test_peft_several.py", "-k", "offloaded"],
-    ),
-    Fault(
-        "peft: a wrapped model is taken",
-        "genft_kernels/integrations/peft/model.py",
-        "        check_not_wrapped(model)\n",
-        "",
-        ["tests/integrations/test_peft_refusals.py", "-k", "wrapped"],
-    ),
-    Fault(
         "export: another update of PEFT's passes",
         "genft_kernels/files/lora_check.py",
         "if error > max(1 - energy[path], 0) ** 0.5 + _UPDATE_TOLERANCE + torch.finfo(theirs.dtype).eps:",

@@ -169,7 +169,7 @@ def _library() -> cache.Library:
     except ValueError as error:
         raise BuildError(f"CXX is no command: {error}") from error
     if (path := shutil.which(program)) is None:
-        raise BuildError(f"there is no C++ compiler: {program} is not found")
+        raise BuildError(f"there is no C++ compiler: {program} is not found (CXX names another)")
     command = [os.path.abspath(path), *arguments, *_FLAGS]
     sources = {name: (package_sources() / name).read_bytes() for name in _SOURCES}
 
