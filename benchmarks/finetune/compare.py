@@ -2,7 +2,8 @@
 
 Of each method's grid all settings are tried with one seed and the best three with a second; the lowest mean loss on the
 validation part decides. The runs on the test part have other seeds. Every run is a row, on disk as it ends, and is not
-made again: those of the choice in SWEEP, those of the tables in OUTPUT/<device>/finetune.jsonl.
+made again: those of the choice in SWEEP, those of the tables in OUTPUT/<device>/finetune.jsonl. Several commands may
+run side by side, each with --tasks of its own.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import torch
 from benchmarks.measure import command
 from benchmarks.measure.environment import device_name, environment
 from benchmarks.measure.gate import refusal
-from benchmarks.measure.rows import RUN_FIELDS, ResultStore, Row, read_rows, write_rows
+from benchmarks.measure.rows import RUN_FIELDS, ResultStore, Row, read_rows, upsert_rows
 
 from . import grid
 from .methods import METHODS, Unsuitable
@@ -63,8 +64,8 @@ class Runs:
         rows = self.of_sweep(task, job.method, job.size)
         if (job.setting, job.seed) not in {(grid.setting_of(row), row["seed"]) for row in rows}:
             row = row_of(task, self.problem(task, True), job)
-            self.swept.append({name: value for name, value in row.items() if name in _KEPT})
-            write_rows(self.path, self.swept)
+            kept = {name: value for name, value in row.items() if name in _KEPT}
+            self.swept = upsert_rows(self.path, CASE, [kept])
 
     def test(self, task: str, job: Job) -> None:
         """Make a run on the test part unless there is one."""

@@ -16,7 +16,7 @@ from benchmarks.finetune.recipe import Recipe  # noqa: E402
 from benchmarks.finetune.table import difference, overview, summary, table, tables  # noqa: E402
 from benchmarks.finetune.tasks import TASKS, DemoError, Task, texts  # noqa: E402
 from benchmarks.finetune.training import Setting  # noqa: E402
-from benchmarks.measure.rows import RESULTS, read_rows, write_rows  # noqa: E402
+from benchmarks.measure.rows import RESULTS, read_rows, upsert_rows, write_rows  # noqa: E402
 from tests.helpers.finetune import encoder, questions, tokenizer  # noqa: E402
 
 
@@ -235,6 +235,20 @@ def test_a_comparison_that_was_stopped_goes_on_where_it_was(comparison, capsys):
     assert not {*stopped.made[:5]} & {*rest.made}
     assert not comparison().made
     assert len(comparison("--seeds", "2", "3", "4").made) == 2
+
+
+def test_a_comparison_keeps_what_another_has_swept_meanwhile(comparison, small, monkeypatch):
+    other = result(task="digits")
+    train = compare.train
+
+    def beside_another(model, problem, job):
+        if not (small / "sweep.jsonl").exists():
+            upsert_rows(small / "sweep.jsonl", compare.CASE, [other])
+        return train(model, problem, job)
+
+    monkeypatch.setattr(compare, "train", beside_another)
+    swept = comparison("--methods", "lora", "--seeds", "2").swept
+    assert other in swept and len(swept) == 1 + 4 + 2
 
 
 def test_what_cannot_run_is_a_row_with_its_reason(comparison, monkeypatch):
