@@ -22,6 +22,20 @@ FAULTS = [
         COMPARE,
     ),
     Fault(
+        "comparison: the demonstration's choice is by runs of any length",
+        "benchmarks/finetune/compare.py",
+        '"method": method} | _fields(TASKS[task].recipe)',
+        '"method": method}',
+        COMPARE,
+    ),
+    Fault(
+        "comparison: the demonstration's choice is by runs on any data",
+        "benchmarks/finetune/compare.py",
+        'if row["data"] == rows[-1]["data"]',
+        "if True",
+        COMPARE,
+    ),
+    Fault(
         "comparison: differences are not paired by seed",
         "benchmarks/finetune/table.py",
         'theirs[run["seed"]] for run in runs',
