@@ -101,7 +101,7 @@ class FrozenWeight:
             if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.dtype not in SUPPORTED_DTYPES:
                 what = f"{weight.dtype} of shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight)
                 raise TypeError(f"{name} must become dense as a floating-point matrix [out, in], got {what}")
-            tried = _tried[module] = _Tried(_state(codes), weight.shape, weight.dtype, {(None, None): _norm(weight)})
+            tried = _tried[module] = _Tried(_state(codes), weight.shape, weight.dtype, {(None, None): norm_of(weight)})
         return cls(module, tried.shape, tried.dtype)
 
     def dense(self) -> Tensor:
@@ -124,7 +124,7 @@ class FrozenWeight:
         if tried.state != state:
             tried = _tried[self.module] = tried._replace(state=state, norms={})
         if part not in tried.norms:
-            tried.norms[part] = _norm(self.dense())
+            tried.norms[part] = norm_of(self.dense())
         return tried.norms[part]
 
     @property
@@ -230,8 +230,12 @@ def _state(codes: Tensor) -> tuple:
     return codes.data_ptr(), None if codes.is_inference() else codes._version
 
 
-def _norm(weight: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(weight.detach(), dtype=torch.promote_types(weight.dtype, torch.float32))
+def norm_of(weight: Tensor) -> Tensor:
+    """The Frobenius norm of a dense W, in float32 or wider."""
+    wide, norms = torch.promote_types(weight.dtype, torch.float32), weight.detach()
+    if norms.device.type == "cpu":  # which adds up all of a matrix one by one, and loses digits
+        norms = torch.linalg.vector_norm(norms if norms.stride(-1) == 1 else norms.mT, dim=-1, dtype=wide)
+    return torch.linalg.vector_norm(norms, dtype=wide)
 
 
 def opened(value: Any) -> Any:

@@ -10,13 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.linalg import vector_norm
 
 from . import _torch_private, ops
 from .backends import KERNEL_BACKENDS
 from .checks import compute_dtype, draw_seed, seed_tensor
 from .config import GenFTConfig, is_factored
-from .frozen_weight import FrozenWeight, dense_once
+from .frozen_weight import FrozenWeight, dense_once, norm_of
 from .operation import Operation
 from .parameters import GeneratorParameters
 from .philox import COLUMN_STREAM, ROW_STREAM
@@ -146,11 +145,10 @@ def weight_ratio(
 
 def norms_of(weights: Sequence[Frozen]) -> torch.Tensor:
     """The Frobenius norm of each W, [L], in float32 or wider."""
-    wide = torch.promote_types(weights[0].dtype, torch.float32)
     dense = [weight for weight in weights if isinstance(weight, torch.Tensor)]
-    if len(dense) == len(weights) > 1 and not torch.compiler.is_compiling():
-        return torch.stack(_torch_private.norms(dense, wide))
-    return torch.stack([w.norm() if isinstance(w, FrozenWeight) else vector_norm(w, dtype=wide) for w in weights])
+    if len(dense) == len(weights) > 1 and dense[0].device.type != "cpu" and not torch.compiler.is_compiling():
+        return torch.stack(_torch_private.norms(dense, torch.promote_types(dense[0].dtype, torch.float32)))
+    return torch.stack([w.norm() if isinstance(w, FrozenWeight) else norm_of(w) for w in weights])
 
 
 class _Units(NamedTuple):

@@ -1,4 +1,4 @@
-"""The block, and what adapts its experts."""
+"""The block, and what adapts its experts, each with the plain weights that it stands for."""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.step.methods import trained
-from genft_kernels import GenFTConfig, apply_genft
+from genft_kernels import GenFTConfig, apply_genft, reference
+from genft_kernels.adapted_model import adapted_layers
+from genft_kernels.parameters import GeneratorParameters
 
 TARGETS = ["experts.gate_up_proj", "experts.down_proj"]
 
@@ -50,11 +52,19 @@ class Block(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A way to adapt the block's experts, k units each."""
+    """A way to adapt the block's experts, k units each.
+
+    Args:
+        name: unique among `METHODS`.
+        adapt: gives a block what trains.
+        weights: by name, the stacks with which the block's own experts compute the same, made of what trains.
+        implementation: of transformers' experts; by default what it chooses by itself where that runs.
+    """
 
     name: str
     adapt: Callable[[nn.Module, int], nn.Module]
-    implementation: str = "grouped_mm"  # of transformers, as it chooses by itself where that runs
+    weights: Callable[[nn.Module], dict[str, Tensor]]
+    implementation: str = "grouped_mm"
 
     def build(self, shape: Shape, dtype: torch.dtype, k: int) -> nn.Module:
         """The adapted block in training mode, with an update that is not zero."""
@@ -74,6 +84,22 @@ def _genft(preset: str = "fast", **settings) -> Callable[[nn.Module, int], nn.Mo
     return adapt
 
 
+def _genft_weights(block: nn.Module) -> dict[str, Tensor]:
+    """W + dW by the specification, to which every expert, and gate and up of it, is a matrix of its own."""
+    found = {}
+    for update in adapted_layers(block).values():
+        stored, params = update.stored_weight, update.parameters_of_generator()
+        halves = 2 if update.parameter_name == "gate_up_proj" else 1
+        deltas = [
+            reference.delta_weight(
+                matrix, GeneratorParameters(*(t if t is None else t[at] for t in params)), update.config
+            )
+            for at, matrix in enumerate(stored.unflatten(1, (halves, -1)).flatten(0, 1))
+        ]
+        found[update.parameter_name] = stored + torch.stack(deltas).view_as(stored)
+    return found
+
+
 def _lora(block: nn.Module, k: int) -> nn.Module:
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -81,12 +107,20 @@ def _lora(block: nn.Module, k: int) -> nn.Module:
     return inject_adapter_in_model(config, block)
 
 
+def _lora_weights(block: nn.Module) -> dict[str, Tensor]:
+    """W + B A, as PEFT merges them."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    wrappers = [module for module in block.modules() if isinstance(module, ParamWrapper)]
+    return {each.parameter_name: each.get_param() + each.get_delta_weight("default") for each in wrappers}
+
+
 METHODS = [
-    Method("frozen", lambda block, k: block),
-    Method("genft-fast", _genft()),
-    Method("genft-fast-layer", _genft(expert_specific="layer")),
-    Method("genft-fast-both", _genft("fast-both")),
-    Method("genft-tiled", _genft("fast-both", outer_activation="leaky_relu")),
-    Method("lora-grouped", _lora),
-    Method("lora-eager", _lora, implementation="eager"),
+    Method("frozen", lambda block, k: block, lambda block: dict(block.mlp.experts.named_parameters())),
+    Method("genft-fast", _genft(), _genft_weights),
+    Method("genft-fast-layer", _genft(expert_specific="layer"), _genft_weights),
+    Method("genft-fast-both", _genft("fast-both"), _genft_weights),
+    Method("genft-tiled", _genft("fast-both", outer_activation="leaky_relu"), _genft_weights),
+    Method("lora-grouped", _lora, _lora_weights),
+    Method("lora-eager", _lora, _lora_weights, implementation="eager"),
 ]

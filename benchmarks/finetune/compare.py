@@ -2,13 +2,14 @@
 
 Of each method's grid all settings are tried with one seed and the best three with a second; the lowest mean loss on the
 validation part decides. The runs on the test part have other seeds. Every run is a row, on disk as it ends, and is not
-made again: those of the choice in SWEEP, those of the tables in OUTPUT/<device>/finetune.jsonl.
+made again: those of the choice in SWEEP, those of the tables in OUTPUT/<device>/finetune.jsonl. Several commands may
+run side by side, each with --tasks of its own.
 """
 
 import argparse
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from benchmarks.measure import command
 from benchmarks.measure.environment import device_name, environment
 from benchmarks.measure.gate import refusal
-from benchmarks.measure.rows import RUN_FIELDS, ResultStore, Row, read_rows, write_rows
+from benchmarks.measure.rows import RUN_FIELDS, ResultStore, Row, read_rows, upsert_rows
 
 from . import grid
 from .methods import METHODS, Unsuitable
@@ -56,15 +57,15 @@ class Runs:
         """The rows of one method's grid."""
         case = {"task": task, "data": self.problem(task, True).data, "method": method, "size": size}
         case |= _fields(self.recipe(task))
-        return [row for row in self.swept if all(row.get(name) == value for name, value in case.items())]
+        return _matching(self.swept, case)
 
     def sweep(self, task: str, job: Job) -> None:
         """Make a run on the validation part unless there is one."""
         rows = self.of_sweep(task, job.method, job.size)
         if (job.setting, job.seed) not in {(grid.setting_of(row), row["seed"]) for row in rows}:
             row = row_of(task, self.problem(task, True), job)
-            self.swept.append({name: value for name, value in row.items() if name in _KEPT})
-            write_rows(self.path, self.swept)
+            kept = {name: value for name, value in row.items() if name in _KEPT}
+            self.swept = upsert_rows(self.path, CASE, [kept])
 
     def test(self, task: str, job: Job) -> None:
         """Make a run on the test part unless there is one."""
@@ -87,13 +88,15 @@ def row_of(task: str, problem: Problem, job: Job) -> Row:
 def chosen(path: Path, task: str, method: str, size: int) -> Setting:
     """The setting that a sweep's file has chosen; a size that it has not tried takes that of the largest.
 
+    By runs as long as the task says, and on the data that was swept last: losses of others cannot be compared.
+
     Raises:
         DemoError: it has none.
     """
-    rows = [row for row in read_rows(path) if (row["task"], row["method"]) == (task, method)]
+    rows = _matching(read_rows(path), {"task": task, "method": method} | _fields(TASKS[task].recipe))
+    rows = [row for row in rows if row["data"] == rows[-1]["data"]]
     sizes = {row["size"] for row in rows}
-    fitting = [row for row in rows if row["size"] == (size if size in sizes else max(sizes))]
-    setting = grid.choice(fitting)
+    setting = grid.choice([row for row in rows if row["size"] == (size if size in sizes else max(sizes))])
     if setting is None:
         command_line = f"python -m benchmarks.finetune.compare --tasks {task} --methods {method}"
         raise DemoError(f"{path} has no choice for {method} on {task}; make one: {command_line}, or give --rate")
@@ -171,6 +174,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def _case(task: str, problem: Problem, job: Job) -> Row:
     case = {"task": task, "data": problem.data, "metric": problem.metric, "method": job.method, "size": job.size}
     return case | job.setting._asdict() | {"seed": job.seed} | _fields(job.recipe)
+
+
+def _matching(rows: Iterable[Row], case: Row) -> list[Row]:
+    return [row for row in rows if all(row.get(name) == value for name, value in case.items())]
 
 
 def _fields(recipe: Recipe) -> Row:

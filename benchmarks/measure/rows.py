@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from genft_kernels.files.folder import only_saver
+
 RESULTS = Path(__file__).parents[1] / "results"
 RUN_FIELDS = (
     "device", "commit", "sources", "genft_kernels", "python", "torch", "triton", "peft", "unsloth", "nemo_automodel",
@@ -26,7 +28,8 @@ Row = dict[str, Any]
 class ResultStore:
     """The rows of `<root>/<device>/<suite>.jsonl`, told apart by the fields named in `key`.
 
-    Every change is on disk when the call returns: an interrupted run keeps its finished rows.
+    Every change is on disk when the call returns: an interrupted run keeps its finished rows. What other processes have
+    added meanwhile stays there.
 
     Raises:
         ValueError: a line of the file is no row; the message has its number.
@@ -35,7 +38,7 @@ class ResultStore:
     def __init__(self, device_name: str, suite: str, key: tuple[str, ...], root: Path = RESULTS) -> None:
         self.path = root / folder_name(device_name) / f"{suite}.jsonl"
         self.key = key
-        self._rows = {self._identity(row): row for row in read_rows(self.path)}
+        self._rows = {_identity(row, key): row for row in read_rows(self.path)}
 
     @classmethod
     def of_command(
@@ -61,16 +64,11 @@ class ResultStore:
 
     def get(self, fields: Mapping[str, Any]) -> Row | None:
         """The row with these key fields."""
-        return self._rows.get(self._identity(fields))
+        return self._rows.get(_identity(fields, self.key))
 
     def upsert(self, rows: Iterable[Row]) -> None:
-        """Add rows, or put them in the place of those with the same key."""
-        for row in rows:
-            self._rows[self._identity(row)] = row
-        write_rows(self.path, self._rows.values())
-
-    def _identity(self, row: Mapping[str, Any]) -> tuple:
-        return tuple(row.get(field) for field in self.key)
+        """Add rows, or put them in the place of those with the same key; the store then has what the file has."""
+        self._rows = {_identity(row, self.key): row for row in upsert_rows(self.path, self.key, rows)}
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -98,6 +96,18 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
+def upsert_rows(path: Path, key: tuple[str, ...], rows: Iterable[Row]) -> list[Row]:
+    """Add rows to a file, or put them in the place of those whose fields in `key` are the same; all that it then has.
+
+    Processes wait for each other, and the file is read anew: for hours each may measure what others do not know of.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with only_saver(path.parent):
+        found = {_identity(row, key): row for row in [*read_rows(path), *rows]}
+        write_rows(path, found.values())
+    return list(found.values())
+
+
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write a file that `read_rows` reads, whole or not at all."""
     runs: list[Row] = []
@@ -113,6 +123,10 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
     partial = path.with_suffix(f".{os.getpid()}.tmp")
     partial.write_text("".join(json.dumps(line) + "\n" for line in [*heads, *lines]))
     partial.replace(path)
+
+
+def _identity(row: Mapping[str, Any], key: tuple[str, ...]) -> tuple:
+    return tuple(row.get(field) for field in key)
 
 
 def folder_name(device_name: str) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from benchmarks.measure.rows import Row
-from benchmarks.report.tables import grouped, markdown, mebibytes, number
+from benchmarks.report.tables import grouped, markdown, mebibytes, not_timed, number
 
 SUITE = "experts"
 CASE = ("hidden", "inner", "experts", "chosen", "tokens", "dtype", "k")
@@ -17,9 +17,13 @@ beside parameters, peak the most that is alive at once.
 
 
 def section(rows: list[Row]) -> str:
-    """A table for each case."""
-    cases = grouped(rows, *CASE)
-    return "\n".join([INTRODUCTION, *(f"#### {_title(found[0])}\n\n{_table(found)}" for found in cases.values())])
+    """A table for each case, and what was not timed."""
+    rows = [{"status": "measured"} | row for row in rows]  # as rows did not say before there was a gate
+    measured = [row for row in rows if row["status"] == "measured"]
+    parts = [f"#### {_title(found[0])}\n\n{_table(found)}" for found in grouped(measured, *CASE).values()]
+    if len(measured) < len(rows):
+        parts.append("#### Not timed\n\n" + not_timed(rows, CASE, "method"))
+    return "\n".join([INTRODUCTION, *parts])
 
 
 def _title(row: Row) -> str:
@@ -33,7 +37,8 @@ def _table(rows: Iterable[Row]) -> str:
     header = "method", "ms", "× LoRA, grouped", "× LoRA, eager", "trained", "kept MiB", "peak MiB"
     lines = []
     for row in rows:
-        times = (number(row[name]) for name in ("process_ms", "ratio_lora-grouped", "ratio_lora-eager"))
+        ratios = (row.get(name) for name in ("ratio_lora-grouped", "ratio_lora-eager"))
+        times = (value and number(value) for value in (row["process_ms"], *ratios))
         memory = (mebibytes(row[name]) for name in ("kept_bytes", "peak_bytes"))
         lines.append((row["method"], *times, f"{row['trained']:,}", *memory))
     return markdown(header, lines)

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,10 @@ from benchmarks.layer import harness
 from benchmarks.layer.__main__ import main as bench
 from benchmarks.layer.providers import PROVIDERS
 from benchmarks.measure import environment
-from benchmarks.measure.rows import RESULTS, ResultStore, folder_name, read_rows, write_rows
+from benchmarks.measure.rows import RESULTS, ResultStore, folder_name, read_rows, upsert_rows, write_rows
 from benchmarks.report import __main__ as report
 from benchmarks.report import six_bars
+from genft_kernels.files import folder
 from tests.helpers.small_benchmarks import CPU, case, measure, of, select, wrong
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +34,30 @@ def test_the_store_replaces_by_key_and_is_on_disk_at_once(tmp_path):
     again = ResultStore("Some CPU(R) @ 2, 2 threads", "layer", ("a", "b"), tmp_path)
     assert [row["time"] for row in again] == [7, 6] and again.get({"a": 1, "b": 2})["time"] == 6
     assert list(store.path.parent.iterdir()) == [store.path]  # no partial file is left
+
+
+def test_two_measuring_commands_keep_each_others_rows(tmp_path):
+    first, second = (ResultStore("device", "layer", ("a",), tmp_path) for _ in range(2))
+    first.upsert([{"a": 1, "time": 5}, {"a": 2, "time": 6}])
+    second.upsert([{"a": 2, "time": 7}, {"a": 3, "time": 8}])
+    first.upsert([{"a": 4, "time": 9}])
+    assert [(row["a"], row["time"]) for row in read_rows(first.path)] == [(1, 5), (2, 7), (3, 8), (4, 9)]
+    assert first.get({"a": 3}) == {"a": 3, "time": 8}  # so that a run which the other has made is not made again
+
+
+def test_rows_that_are_written_at_the_same_moment_are_all_kept(tmp_path):
+    path, rows = tmp_path / "rows.jsonl", [{"a": number} for number in range(60)]
+    with ThreadPoolExecutor(4) as writers:
+        list(writers.map(lambda row: upsert_rows(path, ("a",), [row]), rows))
+    assert sorted(read_rows(path), key=lambda row: row["a"]) == rows
+    assert list(tmp_path.iterdir()) == [path]  # neither the lock nor a partial file
+
+
+def test_processes_wait_for_each_other_to_write_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "LOCK_SECONDS", 0.05)
+    with folder.only_saver(tmp_path), pytest.raises(TimeoutError, match=f"saving into {tmp_path}"):
+        upsert_rows(tmp_path / "rows.jsonl", ("a",), [{"a": 1}])
+    assert not (tmp_path / "rows.jsonl").exists()
 
 
 def test_fields_of_a_run_are_written_once(tmp_path):
@@ -220,8 +246,9 @@ def test_two_runs_are_compared(results, tmp_path, capsys):
     _, store = results
     second = ResultStore("second", "layer", harness.KEY, tmp_path)
     second.upsert(json.loads(json.dumps(row)) for row in store)
-    of([row for row in second if row["tokens"] == 8], "official")["ratios"]["peft-lora"][1] *= 1.5
-    second.upsert([])
+    slower = of([row for row in second if row["tokens"] == 8], "official")
+    slower["ratios"]["peft-lora"][1] *= 1.5
+    second.upsert([slower])
     assert report.main(["--compare", str(store.path), str(second.path)]) == 1
     (found,) = read_rows(store.path.with_name("agreement.jsonl"))
     assert found["worst"] == pytest.approx(0.5) and found["median"] == 0 and found["within_10_percent"] < 1

@@ -16,13 +16,13 @@ from benchmarks.finetune.recipe import Recipe  # noqa: E402
 from benchmarks.finetune.table import difference, overview, summary, table, tables  # noqa: E402
 from benchmarks.finetune.tasks import TASKS, DemoError, Task, texts  # noqa: E402
 from benchmarks.finetune.training import Setting  # noqa: E402
-from benchmarks.measure.rows import RESULTS, read_rows, write_rows  # noqa: E402
+from benchmarks.measure.rows import RESULTS, read_rows, upsert_rows, write_rows  # noqa: E402
 from tests.helpers.finetune import encoder, questions, tokenizer  # noqa: E402
 
 
 def result(method="fast", rate=1e-3, seed=0, loss=0.1, score=0.5, **more):
     row = {"task": "trec-6", "data": "d", "metric": "accuracy", "method": method, "size": 8, "rate": rate, "scale": 1.0}
-    row |= {"head_rate": None, "seed": seed, "epochs": 2, "batch_size": 32, "status": "measured"}
+    row |= {"head_rate": None, "seed": seed, "epochs": 3, "batch_size": 32, "status": "measured"}
     return row | {"score": [0.0, score], "loss": [9.0, loss]} | more
 
 
@@ -68,6 +68,17 @@ def test_a_size_that_was_not_swept_takes_the_choice_of_the_largest(tmp_path):
     for task, method in (("trec-6", "lora"), ("digits", "fast")):
         with pytest.raises(DemoError, match=f"no choice for {method} on {task}; make one: python"):
             compare.chosen(path, task, method, 8)
+
+
+def test_the_choice_is_by_runs_of_the_tasks_length_on_one_data(tmp_path):
+    path = tmp_path / "sweep.jsonl"
+
+    def tried(rate, loss, **more):
+        return [result(rate=rate, seed=seed, loss=loss, **more) for seed in grid.SEEDS]
+
+    for others in ({"epochs": 1}, {"batch_size": 8}, {"data": "older"}):
+        write_rows(path, tried(1e-3, 0.9, **others) + tried(2e-3, 0.1, **others) + tried(1e-3, 0.3) + tried(2e-3, 0.35))
+        assert compare.chosen(path, "trec-6", "fast", 8).rate == 1e-3
 
 
 # What is committed
@@ -237,6 +248,19 @@ def test_a_comparison_that_was_stopped_goes_on_where_it_was(comparison, capsys):
     assert len(comparison("--seeds", "2", "3", "4").made) == 2
 
 
+def test_a_comparison_keeps_what_another_has_swept_meanwhile(comparison, small, monkeypatch):
+    path, other, train = small / "sweep.jsonl", result(task="digits"), compare.train
+
+    def beside_another(*run):
+        if not path.exists():
+            upsert_rows(path, compare.CASE, [other])
+        return train(*run)
+
+    monkeypatch.setattr(compare, "train", beside_another)
+    swept = comparison("--methods", "lora", "--seeds", "2").swept
+    assert other in swept and len(swept) == 1 + 4 + 2
+
+
 def test_what_cannot_run_is_a_row_with_its_reason(comparison, monkeypatch):
     def unsuitable(*_):
         raise Unsuitable("the model has no biases")
@@ -287,13 +311,13 @@ def test_the_whole_demonstration(demonstration, capsys):
     assert "| PEFT LoRA, r 8 |" in text and "| PEFT LoRA, r 1 |" in text
 
 
-def test_the_demonstration_of_a_task_that_is_smaller_than_its_own_default_is_the_tasks(demonstration, monkeypatch):
-    recipe = Recipe(1, batch_size=8)
-    task = Task("few", lambda: questions(160), texts.classification, test_size=40, train_size=60, recipe=recipe)
+def test_the_demonstration_of_a_smaller_task_is_the_tasks(demonstration, small, monkeypatch):
+    write_rows(small / "sweep.jsonl", [result("lora", seed=seed, epochs=1, batch_size=8) for seed in grid.SEEDS])
+    task = Task("few", lambda: questions(160), texts.classification, test_size=40, train_size=60, recipe=Recipe(1, 8))
     monkeypatch.setitem(TASKS, "trec-6", task)
-    result = demonstration("--methods", "lora", size=())
-    (row,) = result.rows
-    assert result.status == 0 and row["data"] == "few: 60 to train on, 40 to judge by"
+    done = demonstration("--methods", "lora", size=())
+    (row,) = done.rows
+    assert done.status == 0 and row["data"] == "few: 60 to train on, 40 to judge by"
     assert (row["epochs"], row["batch_size"]) == (1, 8)
 
 
@@ -312,14 +336,9 @@ def test_an_interrupt_keeps_what_had_finished(demonstration, monkeypatch, capsys
 
 
 def test_a_run_that_diverges_does_not_take_the_others_along(demonstration, small):
-    write_rows(
-        small / "sweep.jsonl",
-        [
-            result(name, rate=rate, seed=seed)
-            for name, rate in (("fast", 1e-2), ("probe", float("inf")))
-            for seed in (0, 1)
-        ],
-    )
+    settings = ("fast", 1e-2), ("probe", float("inf"))
+    rows = [result(name, rate=rate, seed=seed) for name, rate in settings for seed in grid.SEEDS]
+    write_rows(small / "sweep.jsonl", rows)
     result_ = demonstration("--methods", "probe", "fast")
     assert result_.status == 1 and [row["status"] for row in result_.rows] == ["failed", "measured"]
     assert "diverged at step" in result_.rows[0]["reason"]

@@ -270,4 +270,18 @@ FAULTS = [
         "config = LoraConfig(r=2 * k, lora_alpha=k,",
         BENCHMARK,
     ),
+    Fault(
+        "experts: the benchmark times what is wrong",
+        "benchmarks/experts/__main__.py",
+        "    Expected.of(workload, dtype).check(workload, dtype)\n",
+        "",
+        BENCHMARK,
+    ),
+    Fault(
+        "experts: a method that raises ends the benchmark",
+        "benchmarks/experts/__main__.py",
+        "        except Exception as error:\n",
+        "        except ZeroDivisionError as error:\n",
+        BENCHMARK,
+    ),
 ]

@@ -1,8 +1,9 @@
-"""Faults in the fine-tuning comparison: the choice, its parts of the data, what is run again, the tables."""
+"""Faults in the fine-tuning comparison: the choice, its parts of the data, what is run again, rows, the tables."""
 
 from tests.faults.planting import Fault
 
 COMPARE = ["tests/benchmarks/test_compare.py"]
+RESULTS = ["tests/benchmarks/test_benchmark_results.py", "-k", "processes_wait or keep_each"]
 RUNS = ["tests/benchmarks/test_finetune.py", "-m", "not slow"]
 
 FAULTS = [
@@ -21,6 +22,20 @@ FAULTS = [
         COMPARE,
     ),
     Fault(
+        "comparison: the demonstration's choice is by runs of any length",
+        "benchmarks/finetune/compare.py",
+        '"method": method} | _fields(TASKS[task].recipe)',
+        '"method": method}',
+        COMPARE,
+    ),
+    Fault(
+        "comparison: the demonstration's choice is by runs on any data",
+        "benchmarks/finetune/compare.py",
+        'if row["data"] == rows[-1]["data"]',
+        "if True",
+        COMPARE,
+    ),
+    Fault(
         "comparison: differences are not paired by seed",
         "benchmarks/finetune/table.py",
         'theirs[run["seed"]] for run in runs',
@@ -33,6 +48,20 @@ FAULTS = [
         "if self.store.get(_case(task, problem, job)) is None:",
         "if True:",
         COMPARE,
+    ),
+    Fault(
+        "rows: what another process has added is lost",
+        "benchmarks/measure/rows.py",
+        "for row in upsert_rows(self.path, self.key, rows)}",
+        "for row in [*self._rows.values(), *rows]}\n        write_rows(self.path, self._rows.values())",
+        RESULTS,
+    ),
+    Fault(
+        "rows: processes do not wait for each other",
+        "benchmarks/measure/rows.py",
+        "    with only_saver(path.parent):\n",
+        "    if True:\n",
+        RESULTS,
     ),
     Fault(
         "runs: the scale does not reach LoRA",

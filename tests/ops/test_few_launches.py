@@ -57,6 +57,14 @@ def test_norms_of_several_are_each_ones(dtype):
     assert relative_error(norms, torch.stack([vector_norm(w, dtype=wide) for w in weights])) < 1e-6
 
 
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("transposed", [True, False], ids=["transposed", ""])
+def test_norms_of_large_weights_have_all_digits(transposed, count):
+    weight = torch.randn(1500, 1024)
+    weight = weight.t() if transposed else weight
+    assert relative_error(norms_of([weight] * count), weight.double().norm().expand(count)) < 1e-6
+
+
 def test_what_a_transform_has_left_behind_is_taken_as_it_is():
     """A layer's node does not look for it, as `torch.autograd.Function` does."""
     left = []
