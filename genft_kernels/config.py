@@ -200,7 +200,7 @@ class GenFTConfig:
           more where a base knows little of the task.
         - "fast-both": both stages and a tanh between them. 1e-3 to 2e-3.
         - "wegeft": the form of WeGeFT, once GIFT (arXiv 2312.00700): all units shared, W as it is. 2e-3 to 8e-3.
-        - "glue", "vtab", "llama": the official settings. "glue" 2e-3 to 1e-2; no range is known of the other two, "vtab"
+        - "glue", "vtab", "llama": the official settings. "glue" 2e-3 to 1e-2; no range is known of "llama", and "vtab"
           was swept on digits alone. They are true to the published runs and so start from a non-zero update. For GQA
           models override `delta_layout="in_out"`, because their v_proj is not square.
 
