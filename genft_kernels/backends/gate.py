@@ -235,7 +235,7 @@ def _gain(backend: _Backend, case: Case, device: torch.device) -> float:
 
 
 class Outcome(enum.Enum):
-    """What a run of the gate tells, apart from its reason."""
+    """How a run of the gate ended."""
 
     VERDICT = enum.auto()  # of the kernels: the same would come out again
     FAILURE = enum.auto()  # a hang or a death, which may be the kernels' or chance
