@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .arguments import check_type
 from .checks import SUPPORTED_DTYPES, compute_dtype
+from .norm import norm_of
 
 # Modules of `integrations` with a table KINDS, by the library whose classes it names.
 _LIBRARIES = {"bitsandbytes": "bitsandbytes", "torchao": "torchao", "hqq": "hqq"}
@@ -228,14 +229,6 @@ _tried: weakref.WeakKeyDictionary[nn.Module, _Tried] = weakref.WeakKeyDictionary
 
 def _state(codes: Tensor) -> tuple:
     return codes.data_ptr(), None if codes.is_inference() else codes._version
-
-
-def norm_of(weight: Tensor) -> Tensor:
-    """The Frobenius norm of a dense W, in float32 or wider."""
-    wide, norms = torch.promote_types(weight.dtype, torch.float32), weight.detach()
-    if norms.device.type == "cpu":  # which adds up all of a matrix one by one, and loses digits
-        norms = torch.linalg.vector_norm(norms if norms.stride(-1) == 1 else norms.mT, dim=-1, dtype=wide)
-    return torch.linalg.vector_norm(norms, dtype=wide)
 
 
 def opened(value: Any) -> Any:

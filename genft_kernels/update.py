@@ -15,7 +15,8 @@ from . import _torch_private, ops
 from .backends import KERNEL_BACKENDS
 from .checks import compute_dtype, draw_seed, seed_tensor
 from .config import GenFTConfig, is_factored
-from .frozen_weight import FrozenWeight, dense_once, norm_of
+from .frozen_weight import FrozenWeight, dense_once
+from .norm import norm_of
 from .operation import Operation
 from .parameters import GeneratorParameters
 from .philox import COLUMN_STREAM, ROW_STREAM

@@ -55,7 +55,7 @@ FAULTS = [
     ),
     Fault(
         "norms: digits of large ones are lost on a CPU",
-        "genft_kernels/frozen_weight.py",
+        "genft_kernels/norm.py",
         'if norms.device.type == "cpu":',
         "if False:",
         ["tests/ops/test_few_launches.py"],
