@@ -1,10 +1,10 @@
-"""Settings of other methods: whoever gives one to `GenFTConfig` is told what it is called here."""
+"""Settings of other methods: whoever gives one to a configuration of ours is told what it is called here."""
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import functools
+import inspect
 from typing import Any, TypeVar
 
 T = TypeVar("T", bound=type)
@@ -40,8 +40,8 @@ HINTS = {
 
 def names_our_settings(cls: T) -> T:
     """A dataclass whose constructor says, of a setting that it does not have, which one is meant."""
-    known = [field.name for field in dataclasses.fields(cls)]
     initialise = cls.__init__  # type: ignore[misc]
+    known = [*inspect.signature(initialise).parameters][1:]
 
     @functools.wraps(initialise)
     def explaining(self: Any, *args: Any, **settings: Any) -> None:
@@ -49,7 +49,8 @@ def names_our_settings(cls: T) -> T:
             if name not in known:
                 close = difflib.get_close_matches(name, known, 1)
                 hint = HINTS.get(name) or (f"did you mean {close[0]}?" if close else f"it has {', '.join(known)}")
-                raise TypeError(f"{cls.__name__} has no {name[:80]!r}: {hint}")
+                # Python's words, by which PEFT tells a file of a newer version.
+                raise TypeError(f"{cls.__name__} got an unexpected keyword argument {name[:80]!r}: {hint}")
         initialise(self, *args, **settings)
 
     cls.__init__ = explaining  # type: ignore[misc]

@@ -52,6 +52,15 @@ def test_every_setting_has_its_field():
     assert peft_config(bias=True).native().bias and PeftGenFTConfig().native() == GenFTConfig()
 
 
+def test_settings_of_other_methods_are_told_what_they_are_called_here():
+    with pytest.raises(TypeError, match="PeftGenFTConfig got an unexpected keyword argument 'r': the rank is"):
+        PeftGenFTConfig(r=8)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'shared_dims': did you mean shared_dim?"):
+        PeftGenFTConfig(shared_dims=8)
+    with pytest.raises(ValueError, match="modules_to_save must be a list of names, got 'head'"):
+        PeftGenFTConfig(modules_to_save="head")
+
+
 def test_preset_gives_what_is_not_given():
     config = PeftGenFTConfig(preset="glue", specific_dim=3)
     assert config.native() == dataclasses.replace(GenFTConfig.preset("glue"), specific_dim=3)

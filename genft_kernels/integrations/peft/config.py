@@ -15,6 +15,7 @@ from ...config import PRESETS, GenFTConfig
 from ...files.fingerprint import Fingerprint
 from ...files.format import CONFIG_FILE, FORMAT_VERSION, parsed_fingerprints
 from ...files.peft_file import RENAMED, SETTINGS, split_stacks
+from ...foreign_settings import names_our_settings
 from ...update import Frozen
 from .types import GENFT
 
@@ -28,6 +29,7 @@ BESIDE_A_MODEL = "GENFT: import genft_kernels.integrations.peft first"
 BIASES = ("none", "all", f"{PREFIX}only")
 
 
+@names_our_settings
 @dataclass
 class PeftGenFTConfig(PeftConfig):
     """Settings of a GenFT adapter in PEFT.
@@ -103,6 +105,10 @@ class PeftGenFTConfig(PeftConfig):
         if self.bias not in BIASES:
             raise ValueError(
                 f"bias must be one of {', '.join(BIASES)}; got {self.bias!r} (generator_bias is GenFT's own)"
+            )
+        if isinstance(self.modules_to_save, str):
+            raise ValueError(
+                f"modules_to_save must be a list of names, got {self.modules_to_save!r}; a task_type trains a new head"
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern has a meaning only with layers_to_transform")
