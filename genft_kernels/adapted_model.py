@@ -113,7 +113,11 @@ def look_once(model: nn.Module) -> None:
 def explain(model: nn.Module) -> str:
     """`backends.explain` for an adapted model, and which of its layers are generated together, or why they are not.
 
+    Returns:
+        Lines to print.
+
     Raises:
+        TypeError: `model` is no module.
         RuntimeError: the model has no adapter.
     """
     updates = updates_of(model)

@@ -51,7 +51,11 @@ def tune(model: nn.Module, tokens: int | Sequence[int] = (8192, 128), *, seconds
         tokens: how many tokens a step has, one number or several; each stands for all down to half of it.
         seconds: to spend in all; what is left then is not measured, and said to be so.
 
+    Returns:
+        What was measured, one for each shape.
+
     Raises:
+        TypeError: `model` is no module.
         ValueError: the model has no layer with `backend="auto"`; a number of tokens or of seconds is none.
         OSError: what was measured cannot be kept.
     """
