@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from benchmarks.step.methods import trained
 from genft_kernels import GenFTConfig, apply_genft, reference
 from genft_kernels.adapted_model import adapted_layers
-from genft_kernels.parameters import GeneratorParameters
+from genft_kernels.parameters import of_block
 
 TARGETS = ["experts.gate_up_proj", "experts.down_proj"]
 
@@ -91,9 +91,7 @@ def _genft_weights(block: nn.Module) -> dict[str, Tensor]:
         stored, params = update.stored_weight, update.parameters_of_generator()
         halves = 2 if update.parameter_name == "gate_up_proj" else 1
         deltas = [
-            reference.delta_weight(
-                matrix, GeneratorParameters(*(t if t is None else t[at] for t in params)), update.config
-            )
+            reference.delta_weight(matrix, of_block(params, at), update.config)
             for at, matrix in enumerate(stored.unflatten(1, (halves, -1)).flatten(0, 1))
         ]
         found[update.parameter_name] = stored + torch.stack(deltas).view_as(stored)

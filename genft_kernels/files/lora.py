@@ -200,10 +200,10 @@ def _exportable_layers(model: nn.Module) -> dict[str, Adapted]:
         if layer.merged:
             raise RuntimeError(f"{path!r} is merged: call unmerge(model) first")
         sources = [update.source() for update in layer.updates.values()]
-        weights = (
-            () if isinstance(layer.frozen_weight, FrozenWeight) else (layer.stored_weight,)
-        )  # codes: all are finite
-        for tensor in (*weights, *(thin for source in sources for thin in source.thin)):
+        tensors = [thin for source in sources for thin in source.thin]
+        if not isinstance(layer.frozen_weight, FrozenWeight):  # whose codes are neither sharded here nor NaN
+            tensors.append(layer.stored_weight)
+        for tensor in tensors:
             if tensor.device.type == "meta":
                 raise RuntimeError(f"{path!r} is on the meta device: bring the offloaded model back first")
             if is_tensor_subclass(tensor):
