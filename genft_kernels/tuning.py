@@ -67,7 +67,7 @@ def tune(model: nn.Module, tokens: int | Sequence[int] = (8192, 128), *, seconds
     if not is_finite(seconds) or seconds < 0:
         raise ValueError(f"seconds must be a number of at least 0, got {shown(seconds)}")
     updates = _one_of_each_shape(model)
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + float(seconds)  # one of numpy may be of float32, whose clock is coarse
     found: dict[torch.device, dict[str, Measured]] = {}
     try:
         for update in updates:
