@@ -11,6 +11,8 @@ from tests.helpers.tiny_models import Encoder, tokens
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
+from accelerate import cpu_offload  # noqa: E402  # PEFT needs it
+
 from tests.helpers.peft_models import (  # noqa: E402
     base,
     folded,
@@ -54,11 +56,10 @@ def test_an_adapter_may_be_called_as_targets_are(tmp_path):
 @pytest.mark.parametrize("active", [["default"], ["default", "other"]])
 def test_offloaded_tensors_come_back_for_a_forward(active):
     """accelerate brings them where modules are called, and the tuner reads what its modules hold."""
-    accelerate = pytest.importorskip("accelerate")
     model = with_second_adapter(peft_model())
     model.base_model.set_adapter(active)
     expected = model(tokens())
-    accelerate.cpu_offload(model, execution_device="cpu")
+    cpu_offload(model, execution_device="cpu")
     layer = model.base_model.model.layers[0].attention.query
     for _ in range(2):
         assert torch.allclose(model(tokens()), expected, rtol=1e-12)

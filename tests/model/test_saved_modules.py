@@ -36,13 +36,17 @@ def test_the_end_of_a_tie_is_told():
         adapted()
 
 
+def ways_to_tie(model):
+    return model.tie_weights, lambda: model.tie_weights(recompute_mapping=False), model.model.tie_weights
+
+
 @pytest.mark.filterwarnings(TIED)
 def test_tying_again_leaves_the_trained_head_alone():
     model = adapted()
     head, embedding = model.lm_head.weight, model.model.embed_tokens.weight
     randomise(model)
     expected = model(ids()).logits
-    for again in (model.tie_weights, lambda: model.tie_weights(recompute_mapping=False), model.model.tie_weights):
+    for again in ways_to_tie(model):
         again()
         assert model.lm_head.weight is head and model.model.embed_tokens.weight is embedding
         assert head.requires_grad and torch.equal(model(ids()).logits, expected)
@@ -111,7 +115,7 @@ def test_tying_again_leaves_a_frozen_head_alone():
     head, embedding = model.lm_head.weight, model.model.embed_tokens.weight
     randomise(model)
     expected = model(ids()).logits
-    for again in (model.tie_weights, lambda: model.tie_weights(recompute_mapping=False), model.model.tie_weights):
+    for again in ways_to_tie(model):
         again()
         assert model.lm_head.weight is head and model.model.embed_tokens.weight is embedding
         assert not head.requires_grad and torch.equal(model(ids()).logits, expected)
