@@ -211,8 +211,8 @@ FAULTS = [
     Fault(
         "row: last tile of out not summed",
         BACKENDS + "triton/row.py",
-        "n_out, BLOCK_OUT):\n        rows = start + tl.arange(0, BLOCK_OUT)\n        s =",
-        "n_out - BLOCK_OUT + 1, BLOCK_OUT):\n        rows = start + tl.arange(0, BLOCK_OUT)\n        s =",
+        "n_out, BLOCK_OUT):\n        rows = start + tl.arange(0, BLOCK_OUT)\n        y = update_tile(",
+        "n_out - BLOCK_OUT + 1, BLOCK_OUT):\n        rows = start + tl.arange(0, BLOCK_OUT)\n        y = update_tile(",
         INTERPRETED,
     ),
     Fault(

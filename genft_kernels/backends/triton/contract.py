@@ -23,7 +23,7 @@ from .math import (
 def _contract(
     dy, x, b, h, seed, dh, db, t, tokens_per_split, n_out, n_in, k, stride_dt, stride_do, stride_xt, stride_xi,
     threshold, keep_scale, stream, scale,
-    ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr, NEED_H: tl.constexpr, NEED_B: tl.constexpr,
+    ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, SLICES: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr,
     BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
@@ -51,12 +51,12 @@ def _contract(
     p = g.to(h.dtype.element_ty)
     for chunk in tl.static_range(CHUNKS):
         units = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
-        if NEED_B:
+        if db is not None:
             left = thin_rows(h, columns, units, n_in, k)  # [in, k]
             part = tl.dot(p, left, input_precision=PRECISION)
             at = ((split * in_tiles + in_tile) * n_out + rows[:, None]).to(tl.int64) * k + units[None, :]
             tl.store(db + at, part, mask=(rows[:, None] < n_out) & (units[None, :] < k))
-        if NEED_H:
+        if dh is not None:
             right = thin_rows(b, rows, units, n_out, k)  # [out, k]
             part = tl.dot(tl.trans(p), right, input_precision=PRECISION)
             at = ((split * out_tiles + out_tile) * n_in + columns[:, None]).to(tl.int64) * k + units[None, :]
@@ -75,7 +75,7 @@ def contract(dy: Tensor, x: Tensor, update: Update, scale: float, parts: Pair, t
     _contract[(tiles, max(1, ceil_divide(t, tokens)))](
         dy, x, b, h, seed, dh, db, t, tokens, n_out, n_in, k,
         *dy.stride(), *x.stride(), *dropout_arguments(dropout), stream, scale,
-        ACTIVATION=activation, DROPOUT=dropout > 0, NEED_H=dh is not None, NEED_B=db is not None,
+        ACTIVATION=activation, DROPOUT=dropout > 0,
         PRECISION=precision(h), SLICES=slices(k), BLOCK_K=block_k, CHUNKS=ceil_divide(k, block_k),
         BLOCK_OUT=block_out, BLOCK_IN=block_in, BLOCK_T=block_t, num_warps=8,
         num_stages=stages(dy, 4, (block_out + block_in) * block_t),

@@ -10,13 +10,23 @@ from torch import Tensor
 
 from ..launchers import Outcome, Update
 from .launch import ceil_divide, dropout_arguments, edge, named, precision, slices, unit_block
-from .math import activate, activation_slope, add_product, keep_tile, key_of_layer, matrix_tile, rank_k_tile, thin_rows
+from .math import (
+    activate,
+    activation_slope,
+    add_product,
+    keep_tile,
+    key_of_layer,
+    matrix_tile,
+    rank_k_tile,
+    thin_rows,
+    update_tile,
+)
 
 
 @triton.jit
 def _row_forward(
     left, right, down, bias, seed, out, pre, n_out, n_in, k1, k, threshold, keep_scale, stream,
-    OUTER: tl.constexpr, INNER: tl.constexpr, DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    OUTER: tl.constexpr, INNER: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, SLICES_1: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
@@ -29,13 +39,13 @@ def _row_forward(
     tl.assume(n_out > 0)  # a loop that may have no step makes ptxas wait for each matrix instruction (C7515)
     for start in range(0, n_out, BLOCK_OUT):
         rows = start + tl.arange(0, BLOCK_OUT)
-        s = rank_k_tile(left, right, rows, columns, n_out, n_in, k1, SLICES_1, PRECISION, BLOCK_OUT, BLOCK_IN)
-        y = activate(s, OUTER)  # [out, in]
-        if DROPOUT:
-            y *= keep_tile(key, stream, rows, columns, n_out, threshold, keep_scale, BLOCK_OUT, BLOCK_IN)
+        y = update_tile(
+            left, right, key, rows, columns, n_out, n_in, k1, threshold, keep_scale, stream,
+            OUTER, DROPOUT, PRECISION, SLICES_1, BLOCK_OUT, BLOCK_IN,
+        )  # [out, in]  # fmt: skip
         a = matrix_tile(down, rows, units, n_out, k, 1, n_out)  # [out, k]
         z = add_product(z, tl.trans(y.to(a.dtype)), a, PRECISION)
-    if HAS_BIAS:
+    if bias is not None:
         z += tl.load(bias + units, mask=units < k, other=0.0).to(tl.float32)[None, :]
     mask = (columns[:, None] < n_in) & (units[None, :] < k)
     at = (layer * n_in + columns[:, None]) * k + units[None, :]
@@ -135,7 +145,7 @@ def row_forward(y: Update, down: Tensor, outcome: Outcome) -> None:
     _row_forward[(ceil_divide(n_in, block), ceil_divide(k, block_k), layers)](
         left, right, down, bias, seed, out, pre,
         n_out, n_in, k1, k, *dropout_arguments(dropout), stream,
-        OUTER=outer, INNER=inner, DROPOUT=dropout > 0, HAS_BIAS=bias is not None, PRECISION=precision(left),
+        OUTER=outer, INNER=inner, DROPOUT=dropout > 0, PRECISION=precision(left),
         SLICES_1=slices(k1), BLOCK_K=block_k, BLOCK_OUT=block, BLOCK_IN=block,
         num_warps=4, num_stages=2 if left.dtype.itemsize == 2 else 1,  # in float32 a second one fills the registers
     )  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..launchers import Outcome
 from .launch import ceil_divide, named, precision, stages, unit_block
-from .math import activate, add_product, matrix_tile
+from .math import activate, add_product, matrix_tile, thin_rows
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def _matrix_of_layer(first, offsets, layer, DIVISIBILITY: tl.constexpr):
 def _thin_product(
     first, offsets, thins, bias, outs, pres, layers, m, n, k, stride_m, stride_n, columns_per_split,
     DIVISIBILITY: tl.constexpr,
-    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out [split, m, k] = activation(matrix [m, n] thin[k, n]^T + bias), and what the activation was applied to.
@@ -42,19 +42,14 @@ def _thin_product(
     matrix = _matrix_of_layer(first, offsets, layer, DIVISIBILITY)
     thin = thins + layer.to(tl.int64) * k * n
     z = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
-    tl.assume(
-        columns_per_split > 0
-    )  # a loop that may have no step makes ptxas wait for each matrix instruction (C7515)
+    # A loop that may have no step makes ptxas wait for each matrix instruction (C7515).
+    tl.assume(columns_per_split > 0)
     for start in range(0, columns_per_split, BLOCK_N):
         inner = split * columns_per_split + start + tl.arange(0, BLOCK_N)
-        matrix_mask = (rows[:, None] < m) & (inner[None, :] < n)
-        matrix_at = rows[:, None].to(tl.int64) * stride_m + inner[None, :].to(tl.int64) * stride_n
-        tile = tl.load(matrix + matrix_at, mask=matrix_mask, other=0.0)
-        thin_mask = (units[:, None] < k) & (inner[None, :] < n)
-        thin_at = units[:, None].to(tl.int64) * n + inner[None, :]
-        thin_tile = tl.load(thin + thin_at, mask=thin_mask, other=0.0)
+        tile = matrix_tile(matrix, rows, inner, m, n, stride_m, stride_n)
+        thin_tile = thin_rows(thin, units, inner, k, n)  # [k, n]
         z = add_product(z, tile.to(thin_tile.dtype), tl.trans(thin_tile), PRECISION)
-    if HAS_BIAS:
+    if bias is not None:
         z += tl.load(bias + units, mask=units < k, other=0.0).to(tl.float32)[None, :]
     mask = (rows[:, None] < m) & (units[None, :] < k)
     at = (tl.program_id(2).to(tl.int64) * m + rows[:, None]) * k + units[None, :]
@@ -82,10 +77,8 @@ def _thin_transposed(
     for start in range(0, rows_per_split, BLOCK_M):
         rows = split * rows_per_split + start + tl.arange(0, BLOCK_M)
         small = matrix_tile(dz, units, rows, k, m, 1, k)  # [k, rows], as the product takes it
-        mask = (rows[:, None] < m) & (columns[None, :] < n)
-        at = rows[:, None].to(tl.int64) * stride_m + columns[None, :].to(tl.int64) * stride_n
-        tile = tl.load(matrix + at, mask=mask, other=0.0).to(small.dtype)
-        total = add_product(total, small, tile, PRECISION)
+        tile = matrix_tile(matrix, rows, columns, m, n, stride_m, stride_n)
+        total = add_product(total, small, tile.to(small.dtype), PRECISION)
     mask = (units[:, None] < k) & (columns[None, :] < n)
     at = (tl.program_id(2).to(tl.int64) * k + units[:, None]) * n + columns[None, :]
     tl.store(outs + at, total.to(outs.dtype.element_ty), mask=mask)
@@ -100,7 +93,7 @@ def thin_product(matrices: list[Tensor], thin: Tensor, outcome: Outcome, columns
     offsets, divisibility = _offsets(matrices)
     _thin_product[(ceil_divide(m, 64), ceil_divide(k, block_k), layers * ceil_divide(n, columns))](
         matrices[0], offsets, thin, bias, out, pre, layers, m, n, k, *matrices[0].stride(), columns,
-        DIVISIBILITY=divisibility, ACTIVATION=activation, HAS_BIAS=bias is not None, PRECISION=precision(thin),
+        DIVISIBILITY=divisibility, ACTIVATION=activation, PRECISION=precision(thin),
         BLOCK_M=64, BLOCK_N=64, BLOCK_K=block_k, num_warps=8, num_stages=stages(thin, 5, 64 * (64 + block_k)),
     )  # fmt: skip
 
