@@ -78,6 +78,20 @@ def current_stream(device: torch.device) -> int:
     return stream
 
 
+# --- nested values --------------------------------------------------------------------------------------------------
+
+
+def leaves(nested: Any) -> list[Any]:
+    """All that tuples, lists, dicts, and what is registered as such, hold."""
+    found: list[Any] = _private("torch.utils._pytree", "tree_leaves")(nested)
+    return found
+
+
+def map_leaves(function: Callable[[Any], Any], nested: Any) -> Any:
+    """The same with `function` of each leaf."""
+    return _private("torch.utils._pytree", "tree_map")(function, nested)
+
+
 # --- autograd -------------------------------------------------------------------------------------------------------
 
 

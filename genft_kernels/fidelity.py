@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree
 
+from . import _torch_private
 from .adapt import disabled, merge, remove_genft
 from .arguments import check_type
 from .files.lora import export_lora
@@ -106,4 +106,6 @@ def _answer(model: nn.Module, inputs: Any, dtype: torch.dtype) -> Tensor:
     def cast(leaf: Any) -> Any:
         return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
-    return answer(model, _pytree.tree_map(cast, inputs)).double()
+    # PyTorch takes a mapping of a class of its own, as a processor's is, for a leaf.
+    inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
+    return answer(model, _torch_private.map_leaves(cast, inputs)).double()

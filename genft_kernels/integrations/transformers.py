@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from accelerate.state import GradientState
 from torch import nn
-from torch.utils import _pytree
 from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback
 
@@ -63,7 +62,7 @@ class AccumulateCallback(TrainerCallback):
         ):
             return
         self._queued = False
-        for leaf in _pytree.tree_leaves(output):
+        for leaf in _torch_private.leaves(output):
             if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
                 # A hook of an output runs in the outermost backward, where checkpointed regions have inner ones.
                 leaf.register_hook(self._queue_flush)

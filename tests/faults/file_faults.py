@@ -9,6 +9,20 @@ BAD_INPUT = ["tests/method/test_bad_input.py"]
 OFFICIAL = ["tests/files/test_official_files.py", "tests/files/test_official_refusals.py"]
 
 FAULTS = [
+    Fault(
+        "fidelity: a processor's mapping taken for a leaf",
+        "genft_kernels/fidelity.py",
+        "dict(inputs) if isinstance(inputs, Mapping) else inputs",
+        "inputs",
+        ["tests/files/test_fidelity.py"],
+    ),
+    Fault(
+        "torch: a private module imported beside the file of private parts",
+        "genft_kernels/fidelity.py",
+        "import Tensor, nn\n",
+        "import Tensor, nn\nfrom torch.utils import _pytree  # noqa: F401\n",
+        ["tests/method/test_torch_private.py"],
+    ),
     Fault("save: no lock", "genft_kernels/files/folder.py", "lock = _lock(directory)", "lock = None", FOLDER),
     Fault(
         "save: a lock counts that its holder has removed",

@@ -1,11 +1,13 @@
 """The report on what arrives of an adapter: its gain tells a lost update from a kept one."""
 
+import collections
 import copy
 import math
 import warnings
 
 import pytest
 import torch
+from torch import nn
 
 from genft_kernels import GenFTConfig, apply_genft, fidelity_report
 from tests.helpers.tiny_models import Encoder, randomise, tokens
@@ -52,6 +54,13 @@ def test_report_is_a_table_that_says_what_is_missing():
 def test_an_update_without_effect_has_no_gain():
     model = apply_genft(Encoder().eval(), GenFTConfig(shared_dim=2, specific_dim=1))
     assert all(math.isnan(row.gain) for row in fidelity_report(model, tokens()).rows)
+
+
+def test_floating_point_inputs_are_cast_in_a_mapping_of_any_class():
+    config = GenFTConfig(shared_dim=2, specific_dim=1, target_modules=["0"], zero_delta=False)
+    model = apply_genft(nn.Sequential(nn.Linear(8, 8)), config)
+    inputs = {"input": torch.randn(3, 8)}
+    assert fidelity_report(model, collections.UserDict(inputs)).rows == fidelity_report(model, inputs).rows
 
 
 def test_the_model_is_as_it_was():
