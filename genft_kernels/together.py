@@ -7,7 +7,7 @@ by side, which is one update again; others are folded into one transient W.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -95,12 +95,11 @@ def _generated(update: GenFTUpdate, x: Tensor, dtype: torch.dtype, backend: str,
         check_not_onnx()
     if update.generates_alone():
         params = as_group(update.parameters_of_generator())
-        blocks: Sequence[Any] = update.source().blocks
         factors = [
             generate_factors(
                 [block], params, config, dtype=dtype, dropout=dropout, seed=seed, backend=backend
             ).unbind()[0]
-            for block, seed in zip(blocks, seeds, strict=True)
+            for block, seed in zip(update.adapted_blocks(), seeds, strict=True)
         ]
     else:
         factors = update.generator.group.factors_for(update, dtype, backend, seeds, key)  # type: ignore[arg-type]

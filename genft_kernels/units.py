@@ -145,7 +145,7 @@ class GenFTUpdate(nn.Module):
 
     def source(self) -> Source:
         """All that the layer's factors are generated from, as it is now."""
-        config, blocks = self.config, self._adapted_blocks()
+        config, blocks = self.config, self.adapted_blocks()
         return Source(
             config,
             self.stored_weight,
@@ -158,7 +158,8 @@ class GenFTUpdate(nn.Module):
             self._obstacle(blocks[0]),
         )
 
-    def _adapted_blocks(self) -> list[Tensor] | list[FrozenWeight]:
+    def adapted_blocks(self) -> Sequence[Tensor | FrozenWeight]:
+        """The blocks of the frozen weight that are adapted, merged or not; views, or handles."""
         cut = self._blocks.split(self.frozen_weight)
         return [cut[index] for index in self._blocks.adapted]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -64,7 +64,8 @@ class ExpertUpdate(MergeableUpdate):
         """All experts' W as they are stored, one below the other, merged or not; a matrix."""
         return self.stored_weight.flatten(0, -2)
 
-    def _adapted_blocks(self) -> list[Tensor] | list[FrozenWeight]:
+    def adapted_blocks(self) -> Sequence[Tensor | FrozenWeight]:
+        """The halves of all experts, as `Layout.blocks` cuts them."""
         return self.layout.blocks(self.stored_weight)
 
     def parameters_of_generator(self) -> GeneratorParameters:
@@ -142,9 +143,9 @@ class ExpertUpdate(MergeableUpdate):
     def _factors(self, dtype: torch.dtype, backend: str, seeds: Tensor | None) -> Factors:
         """h [E * halves, in, k] and b [E * halves, out / halves, k]; with those of other layers where that can be."""
         if self.generates_alone():
-            source = self.source()
+            dropout = self.config.dropout if self.training else 0.0
             return generate_factors(
-                source.blocks, self.parameters_of_generator(), self.config, dtype=dtype, dropout=source.dropout,
+                self.adapted_blocks(), self.parameters_of_generator(), self.config, dtype=dtype, dropout=dropout,
                 seed=seeds, backend=backend,
             )  # fmt: skip
         blocks = self.layout.experts * self.layout.halves

@@ -48,7 +48,7 @@ def exact_stack(path: str, update: ExpertUpdate, rank: int | None, energy: float
         )
     dtype = torch.promote_types(update.stored_weight.dtype, torch.float32)
     generated = generate_factors(
-        update.source().blocks, update.parameters_of_generator(), config, dtype=dtype, dropout=0.0, seed=None,
+        update.adapted_blocks(), update.parameters_of_generator(), config, dtype=dtype, dropout=0.0, seed=None,
         backend="eager",
     )  # fmt: skip
     h, b, _ = update.layout.join_factors(generated, update.h_is_one)

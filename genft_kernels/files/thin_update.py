@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,8 +52,7 @@ def _factors(update: GenFTUpdate) -> tuple[Tensor, Tensor]:
     config, dtype = update.config, torch.promote_types(update.frozen_weight.dtype, torch.float32)
     params = as_group(update.parameters_of_generator())
     downs, ups = [], []
-    weights: list[Any] = list(update.source().blocks)
-    for index, weight in zip(update.blocks.adapted, weights, strict=True):
+    for index, weight in zip(update.blocks.adapted, update.adapted_blocks(), strict=True):
         generated = generate_factors([weight], params, config, dtype=dtype, dropout=0.0, seed=None, backend="eager")
         (factors,) = generated.unbind()
         up = factors.b.new_zeros(update.frozen_weight.shape[0], factors.b.shape[1])  # [out, k]

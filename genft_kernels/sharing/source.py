@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -20,7 +20,7 @@ class Source(NamedTuple):
 
     config: GenFTConfig
     weight: Tensor  # W, as it is stored; of one that is quantised, the codes
-    blocks: list[Tensor] | list[FrozenWeight]  # its adapted blocks, each [out, in] of the generator; views
+    blocks: Sequence[Tensor | FrozenWeight]  # its adapted blocks, each [out, in] of the generator; views
     shared: dict[str, Tensor]  # the generator's tensors
     own: dict[str, Tensor]  # the layer's
     backend: str  # as the layer was told, "auto" included

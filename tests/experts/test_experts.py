@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from genft_kernels import apply_genft, remove_genft
+from genft_kernels.experts.update import ExpertUpdate
+from genft_kernels.files.lora_experts import exact_stack
 from tests.helpers.expert_models import (
     EXPERTS,
     MODELS,
@@ -138,6 +140,17 @@ def test_one_generation_serves_all_experts_of_all_layers():
     model = apply_genft(mixtral(), settings())
     answer(model, tokens()).sum().backward()
     assert [generator.group.generations for generator in model.genft_generators.values()] == [1, 1]
+
+
+def test_experts_that_generate_alone_or_are_exported_call_their_generator_once(monkeypatch):
+    monkeypatch.setattr(ExpertUpdate, "generates_alone", lambda self: True)
+    update = experts_of(apply_genft(mixtral(), settings())).updates["down_proj"]
+    calls = []
+    update.generator.register_forward_hook(lambda *_: calls.append("generator"))
+    update.whole_factors(torch.randn(3, update.layout.in_features, dtype=update.weight.dtype))
+    assert len(calls) == 1
+    exact_stack("down_proj", update, None, None)
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("form", [{}, dict(expert_specific="layer"), dict(specific_dim=0)])

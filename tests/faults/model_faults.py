@@ -12,6 +12,13 @@ TRAINER = ["tests/integrations/test_integrations.py"]
 
 FAULTS = [
     Fault(
+        "generation: a layer alone calls its generator for its blocks, too",
+        "genft_kernels/together.py",
+        "zip(update.adapted_blocks(), seeds",
+        "zip(update.source().blocks, seeds",
+        ["tests/model/test_modules.py", "-k", "alone"],
+    ),
+    Fault(
         "generation: a gradient for layers that had no part",
         "genft_kernels/sharing/node.py",
         "nothing = stack.new_zeros(stack.shape[1:])",

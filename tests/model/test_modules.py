@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from genft_kernels import GenFTConfig, GenFTGenerator, GenFTLinear, reference
+from genft_kernels.files.thin_update import exact
 from tests.helpers.layers import config, every_config, make_layer, train_step
 from tests.helpers.tiny_models import randomise
 
@@ -168,6 +169,16 @@ def test_fused_weight_changes_in_adapted_blocks_alone():
     assert torch.allclose(layer(x), F.linear(x, linear.weight + delta, linear.bias), rtol=1e-12)
     gradients = train_step(layer, x)
     assert all(gradient.any() for gradient in gradients.values())
+
+
+def test_layer_that_generates_alone_or_is_exported_calls_its_generator_once(monkeypatch):
+    monkeypatch.setattr(GenFTLinear, "generates_alone", lambda self: True)
+    layer, calls = make_layer(dtype=torch.float32), []
+    layer.generator.register_forward_hook(lambda *_: calls.append("generator"))
+    layer(torch.randn(3, 9))
+    assert len(calls) == 1
+    exact([layer])
+    assert len(calls) == 2
 
 
 def test_delta_weight_knows_no_dropout_and_is_differentiable():
