@@ -22,36 +22,15 @@ TESTED = "2.11 to 2.13"
 def _private(module: str, name: str) -> Any:
     """`name` of a module of torch; RuntimeError if this version has none."""
     try:
-        return _attribute(importlib.import_module(module), name, f"{module}.{name}")
-    except ImportError:
-        raise RuntimeError(_absent(f"{module}.{name}")) from None
+        return functools.reduce(getattr, name.split("."), importlib.import_module(module))
+    except (ImportError, AttributeError):
+        raise RuntimeError(
+            f"torch {torch.__version__} has no {module}.{name}, which genft_kernels {__version__} relies on: install "
+            f"a version of torch that it is tested with ({TESTED}), or a newer genft_kernels"
+        ) from None
 
 
-def _attribute(owner: Any, name: str, shown: str) -> Any:
-    try:
-        return functools.reduce(getattr, name.split("."), owner)
-    except AttributeError:
-        raise RuntimeError(_absent(shown)) from None
-
-
-def _absent(shown: str) -> str:
-    return (
-        f"torch {torch.__version__} has no {shown}, which genft_kernels {__version__} relies on: install a version of "
-        f"torch that it is tested with ({TESTED}), or a newer genft_kernels"
-    )
-
-
-# --- custom ops and compiled graphs ---------------------------------------------------------------------------------
-
-
-def name_of_op(op: Any) -> str:
-    """The name of a custom op, with its namespace."""
-    return _attribute(op, "_qualname", "torch.library.CustomOpDef._qualname")
-
-
-def arguments_of_op(op: Any) -> int:
-    """The number of arguments of a custom op."""
-    return len(_attribute(op, "_opoverload._schema.arguments", "torch.library.CustomOpDef._opoverload"))
+# --- compiled graphs ------------------------------------------------------------------------------------------------
 
 
 def constant_in_graphs(function: Callable) -> Callable:

@@ -43,6 +43,7 @@ class Operation:
     """A custom op with its gradient. Called, it gives the op's first result, by a plain node of the graph.
 
     Args:
+        name: of the operation.
         op, backward_op: the custom ops `<name>` and `<name>_backward`.
         setup: saves in a context what `gradients` will need, given the op's inputs and outputs.
         gradients: (context, gradient of the first result, `backward_op`) -> the gradient of each input.
@@ -53,6 +54,7 @@ class Operation:
 
     def __init__(
         self,
+        name: str,
         op: Any,
         backward_op: Callable[..., Any],
         setup: Callable[..., None],
@@ -61,11 +63,11 @@ class Operation:
         by_pytorch: Callable[..., bool] | None = None,
     ) -> None:
         self._op, self._compute, self._by_pytorch = op, compute, by_pytorch
-        self._name = name = _torch_private.name_of_op(op).removeprefix("genft::")
-        of_backward, count = f"{name}_backward", _torch_private.arguments_of_op(op)
+        self._name = name
+        of_backward = f"{name}_backward"
 
         def of_op(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...]:
-            grads = (None,) * count if grad is None else gradients(ctx, grad, backward_op)
+            grads = (None,) * len(ctx.needs_input_grad) if grad is None else gradients(ctx, grad, backward_op)
             # An op wants a list for a list.
             lists = ([None] * len(need) if isinstance(need, (list, tuple)) else None for need in ctx.needs_input_grad)
             return tuple(each if grad is None else grad for each, grad in zip(lists, grads, strict=True))
@@ -91,7 +93,9 @@ class Operation:
             @staticmethod
             @first_order
             def backward(ctx: Any, grad: Tensor | None) -> Any:
-                return *((None,) * count if grad is None else gradients(ctx, grad, run_backward)), None
+                if grad is None:
+                    return (None,) * len(ctx.needs_input_grad)
+                return *gradients(ctx, grad, run_backward), None  # `results` has none
 
         class TracedNode(torch.autograd.Function):
             """For a compiler, which looks into it: the products of PyTorch that an operation comes to."""

@@ -125,7 +125,9 @@ def _column_by_pytorch(*args: Any) -> bool:
     return backends.by_pytorch(args[-1], first_tensor(args).device)
 
 
-column_node = Operation(column, column_backward, _column_setup, _column_gradients, compute, _column_by_pytorch)
+column_node = Operation(
+    "column", column, column_backward, _column_setup, _column_gradients, compute, _column_by_pytorch
+)
 
 
 # --- row ------------------------------------------------------------------------------------------------------------
@@ -182,7 +184,7 @@ def _factored(*args: Any) -> bool:
     return is_factored(*args[-4:-2])  # (activation, dropout), whatever the backend
 
 
-row_node = Operation(row, row_backward, _row_setup, _row_gradients, compute, _factored)
+row_node = Operation("row", row, row_backward, _row_setup, _row_gradients, compute, _factored)
 
 
 # --- linear ---------------------------------------------------------------------------------------------------------
@@ -270,4 +272,4 @@ def _linear_gradients(ctx: Any, grad: Tensor, backward: Callable[..., Any]) -> t
     return dx, None, dbias, dh, db, None, None, None, None, None, None
 
 
-linear_node = Operation(linear, linear_backward, _linear_setup, _linear_gradients, compute, _factored)
+linear_node = Operation("linear", linear, linear_backward, _linear_setup, _linear_gradients, compute, _factored)

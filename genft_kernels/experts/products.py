@@ -170,7 +170,7 @@ def _run(operation: str, *args: Any) -> Any:
     return tuple(args[0].new_empty(0) if result is None else result for result in _OPERATIONS[operation](*args))
 
 
-expert_linear_node = Operation(expert_linear, expert_linear_backward, _setup, _gradients, _compute)
+expert_linear_node = Operation("expert_linear", expert_linear, expert_linear_backward, _setup, _gradients, _compute)
 SIDE_BY_SIDE = Action(1.0, "identity")  # of factors that have their scales within
 
 
