@@ -45,8 +45,8 @@ class Action(NamedTuple):
     seed: torch.Tensor | None = None  # int64 [1]; None without dropout and where nothing rounds stochastically
 
 
-def run_operation(operation: Operation, activation: str, *args: Any) -> torch.Tensor:
-    """The first result of an operation, in which the activation is the last step."""
+def run_operation(operation: Operation, *args: Any) -> torch.Tensor:
+    """The first result of an operation."""
     return operation(*args)
 
 
@@ -104,7 +104,7 @@ def generate_factors(
         return Factors(torch.cat([right, h], 2), torch.cat([left, b], 2), ROW_STREAM)  # [L, in, 2 k], [L, out, 2 k]
     row, psi = units("row", matrix_ratio), config.outer_activation
     run = run_operation if is_factored(psi, dropout) else known.run  # thin products are not worth keeping
-    h = run(ops.row_node, phi, left, right, row.down, row.down_bias, seed, psi, dropout, phi, backend)  # [L, in, k]
+    h = run(ops.row_node, left, right, row.down, row.down_bias, seed, psi, dropout, phi, backend)  # [L, in, k]
     h, b = row.joined(h, config.hidden_dim)
     # dW = sigma * D instead of sigma * D^T: the factors change places.
     return Factors(b, h, ROW_STREAM) if config.delta_layout == "out_in" else Factors(h, b, ROW_STREAM)
@@ -121,7 +121,7 @@ def _over_weights(
     at_once = backend not in KERNEL_BACKENDS and first.down.device.type == "cpu" and not others
     if at_once or not isinstance(weights[0], FrozenWeight):
         return [
-            known.run(ops.column_node, phi, matrices, of_stage.down, of_stage.down_bias, phi, backend)
+            known.run(ops.column_node, matrices, of_stage.down, of_stage.down_bias, phi, backend)
             for matrices, of_stage in stages
         ]
     found: list[list[torch.Tensor]] = [[] for _ in stages]
@@ -129,7 +129,7 @@ def _over_weights(
         for layer in range(len(weights)):
             for results, (matrices, of_stage) in zip(found, stages, strict=True):
                 one = [matrices[layer]], of_stage.down[layer : layer + 1], of_stage.down_bias
-                results.append(known.run(ops.column_node, phi, *one, phi, backend))
+                results.append(known.run(ops.column_node, *one, phi, backend))
     return [torch.cat(results) for results in found]
 
 

@@ -137,8 +137,9 @@ class _Results:
     def __init__(self) -> None:
         self._before: list[Tensor] = []  # what activations were applied to
 
-    def record(self, operation: Operation, activation: str, *args: Any) -> Tensor:
-        """Run an operation, and keep what its activation was applied to."""
+    def record(self, operation: Operation, *args: Any) -> Tensor:
+        """Run an operation, and keep what its activation, the last step, was applied to."""
+        *_, activation, _ = args  # before the backend, in both schemas
         results = operation.results(*args)
         self._before.append(_kept(results[0] if activation == "identity" else results[1]))
         return operation.again(results, *args)
@@ -147,7 +148,8 @@ class _Results:
         """Takes the operations' arguments in the same order, and gives the same."""
         recorded = iter(self._before)
 
-        def again(operation: Operation, activation: str, *args: Any) -> Tensor:
+        def again(operation: Operation, *args: Any) -> Tensor:
+            *_, activation, _ = args
             before = next(recorded)
             return operation.again((activate(activation, before), before), *args)
 
