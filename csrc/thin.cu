@@ -1,4 +1,4 @@
-// Products of big matrices and thin ones, for a list of layers: the column stage and its backward, x h, dy b, dh, db.
+// Products of big matrices and thin ones, for a list of layers: the column stage and its backward.
 #include <algorithm>
 
 #include "update.cuh"

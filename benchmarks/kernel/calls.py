@@ -88,7 +88,7 @@ def vendor(
 def token_side(
     kernels: Kernels, layer: Layer, tokens: int, k: int, dtype: torch.dtype, device: torch.device
 ) -> Iterator[Call]:
-    """The kernels that see x."""
+    """The kernels over tokens: `contract`, and the thin products, which operations take of W alone."""
     random, n_in, n_out = _random(device, dtype), layer.in_features, layer.out_features
     k = handed_over(k, device, dtype)
     big, thin_work = tokens * n_in * n_out, n_in * n_out * k

@@ -43,12 +43,11 @@ class Kernels:
         _check_dtype(thin, bias)
         _check_shapes(thin=(thin, (layers, k, n)), bias=(bias, (k,)), **_of_one_shape(matrices))
         outcome = _outcome(thin.new_empty((layers, m, k)), bias, activation)
-        if m:
-            columns, parts = _split(n, _tiles(m) * _tiles(k) * layers, 2 * _multiprocessors(thin.device), 256)
-            target = outcome if parts == 1 else Outcome(_parts(thin, parts, layers, m, k))
-            self._launchers.thin_product(matrices, _dense(thin), target, columns)
-            if parts > 1:
-                self._launchers.sum_parts(Sum(target.out, outcome))
+        columns, parts = _split(n, _tiles(m) * _tiles(k) * layers, 2 * _multiprocessors(thin.device), 256)
+        target = outcome if parts == 1 else Outcome(_parts(thin, parts, layers, m, k))
+        self._launchers.thin_product(matrices, _dense(thin), target, columns)
+        if parts > 1:
+            self._launchers.sum_parts(Sum(target.out, outcome))
         return outcome.out, outcome.pre
 
     def thin_transposed(self, dz: Tensor, matrices: list[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Products of big matrices and thin ones, with the activation on the thin side: `column`, x h, dy b, dh, db.
+"""Products of big matrices and thin ones, for a list of layers: the column stage and its backward.
 
 One launch serves L layers of one shape. Their big matrices lie anywhere in memory, so all but the first are found by
 a table of offsets; what is thin is stacked.
@@ -105,7 +105,7 @@ def thin_transposed(dz: Tensor, matrices: list[Tensor], out: Tensor, rows: int) 
     (m, n), (layers, _, k) = matrices[0].shape, dz.shape
     block_k = unit_block(k, dz)
     offsets, divisibility = _offsets(matrices)
-    _thin_transposed[(ceil_divide(n, 64), ceil_divide(k, block_k), layers * max(1, ceil_divide(m, rows)))](
+    _thin_transposed[(ceil_divide(n, 64), ceil_divide(k, block_k), layers * ceil_divide(m, rows))](
         dz, matrices[0], offsets, out, layers, m, n, k, *matrices[0].stride(), rows,
         DIVISIBILITY=divisibility, PRECISION=precision(dz),
         BLOCK_M=64, BLOCK_N=64, BLOCK_K=block_k, num_warps=8, num_stages=stages(dz, 4, 64 * (64 + block_k)),
