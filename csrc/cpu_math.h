@@ -73,13 +73,6 @@ GENFT_INTO_EACH double normal_tail(double a, double) { return 0.5 * std::erfc(a 
 
 // --- activations: z -> value, and gradient of the value -> gradient of z ------------------------------------------------
 
-struct Identity {
-    template <class T>
-    GENFT_INTO_EACH static T apply(T z, T&) {
-        return z;
-    }
-};
-
 struct Relu {
     template <class T>
     GENFT_INTO_EACH static T apply(T z, T& grad) {

@@ -14,8 +14,6 @@
 
 namespace genft::cpu {
 
-
-
 // The words of kLanes counters, `step` apart.
 using ManyWords = uint32_t[4][kLanes];
 using Draw = void (*)(uint64_t counter, uint64_t step, uint32_t stream, uint64_t seed, ManyWords& words);
@@ -28,8 +26,6 @@ inline void draw_portably(uint64_t counter, uint64_t step, uint32_t stream, uint
 }
 
 #if defined(__x86_64__)
-
-constexpr uint32_t kMultiplier0 = 0xD2511F53u, kMultiplier1 = 0xCD9E8D57u, kWeyl0 = 0x9E3779B9u, kWeyl1 = 0xBB67AE85u;
 
 __attribute__((target("avx512f"))) inline void draw_by_avx512(uint64_t counter, uint64_t step, uint32_t stream,
                                                               uint64_t seed, ManyWords& words) {

@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "genft.h"
+
 #if !defined(__CUDACC__)
 #include "cuda_host.h"
 #else
@@ -114,13 +116,13 @@ int launch(void (*kernel)(Parameters...), dim3 grid, int threads, void* stream, 
 
 namespace genft {
 
-// Calls f with a null pointer of the type that a dtype code of genft.h means.
+// Calls f with a null pointer of the type that a `DType` means.
 template <class F>
 int with_type(int dtype, F f) {
     switch (dtype) {
-        case 0: return f(static_cast<float*>(nullptr));
-        case 1: return f(static_cast<__half*>(nullptr));
-        case 2: return f(static_cast<__nv_bfloat16*>(nullptr));
+        case kFloat32: return f(static_cast<float*>(nullptr));
+        case kFloat16: return f(static_cast<__half*>(nullptr));
+        case kBFloat16: return f(static_cast<__nv_bfloat16*>(nullptr));
         default: return cudaErrorInvalidValue;
     }
 }

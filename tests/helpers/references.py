@@ -23,7 +23,7 @@ _TARGET = re.compile(r"(?:`|^)make ([a-z][a-z-]*)", re.MULTILINE)
 _LINK = re.compile(r"\]\(([^()\s]+)\)")
 _URL = re.compile(r"\w+://[^\s)>\"']+")
 # Documents outside the tree, which no one who reads it has.
-_OUTSIDE = re.compile(r"design section \d|(?:\.\./)?shared/[\w-]+\.md")
+_OUTSIDE = re.compile(r"design section \d|\(design\b|(?:\.\./)?shared/[\w-]+\.md")
 
 
 def wrong_references(root: Path) -> list[str]:

@@ -58,6 +58,7 @@ def test_references_that_lead_somewhere_and_words_that_only_look_so_are_left_alo
         ("genft_kernels/a.py", "def f():\n    '''See\n\n    b.cu\n    '''", "genft_kernels/a.py:4: b.cu"),
         ("genft_kernels/a.py", "# docs/old/", "genft_kernels/a.py:1: docs/old/"),
         ("genft_kernels/a.py", "# design section 5", "genft_kernels/a.py:1: design section 5"),
+        ("csrc/a.cu", "// (design: random numbers)", "csrc/a.cu:1: (design"),
         ("genft_kernels/a.py", "# python -m tests.c", "genft_kernels/a.py:1: python -m tests.c"),
         ("csrc/a.cu", "int x;  // docs/method.md#no-such", "csrc/a.cu:1: docs/method.md#no-such"),
         ("README.md", "\n[method](docs/method.md#method)", "README.md:2: docs/method.md#method"),
