@@ -108,8 +108,8 @@ int contract(const Tokens& tokens, const Update& update, float scale, float* dh,
         const auto start = [&](auto side) {
             constexpr int kSide = decltype(side)::value, kBlock = kSide * kEdge;
             return launch<ContractShared<T, kSide>>(
-                contract_kernel<kSide, T>, dim3(ceil_divide(n_out, kBlock), ceil_divide(n_in, kBlock), splits), kThreads,
-                stream, stored<T>(tokens.dy, tokens.dy_stride, false, tokens.count, n_out),
+                contract_kernel<kSide, T>, dim3(ceil_divide(n_out, kBlock), ceil_divide(n_in, kBlock), splits),
+                kThreads, stream, stored<T>(tokens.dy, tokens.dy_stride, false, tokens.count, n_out),
                 stored<T>(tokens.x, tokens.x_stride, false, tokens.count, n_in), tokens.per_split,
                 stored<T>(update.left, k, false, n_out, k), stored<T>(update.right, k, false, n_in, k),
                 dropout_of(update), dh, db, scale, update.activation);

@@ -16,8 +16,8 @@ struct Thin {
 };
 
 // Rows of U = drop(activation(left right^T)) [rows, columns] and what is done with them. P is the gradient of
-// left right^T; that of U is `grad`, or else others_left others_right^T. Matrices are of `dtype`; sums are contiguous and
-// of the wide dtype (float64 of float64, else float32). A null pointer is one that is not there, or not wanted.
+// left right^T; that of U is `grad`, or else others_left others_right^T. Matrices are of `dtype`; sums are contiguous
+// and of the wide dtype (float64 of float64, else float32). A null pointer is one that is not there, or not wanted.
 struct Sweep {
     Thin left, right;                // [rows, k], [columns, k]
     Thin others_left, others_right;  // [rows, m], [columns, m]
@@ -131,7 +131,9 @@ GENFT_INTO_EACH void round_stochastically(const Sweep& sweep, int64_t element, t
         int32_t wrapped[kLanes];
         const int32_t* dither = sweep.dither + start;
         if (start + kLanes > sweep.dither_size) {
-            for (int64_t lane = 0; lane < kLanes; ++lane) wrapped[lane] = sweep.dither[(start + lane) % sweep.dither_size];
+            for (int64_t lane = 0; lane < kLanes; ++lane) {
+                wrapped[lane] = sweep.dither[(start + lane) % sweep.dither_size];
+            }
             dither = wrapped;
         }
         for (int64_t lane = 0; lane < kLanes; ++lane) {

@@ -59,8 +59,8 @@ GENFT_INTO_EACH float tanh_of(float z) {
 }
 GENFT_INTO_EACH double tanh_of(double z) { return std::tanh(z); }
 
-// Phi(-a) of the normal distribution, a >= 0, given e^(-a^2 / 2): times a polynomial in u = 0.35 a / (1 + 0.35 a), which
-// is 1/2 at 0; fitted to a relative error of 3e-8 up to a = 14.
+// Phi(-a) of the normal distribution, a >= 0, given e^(-a^2 / 2): times a polynomial in u = 0.35 a / (1 + 0.35 a),
+// which is 1/2 at 0; fitted to a relative error of 3e-8 up to a = 14.
 GENFT_INTO_EACH float normal_tail(float a, float gauss) {
     constexpr float kFit[] = {0.5f,          -1.13983333f,  0.900906742f, -0.158700749f, -0.16523613f,
                               0.0431857593f, -0.0387891904f, 0.143096119f, -0.112211816f, 0.0275803059f};
@@ -71,7 +71,7 @@ GENFT_INTO_EACH float normal_tail(float a, float gauss) {
 }
 GENFT_INTO_EACH double normal_tail(double a, double) { return 0.5 * std::erfc(a * 0.70710678118654752440); }
 
-// --- activations: z -> value, and gradient of the value -> gradient of z ------------------------------------------------
+// --- activations: z -> value, and gradient of the value -> gradient of z ---------------------------------------------
 
 struct Relu {
     template <class T>

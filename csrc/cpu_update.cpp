@@ -40,7 +40,8 @@ private:
     static std::vector<Wide> in_strips(const Sweep& sweep, const Thin& thin, int64_t units) {
         std::vector<Wide> strips(thin.data ? units * strips_of(sweep) * kLanes : 0);
         for (int64_t first = 0; thin.data && first < sweep.columns; first += kLanes) {
-            gather(sweep, thin, first, std::min(kLanes, sweep.columns - first), units, kLanes, strips.data() + first * units);
+            const int64_t count = std::min(kLanes, sweep.columns - first);
+            gather(sweep, thin, first, count, units, kLanes, strips.data() + first * units);
         }
         return strips;
     }
@@ -83,7 +84,9 @@ GENFT_INTO_EACH void rows_of(const Sweep& sweep, const Columns<Wide>& columns, i
     for (int64_t top = first; top < last; top += kBlockRows) {
         const int64_t height = std::min(kBlockRows, last - top);
         gather(sweep, sweep.left, top, height, k, kBlockRows, room.left.data());
-        if (sweep.others_left.data) gather(sweep, sweep.others_left, top, height, m, kBlockRows, room.others_left.data());
+        if (sweep.others_left.data) {
+            gather(sweep, sweep.others_left, top, height, m, kBlockRows, room.others_left.data());
+        }
         for (int64_t column = 0; column < sweep.columns; column += kLanes) {
             Block<Wide>&update = room.update[column / kLanes], &grad = room.grad[column / kLanes];
             Products::product(room.left.data(), right + column * k, k, update);
@@ -131,21 +134,20 @@ constexpr int kOwnBytes = 16;
 #endif
 
 template <class Wide>
-void rows_portably(const Sweep& sweep, const Columns<Wide>& columns, int64_t first,
-    int64_t last, Room<Wide>& room) {
+void rows_portably(const Sweep& sweep, const Columns<Wide>& columns, int64_t first, int64_t last, Room<Wide>& room) {
     rows_of<Wide, kOwnBytes>(sweep, columns, first, last, room);
 }
 
 #if defined(__x86_64__) && !defined(__clang__) && __GNUC__ >= 12 && !defined(GENFT_ONE_CPU)
 template <class Wide>
-__attribute__((target("arch=x86-64-v4"))) void rows_by_avx512(const Sweep& sweep, const Columns<Wide>& columns, int64_t first,
-    int64_t last, Room<Wide>& room) {
+__attribute__((target("arch=x86-64-v4"))) void rows_by_avx512(const Sweep& sweep, const Columns<Wide>& columns,
+                                                              int64_t first, int64_t last, Room<Wide>& room) {
     rows_of<Wide, 64>(sweep, columns, first, last, room);
 }
 
 template <class Wide>
-__attribute__((target("arch=x86-64-v3"))) void rows_by_avx2(const Sweep& sweep, const Columns<Wide>& columns, int64_t first,
-    int64_t last, Room<Wide>& room) {
+__attribute__((target("arch=x86-64-v3"))) void rows_by_avx2(const Sweep& sweep, const Columns<Wide>& columns,
+                                                            int64_t first, int64_t last, Room<Wide>& room) {
     rows_of<Wide, 32>(sweep, columns, first, last, room);
 }
 

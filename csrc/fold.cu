@@ -28,7 +28,9 @@ __global__ void __launch_bounds__(kThreads)
     for_each_four([&](int r, int c) {
         const Four keep = keep_factors(dropout, key, column + c, row + r, n_out);
         Words words = {};
-        if constexpr (kDroppedBits<T> > 0) words = philox4x32(block_counter(column + c, row + r, n_out), kRoundingStream, key);
+        if constexpr (kDroppedBits<T> > 0) {
+            words = philox4x32(block_counter(column + c, row + r, n_out), kRoundingStream, key);
+        }
         for (int e = 0; e < 4; ++e) {
             const float u = activate(shared.stage.at(r + e, c), activation) * keep.value[e];
             T& w = shared.weight.value[transposed ? c * kRow<T, kEdge> + r + e : (r + e) * kRow<T, kEdge> + c];

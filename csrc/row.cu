@@ -84,10 +84,10 @@ __device__ __forceinline__ void row_tiles(RowShared<T>& shared, const Row<T>& gi
     for_each_four([&](int r, int c) {
         const Four keep = keep_factors(given.dropout, key, column + c, row + r, given.n_out);
         for (int e = 0; e < 4; ++e) {
-            const float argument = shared.stage[0].at(r + e, c);
+            const float argument = shared.stage[0].at(r + e, c), grad = shared.stage[1].at(r + e, c);
             const int at = (r + e) * kRow<T, kEdge> + c;
             shared.operand[0].value[at] = T(activate(argument, given.outer) * keep.value[e]);
-            shared.operand[1].value[at] = T(shared.stage[1].at(r + e, c) * slope(argument, given.outer) * keep.value[e]);
+            shared.operand[1].value[at] = T(grad * slope(argument, given.outer) * keep.value[e]);
         }
     });
     __syncthreads();  // Y and Q are there, the stages are free

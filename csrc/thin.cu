@@ -133,7 +133,8 @@ int thin_product(const BigMatrices& matrices, const void* thin, int k, const Out
             return launch<Buffers<T>>(
                 kernel, dim3(ceil_divide(m, kEdge), ceil_divide(k, kEdge), count * splits), kThreads, stream, list,
                 matrices.stride, static_cast<const T*>(thin) + static_cast<int64_t>(first) * k * n,
-                Outcome{moved<T>(outcome.out, skipped), outcome.bias, outcome.activation, moved<T>(outcome.pre, skipped)},
+                Outcome{moved<T>(outcome.out, skipped), outcome.bias, outcome.activation,
+                        moved<T>(outcome.pre, skipped)},
                 moved<float>(parts, skipped), sizes);
         });
     });

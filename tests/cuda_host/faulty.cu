@@ -1,4 +1,4 @@
-// Kernels of a warp or two, each with one fault that tests/cuda_host must notice; tests/backends/test_cuda_host.py runs them.
+// Kernels of a warp or two, each with one fault to be noticed by tests/cuda_host: tests/backends/test_cuda_host.py.
 #include "device.cuh"
 
 namespace {

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "genft_kernels"
-LONGEST, MOST_PARAMETERS, MOST_RESULTS = 366, 8, 3000
+LONGEST, WIDEST, MOST_PARAMETERS, MOST_RESULTS = 366, 120, 8, 3000
 # What has the schema of an operation, which is as wide as the operation is; its backward, formulas and public form.
 SCHEMAS = {"column", "row", "linear", "expert_linear", "factored_linear"}
 SOURCES = [
@@ -48,6 +48,16 @@ def too_wide(source: str) -> list[str]:
 def test_files_are_short():
     assert len(SOURCES) > 300
     assert {str(path.relative_to(ROOT)): n for path in SOURCES if (n := lines_of(path)) > LONGEST} == {}
+
+
+def test_lines_are_short():
+    wide = {
+        f"{path.relative_to(ROOT)}:{number}": len(line)
+        for path in SOURCES
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if len(line) > WIDEST
+    }
+    assert wide == {}
 
 
 def test_functions_have_few_parameters():
