@@ -207,13 +207,13 @@ InParallel pytorchs_threads() {
 
 template <class Work>
 void in_parallel(Work& work, int threads) {
-    if (const InParallel others = pytorchs_threads(); others != nullptr && threads > 1) {
-        return others(Work::take, &work, unsigned(threads), 0);
+    if (const InParallel openmp = pytorchs_threads(); openmp != nullptr && threads > 1) {
+        return openmp(Work::take, &work, unsigned(threads), 0);
     }
-    std::vector<std::thread> others;
-    for (int thread = 1; thread < threads; ++thread) others.emplace_back(Work::take, &work);
+    std::vector<std::thread> threads_beside;
+    for (int thread = 1; thread < threads; ++thread) threads_beside.emplace_back(Work::take, &work);
     Work::take(&work);
-    for (std::thread& other : others) other.join();
+    for (std::thread& thread : threads_beside) thread.join();
 }
 
 template <class Wide>
