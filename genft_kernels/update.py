@@ -25,11 +25,11 @@ Frozen = torch.Tensor | FrozenWeight  # W, or the handle of one that is stored q
 
 
 class Factors(NamedTuple):
-    """Generated updates without their factors: dW = scale * drop(psi(b h^T)), mask drawn from `stream`."""
+    """The thin factors of generated updates, dW = scale * drop(psi(b h^T)); scale, psi, p and seed are in `Action`."""
 
-    h: torch.Tensor  # [L, in, k] for L layers or [in, k] for one; one more unit with bias, perhaps zero units after all
+    h: torch.Tensor  # [L, in, k] of L layers, [in, k] of one; k + 1 with bias, then zero units (`with_zero_units`)
     b: torch.Tensor  # [L, out, k] or [out, k], likewise
-    stream: int
+    stream: int  # of the mask
 
     def unbind(self) -> list[Factors]:
         """The part of each of the L layers."""
@@ -37,7 +37,7 @@ class Factors(NamedTuple):
 
 
 class Action(NamedTuple):
-    """How factors act: all of `scale * drop(psi(...))` but themselves."""
+    """Scale, psi, dropout and seed, by which factors make an update."""
 
     scale: float
     activation: str  # psi
