@@ -17,13 +17,14 @@ from .layout import Layout
 from .products import expert_product
 from .update import ExpertUpdate
 
+STACKED = "_update"  # what the path of a stacked parameter's update has after the parameter's
 # What a module shares with the one whose place it takes: a parameter that is rebound in one is rebound in the other.
 _SHARED = ("_parameters", "_buffers", "_non_persistent_buffers_set")
 
 
 def update_name(parameter_name: str) -> str:
     """The name of a parameter's update within its experts module."""
-    return f"{parameter_name}_update"
+    return parameter_name + STACKED
 
 
 class GenFTExperts(MarksMerged, nn.Module):

@@ -28,14 +28,13 @@ from . import folder
 from .format import CONFIG_FILE, TENSORS_FILE, is_ours
 from .lora_check import check_by_peft
 from .lora_experts import StackedUpdate, exact_stack, lora_names, target_parameters
+from .names import PEFT_WRAPPER
 from .thin_update import ThinUpdate, exact, largest
 
 # What vLLM's --max-lora-rank may be.
 SERVER_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # What vLLM serves of `modules_to_save`, in its newer versions.
 SERVED_MODULES = ("classifier", "score")
-# PEFT's name for the model within its wrapper.
-_PREFIX = "base_model.model."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,13 +116,13 @@ def export_lora(
     tensors = {}
     for name, each in made.items():
         down, up, *_ = each.padded(highest)
-        tensors[f"{_PREFIX}{name}.lora_A.weight"], tensors[f"{_PREFIX}{name}.lora_B.weight"] = down, up
+        tensors[f"{PEFT_WRAPPER}{name}.lora_A.weight"], tensors[f"{PEFT_WRAPPER}{name}.lora_B.weight"] = down, up
     saved = tuple(adapter_state(model).saved_modules)
     for path in saved:
         for name, tensor in model.get_submodule(path).state_dict().items():
             if not isinstance(tensor, Tensor):
                 raise ValueError(f"modules_to_save: {path!r} has a state that is no tensor: {name!r}")
-            tensors[f"{_PREFIX}{path}.{name}"] = tensor
+            tensors[f"{PEFT_WRAPPER}{path}.{name}"] = tensor
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     content = {
         TENSORS_FILE: safetensors.torch.save(tensors, {"format": "pt"}),

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..experts.layer import update_name
+from ..experts.layer import STACKED, update_name
 from ..experts.update import ExpertUpdate
 from ..matching import Names
 from ..update import generate_factors
@@ -71,7 +71,7 @@ def lora_names(stacks: Mapping[str, ExpertUpdate]) -> dict[str, str]:
 
 def target_parameters(model: nn.Module, stacks: Iterable[str]) -> list[str]:
     """The stacks' parameters by ends of their names that mean these and no others, else by their whole names."""
-    paths = {path.removesuffix("_update") for path in stacks}
+    paths = {path.removesuffix(STACKED) for path in stacks}
     names = Names(name for name, _ in model.named_parameters())
     short = sorted({".".join(path.rsplit(".", 2)[-2:]) for path in paths})
     return short if names.matching(short) == paths else sorted(paths)

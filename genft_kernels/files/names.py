@@ -10,21 +10,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeVar
 
+from ..adapted_model import GENERATORS
+
 MODULES_TO_SAVE = "modules_to_save."
-STACKED = "_update"  # what the path of a stacked parameter's update has after the parameter's
-_GENERATORS = "genft_generators."
-_MODEL, _SHARED, _OWN = "base_model.model.", "base_model.model.genft_shared.", ".genft_own."
+PEFT_WRAPPER = "base_model.model."  # in the names of a PeftModel's tensors and of files, not of transformers' models
+_GENERATORS, _SHARED, _OWN = f"{GENERATORS}.", f"{PEFT_WRAPPER}genft_shared.", ".genft_own."
 T = TypeVar("T")
 
 
 def in_file(name: str) -> str:
     """The name in a file of a tensor of the model."""
     if name.startswith(MODULES_TO_SAVE):
-        return _MODEL + name.removeprefix(MODULES_TO_SAVE)
+        return PEFT_WRAPPER + name.removeprefix(MODULES_TO_SAVE)
     owner, _, tensor = name.rpartition(".")
     if name.startswith(_GENERATORS):
         return f"{_SHARED}{owner.removeprefix(_GENERATORS)}_{tensor}"
-    return f"{_MODEL}{owner}{_OWN}{tensor}" if owner else name
+    return f"{PEFT_WRAPPER}{owner}{_OWN}{tensor}" if owner else name
 
 
 def in_model(name: str) -> str:
@@ -32,9 +33,9 @@ def in_model(name: str) -> str:
     if name.startswith(_SHARED):
         shape, _, tensor = name.removeprefix(_SHARED).partition("_")
         return f"{_GENERATORS}{shape}.{tensor}"
-    if not name.startswith(_MODEL):
+    if not name.startswith(PEFT_WRAPPER):
         return name
-    owner, own, tensor = name.removeprefix(_MODEL).rpartition(_OWN)
+    owner, own, tensor = name.removeprefix(PEFT_WRAPPER).rpartition(_OWN)
     return f"{owner}.{tensor}" if own else MODULES_TO_SAVE + tensor
 
 
@@ -49,5 +50,5 @@ def all_in_model(tensors: Mapping[str, T]) -> dict[str, T]:
 
 def layers_in_file(tensors: Mapping[str, T]) -> list[str]:
     """The paths of the layers that have tensors of their own in a file."""
-    owners = (name.removeprefix(_MODEL).rpartition(_OWN)[0] for name in tensors if name.startswith(_MODEL))
+    owners = (name.removeprefix(PEFT_WRAPPER).rpartition(_OWN)[0] for name in tensors if name.startswith(PEFT_WRAPPER))
     return sorted({owner for owner in owners if owner})

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from ..config import GenFTConfig
+from ..experts.layer import STACKED
 from ..matching import Names, full_matches_in_time
 from . import names
 from .format import CONFIG_FILE, TENSORS_FILE, AdapterFile, check_patterns, parsed_fingerprints
-from .names import STACKED
 from .untrusted import parse_tensors, read_file, read_json
 
 # GenFTConfig's fields whose names PEFT has taken for something else.

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from ...adaptable import check_not_wrapped, is_conv1d
 from ...arguments import about
 from ...config import GenFTConfig, replaced
+from ...experts.layer import STACKED
 from ...experts.targets import find_expert_targets
 from ...files.fingerprint import Fingerprint
-from ...files.names import STACKED
+from ...files.names import PEFT_WRAPPER
 from ...frozen_weight import kind_of
 from ...generator import GenFTGenerator
 from ...matching import ends, put
@@ -294,7 +295,7 @@ def _fingerprints(model: nn.Module, adapter_name: str) -> dict[str, Any] | None:
             if layer.stored_weight.device.type == "meta" or is_tensor_subclass(layer.frozen_weight):
                 return None
             entry = Fingerprint.of(layer.frozen_weight).entry()
-            found[path.removeprefix("_fsdp_wrapped_module.").removeprefix("base_model.model.")] = entry
+            found[path.removeprefix("_fsdp_wrapped_module.").removeprefix(PEFT_WRAPPER)] = entry
     return found
 
 

@@ -10,10 +10,9 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights
 
+from ...files.names import PEFT_WRAPPER
 from .config import PeftGenFTConfig
 from .model import adapted_paths, check_base
-
-_WRAPPER = "base_model.model."  # in the names of a PeftModel's tensors and of files, but not of transformers' models
 
 
 @torch.no_grad()
@@ -60,4 +59,4 @@ def swap_adapter(model: Any, directory: str | os.PathLike[str], adapter_name: st
 
 
 def _without_wrapper(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(_WRAPPER): tensor for name, tensor in tensors.items()}
+    return {name.removeprefix(PEFT_WRAPPER): tensor for name, tensor in tensors.items()}
