@@ -56,7 +56,7 @@ def parameter_groups(
         raise ValueError("nothing in the model trains")
     generators = _layers_of_generators(model)
     generator_of = {id(t): generator for generator in generators for t in _tensors(generator)}
-    _check_within(model, generators, trained)
+    _check_within(model, trained)
     copies = _copies_in_training(model)
 
     groups: dict[object, dict[str, Any]] = {}
@@ -98,7 +98,7 @@ def _tensors(generator: GenFTGenerator) -> list[Tensor]:
     return [*generator.parameters(), *generator.forward().values()]
 
 
-def _check_within(model: nn.Module, generators: dict[GenFTGenerator, int], trained: dict[str, nn.Parameter]) -> None:
+def _check_within(model: nn.Module, trained: dict[str, nn.Parameter]) -> None:
     within = {id(parameter) for parameter in trained.values()}
     for path, module in model.named_modules():
         if isinstance(module, GenFTUpdate):

@@ -14,7 +14,7 @@ from .arguments import about, shown, warn
 from .config import ALL_LINEAR, QUERY_AND_VALUE_NAMES, GenFTConfig
 from .frozen_weight import FrozenWeight, blocks_gradients, is_kind_of_layer, kind_name, without_dense
 from .heads import heads
-from .matching import FullMatch, Names, full_matches, upwards
+from .matching import FullMatch, Names, upwards
 from .row_blocks import RowBlocks
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Target(NamedTuple):
             return {(in_features, rows): blocks for rows, blocks in self.blocks.by_rows(out_features).items()}
 
 
-def find_targets(model: nn.Module, config: GenFTConfig, full_matches: FullMatch = full_matches) -> list[Target]:
+def find_targets(model: nn.Module, config: GenFTConfig, full_matches: FullMatch) -> list[Target]:
     """The layers that `config` adapts, in the model's order.
 
     A string in `target_modules` or `exclude_modules` is a regular expression for whole paths; in a list, each entry
@@ -173,7 +173,7 @@ def check_gradients_pass(model: nn.Module, adapted: Mapping[nn.Module, str]) -> 
             raise TypeError(f"{name!r} ({kind_name(module)}) comes after the target {below!r}: {reason}")
 
 
-def warn_of_unmatched(model: nn.Module, config: GenFTConfig, full_matches: FullMatch = full_matches) -> None:
+def warn_of_unmatched(model: nn.Module, config: GenFTConfig, full_matches: FullMatch) -> None:
     """Warn of what `target_modules` or `exclude_modules` names and the model does not have.
 
     It may be misspelt, or one list serves several families of models.

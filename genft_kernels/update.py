@@ -133,9 +133,7 @@ def _over_weights(
     return [torch.cat(results) for results in found]
 
 
-def weight_ratio(
-    weights: Sequence[Frozen], config: GenFTConfig, norms: torch.Tensor | None = None
-) -> float | torch.Tensor:
+def weight_ratio(weights: Sequence[Frozen], config: GenFTConfig, norms: torch.Tensor | None) -> float | torch.Tensor:
     """rho: the configured number, or 1 / root mean square of each W as a tensor [L, 1, 1] (no host sync)."""
     if not isinstance(config.weight_ratio, str):
         return config.weight_ratio

@@ -43,9 +43,7 @@ class AdapterFile(NamedTuple):
     fingerprints: dict[str, Fingerprint] | None  # by layer path; None where the format has none
 
 
-def write_adapter_file(
-    directory: str | os.PathLike, adapter: AdapterFile, base: Mapping[str, Any] | None = None
-) -> None:
+def write_adapter_file(directory: str | os.PathLike, adapter: AdapterFile, base: Mapping[str, Any]) -> None:
     """Write both files, so that at any moment the folder holds one whole adapter, the earlier one or this.
 
     `base` has the fields by which PEFT finds the model, for its classes that load a model with its adapter.
@@ -63,7 +61,7 @@ def write_adapter_file(
     payload = safetensors.torch.save(tensors, {"format": "pt"})
     description = {
         "peft_type": PEFT_TYPE,
-        **(base or {}),
+        **base,
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "genft_kernels_version": __version__,

@@ -15,6 +15,7 @@ from genft_kernels.config import QUERY_AND_VALUE_NAMES
 from genft_kernels.defaults import BY_MODEL_TYPE
 from genft_kernels.foreign_settings import HINTS
 from genft_kernels.heads import heads, is_fresh
+from genft_kernels.matching import full_matches
 from genft_kernels.targets import find_targets
 from tests.helpers.tiny_models import Encoder, FusedEncoder, randomise
 
@@ -152,7 +153,7 @@ def test_head_is_found_trained_on_request_and_left_out_of_all_linear(kind):
     settings, expected = CLASSIFIERS[kind]
     model = made(kind, **settings)
     assert list(heads(model)) == expected
-    everywhere = find_targets(model, GenFTConfig(target_modules="all-linear"))
+    everywhere = find_targets(model, GenFTConfig(target_modules="all-linear"), full_matches)
     assert everywhere and not [target.name for target in everywhere if target.name.partition(".")[0] in expected]
     with pytest.warns(UserWarning, match=f"the head {expected[0]!r}.*stays frozen: modules_to_save='head' trains it"):
         apply_genft(copy.deepcopy(model), GenFTConfig(shared_dim=2))

@@ -11,6 +11,7 @@ from transformers import WavLMConfig, WavLMForSequenceClassification
 
 from genft_kernels import GenFTConfig, apply_genft, remove_genft
 from genft_kernels.adapt import find_plan
+from genft_kernels.matching import full_matches
 from genft_kernels.targets import READ_UNCALLED, find_modules_to_save, find_targets
 from tests.helpers.tiny_models import Encoder, FusedEncoder, GroupedQueryBlock, TiedModel, randomise, snapshot
 
@@ -22,7 +23,7 @@ def config(**settings) -> GenFTConfig:
 
 
 def names(model, **settings) -> list[str]:
-    return [target.name for target in find_targets(model, config(**settings))]
+    return [target.name for target in find_targets(model, config(**settings), full_matches)]
 
 
 def test_query_and_value_are_targets_by_default():
@@ -88,7 +89,7 @@ def test_all_linear_layers_are_adapted_but_for_heads():
     ]
     model = TiedModel()
     model.get_output_embeddings = lambda: model.head  # as transformers models have it
-    (target,) = find_targets(model, config(target_modules="all-linear"))
+    (target,) = find_targets(model, config(target_modules="all-linear"), full_matches)
     assert target.names == ("first", "second")
     with pytest.raises(ValueError, match="matched nothing: 'all-linear'.*linear layers are: none"):
         names(nn.Sequential(nn.ReLU()), target_modules="all-linear")
@@ -117,12 +118,12 @@ def test_targets_that_match_nothing_list_what_could_be_matched():
 
 
 def test_linear_under_two_names_is_one_target():
-    (target,) = find_targets(TiedModel(), config(target_modules=["first", "second"]))
+    (target,) = find_targets(TiedModel(), config(target_modules=["first", "second"]), full_matches)
     assert target.names == ("first", "second")
 
 
 def test_fused_blocks_are_targets_without_being_named_twice():
-    (target,) = find_targets(FusedEncoder(), config(fused_blocks={"qkv": (3, (0, 2))}))
+    (target,) = find_targets(FusedEncoder(), config(fused_blocks={"qkv": (3, (0, 2))}), full_matches)
     assert (target.name, target.blocks) == ("qkv", (3, (0, 2)))
     with pytest.raises(ValueError, match=r"fused_blocks\['proj'\].*targets are qkv"):
         names(FusedEncoder(), target_modules=["qkv"], fused_blocks={"proj": (2, (0,))})
@@ -132,7 +133,7 @@ def test_fused_blocks_are_targets_without_being_named_twice():
 
 def test_modules_to_save_are_found_by_their_ends():
     settings = config(modules_to_save=["classifier", "norm"])
-    targets = find_targets(Encoder(), settings)
+    targets = find_targets(Encoder(), settings, full_matches)
     assert find_modules_to_save(Encoder(), settings, targets) == ["classifier", "layers.0.norm", "layers.1.norm"]
 
 
@@ -249,7 +250,11 @@ def test_bare_sequential_goes_on_working():
 def test_thousands_of_layers_take_seconds():
     model = nn.ModuleList(nn.ModuleDict({"query": nn.Linear(2, 2), "value": nn.Linear(2, 2)}) for _ in range(3000))
     started = time.monotonic()
-    found = find_targets(model, config(target_modules="all-linear", modules_to_save=["0.query"]))
+    found = find_targets(model, config(target_modules="all-linear", modules_to_save=["0.query"]), full_matches)
     assert len(find_modules_to_save(model, config(modules_to_save=["0.query"]), found)) == 1
-    assert len(find_targets(model, config(target_modules=[target.name for target in found]))) == len(found) == 5999
+    assert (
+        len(find_targets(model, config(target_modules=[target.name for target in found]), full_matches))
+        == len(found)
+        == 5999
+    )
     assert time.monotonic() - started < 10  # one second; in quadratic time it would be two minutes
