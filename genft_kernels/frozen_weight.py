@@ -23,8 +23,8 @@ from .arguments import check_type
 from .checks import SUPPORTED_DTYPES, compute_dtype
 from .norm import norm_of
 
-# Modules of `integrations` with a table KINDS, by the library whose classes it names.
-_LIBRARIES = {"bitsandbytes": "bitsandbytes", "torchao": "torchao", "hqq": "hqq"}
+# Libraries of whose classes a module of `integrations` has a table, KINDS.
+_LIBRARIES = ("bitsandbytes", "hqq", "torchao")
 
 # Libraries whose layers hold W in a form of their kernels, without a way to make it dense.
 _WITHOUT_DENSE = {
@@ -336,7 +336,7 @@ def _library(cls: type) -> str:
 def _library_kinds(library: str) -> Mapping[str, Kind]:
     if library not in _LIBRARIES:
         return {}
-    return importlib.import_module(f".integrations.{_LIBRARIES[library]}", __package__).KINDS
+    return importlib.import_module(f".integrations.{library}", __package__).KINDS
 
 
 def frozen_linear(x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None) -> Tensor:
