@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...activations import ACTIVATIONS
+from ...philox import threshold
 from .. import LaunchError
 from ..eager.update_tile import Update
 from . import extension
@@ -119,4 +120,4 @@ def update(given: Update, layers: int = 1) -> tuple[object, ...]:
     """An update, or a stack of them."""
     left, right, activation, dropout, seed, stream = given
     sizes = layers, left.shape[-2], right.shape[-2], left.shape[-1]
-    return left, right, seed, *sizes, int(dropout * 2**32), 1 / (1 - dropout), stream, activation
+    return left, right, seed, *sizes, threshold(dropout), 1 / (1 - dropout), stream, activation

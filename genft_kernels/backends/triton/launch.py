@@ -1,4 +1,4 @@
-"""Small decisions that every Triton launch makes: blocks, depth, precision, seeds."""
+"""Small decisions that every Triton launch makes: blocks, depth, precision, dropout."""
 
 import functools
 from collections.abc import Callable
@@ -7,6 +7,7 @@ from typing import ParamSpec
 import torch
 from torch import Tensor
 
+from ...philox import threshold
 from .. import LaunchError
 from .math import SLICE
 
@@ -76,4 +77,4 @@ def shared_memory(device: torch.device) -> int:
 
 def dropout_arguments(dropout: float) -> tuple[int, float]:
     """(threshold as a signed int64, 1 / (1 - p))."""
-    return int(dropout * 2**32), 1 / (1 - dropout)
+    return threshold(dropout), 1 / (1 - dropout)
