@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from . import _torch_private, ops
-from .backends import KERNEL_BACKENDS
+from .backends.names import KERNEL_BACKENDS
 from .checks import compute_dtype, draw_seed, seed_tensor
 from .config import GenFTConfig, is_factored
 from .frozen_weight import FrozenWeight, dense_once

@@ -20,11 +20,10 @@ import torch
 from .. import _torch_private
 from ..arguments import check_type, shown
 from . import choices
+from .names import BACKENDS, KERNEL_DTYPES
+from .names import KERNEL_BACKENDS as KERNEL_BACKENDS
+from .names import OPERATION_BACKENDS as OPERATION_BACKENDS
 
-KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-KERNEL_BACKENDS = ("triton", "cuda")  # in the order in which "auto" asks them
-OPERATION_BACKENDS = ("eager", *KERNEL_BACKENDS)
-BACKENDS = ("auto", *OPERATION_BACKENDS, "reference")
 # Not chosen yet: an operation chooses where it runs, where it knows its sizes. A compiled graph serves all lengths.
 # These strings travel through the schemas of operations in a backend's place.
 _OPEN = {False: "auto, factored", True: "auto, tiled"}

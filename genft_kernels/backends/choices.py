@@ -22,6 +22,7 @@ from .. import _torch_private
 from ..arguments import shown
 from . import card
 from .compiled import cache
+from .names import OPERATION_BACKENDS
 
 VARIABLE = "GENFT_CHOICES"
 _WHAT = "choices"
@@ -159,8 +160,6 @@ def _load(device: torch.device) -> Mapping[str, str]:
 
 def _read(path: Path, device: torch.device, same: tuple[str, ...] = ()) -> dict[str, str]:
     """The table of a file; an empty one, with a warning, if it is damaged or its card differs, in what `same` names."""
-    from . import OPERATION_BACKENDS
-
     try:
         content = card.read(path)
         made_for, found = content.get("made_for"), content.get("choices")

@@ -17,9 +17,9 @@ from torch import Tensor
 from ..activations import activation_backward
 from ..config import is_factored
 from ..philox import COLUMN_STREAM
-from . import KERNEL_DTYPES
 from .eager import operations as eager
 from .launchers import Launchers, Outcome, Sum, Update
+from .names import KERNEL_DTYPES
 
 Thin = TypeVar("Thin", Tensor, Update)
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import safetensors.torch
 import torch
 
+from .._version import __version__
 from ..arguments import about
 from ..config import ALL_LINEAR, GenFTConfig
 from ..matching import full_matches_in_time
@@ -53,8 +54,6 @@ def write_adapter_file(directory: str | os.PathLike, adapter: AdapterFile, base:
     Raises:
         OSError: the folder cannot be written; what was there before still is.
     """
-    from .. import __version__
-
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {names.in_file(name): tensor for name, tensor in adapter.tensors.items()}

@@ -37,7 +37,8 @@ def another(monkeypatch, tmp_path):
     monkeypatch.setattr(backends, "load", lambda name: Another() if name == NAME else load(name))
     monkeypatch.setattr(backends, "_refusal", lambda name, *_: backends._set_aside.get((name, CPU)) and "set aside")
     monkeypatch.setattr(backends, "KERNEL_BACKENDS", (NAME,))
-    monkeypatch.setattr(backends, "OPERATION_BACKENDS", ("eager", NAME))
+    for module in (backends, choices):
+        monkeypatch.setattr(module, "OPERATION_BACKENDS", ("eager", NAME))
     monkeypatch.setattr(backends, "_set_aside", {})
     monkeypatch.setattr(choices, "_tables", {})
     monkeypatch.setattr(tuning, "_COLD_BYTES", (1, 1))

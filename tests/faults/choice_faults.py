@@ -11,6 +11,13 @@ TESTS = ["tests/backends/test_choices.py"]
 TESTS_OF_GATE = ["tests/backends/test_gate.py", "-m", "not slow"]
 
 FAULTS = [
+    Fault(
+        "imports: one within a function that closes a cycle",
+        "genft_kernels/backends/card.py",
+        "    from .compiled import cache\n",
+        "    from . import gate  # noqa: F401\n    from .compiled import cache\n",
+        ["tests/packaging/test_rules.py", "-k", "cycle"],
+    ),
     Fault("choices: what was measured is not asked", BACKENDS, "if name is not None and may_choose", "if False", TESTS),
     Fault("choices: a table for every length", CHOICES, "return 1 << (tokens - 1).bit_length()", "return 8", TESTS),
     Fault(
