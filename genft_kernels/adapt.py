@@ -225,17 +225,17 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     layers = layers_of_an_adapted_model(model).values()
     saved = adapter_state(model).saved_modules
     check_can_return(saved, model)
-    enabled = [layer._enabled for layer in layers]
+    enabled = [layer.enabled for layer in layers]
     trained = {name: model.get_submodule(name) for name in saved}
     try:
         for layer in layers:
-            layer._enabled = False
+            layer.enabled = False
         for name, original in saved.items():
             put(model, name, beside(original, trained[name]))
         yield model
     finally:
         for layer, was in zip(layers, enabled, strict=True):
-            layer._enabled = was
+            layer.enabled = was
         for name, module in trained.items():
             put(model, name, module)
 

@@ -51,7 +51,7 @@ def adapter_state(model: nn.Module) -> AdapterState:
 
 def check_enabled(model: nn.Module) -> None:
     """Raise RuntimeError within `disabled(model)`, where the originals stand in for the trained modules."""
-    if not all(layer._enabled for layer in adapted_layers(model).values()):
+    if not all(layer.enabled for layer in adapted_layers(model).values()):
         raise RuntimeError("the adapter is disabled: leave the context of disabled(model) first")
 
 

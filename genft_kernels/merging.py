@@ -38,7 +38,7 @@ class MergeableUpdate(GenFTUpdate):
     """An update, or all of a layer's, that the weight of a plain layer can hold: W + dW is bound in W's place."""
 
     _unmerged: nn.Parameter | None = None  # W while it is merged; not registered
-    _enabled = True
+    enabled = True  # False within `disabled(model)`
 
     @property
     def _place(self) -> tuple[nn.Module, str]:

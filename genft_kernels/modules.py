@@ -148,7 +148,7 @@ class GenFTLinear(MarksMerged, MergeableUpdate, nn.Linear):
             self.register_parameter("bias", None)  # as nn.Linear has it: a forward finds it among the parameters
         else:
             self.bias = source.bias
-        self._stored_transposed = is_conv1d(linear)
+        self.stored_transposed = is_conv1d(linear)
 
     def _freeze(self) -> None:
         self.weight.requires_grad_(False)
@@ -192,7 +192,7 @@ class GenFTLinear(MarksMerged, MergeableUpdate, nn.Linear):
     def _updated_weight(self) -> Tensor:
         delta = self.delta_weight()
         merged = (self.frozen_weight.to(delta.dtype) + delta).to(self.weight.dtype)
-        return (merged.t() if self._stored_transposed else merged).contiguous()
+        return (merged.t() if self.stored_transposed else merged).contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., out] of x [..., in], in x's dtype or autocast's (docs/architecture.md#life-of-x).
@@ -200,17 +200,17 @@ class GenFTLinear(MarksMerged, MergeableUpdate, nn.Linear):
         Raises:
             RuntimeError: in training while merged; or as `functional.genft_linear`, as are ValueError and TypeError.
         """
-        if not self._enabled:
+        if not self.enabled:
             return F.linear(x, cast(Tensor, self.frozen_weight), self.bias)  # a quantised layer has its own forward
         if self._unmerged is not None:
             if self.training:
                 raise RuntimeError("a merged layer does not train: call unmerge() or eval() first")
-            return F.linear(x, self.weight.t() if self._stored_transposed else self.weight, self.bias)
+            return F.linear(x, self.weight.t() if self.stored_transposed else self.weight, self.bias)
         if self.backend == "reference":
             return self._materialised(x, cast(Tensor, self.frozen_weight))
         updates = list(self.updates.values()) if MORE_BLOCKS in self._modules else [self]
         weight, bias = registered(self, ("weight", "bias"))
-        return updated_linear(x, weight.t() if self._stored_transposed else weight, bias, updates)
+        return updated_linear(x, weight.t() if self.stored_transposed else weight, bias, updates)
 
     def _materialised(self, x: Tensor, frozen: Tensor) -> Tensor:
         """y by the specification."""

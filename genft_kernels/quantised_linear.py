@@ -79,7 +79,7 @@ class QuantisedGenFTLinear(GenFTLinear):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self._enabled:
+        if not self.enabled:
             return self.base_layer.forward(x)
         if self.backend == "reference":
             return self._materialised(x, self.frozen_weight.to(x.dtype))

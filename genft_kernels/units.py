@@ -33,7 +33,7 @@ class GenFTUpdate(nn.Module):
     specific_names: tuple[str, ...]
     share: Share | None = None  # its part of the last generation, as long as that is held
     merged: bool = False
-    _stored_transposed = False
+    stored_transposed = False  # whether W lies as [in, out], as a Conv1D has it
     _sharded = False
 
     @property
@@ -127,7 +127,7 @@ class GenFTUpdate(nn.Module):
     @property
     def frozen_weight(self) -> Tensor | FrozenWeight:
         """W [out, in], merged or not: a view where it is stored transposed, a handle where it is quantised."""
-        return self.stored_weight.t() if self._stored_transposed else self.stored_weight
+        return self.stored_weight.t() if self.stored_transposed else self.stored_weight
 
     def generates_alone(self) -> bool:
         """Whether this forward has to generate the layer's factors anew, and for no other layer."""

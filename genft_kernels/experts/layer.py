@@ -79,7 +79,7 @@ class GenFTExperts(MarksMerged, nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         updates, original = self.updates, self.original
-        if self.training and any(update._enabled and update.merged for update in updates.values()):
+        if self.training and any(update.enabled and update.merged for update in updates.values()):
             raise RuntimeError("merged experts do not train: call unmerge() or eval() first")
         active = [update for update in updates.values() if update.active]
         specified = any(update.backend == "reference" for update in active)

@@ -57,7 +57,7 @@ class ExpertUpdate(MergeableUpdate):
     @property
     def present_weight(self) -> Tensor:
         """The weight of a product that has no update beside it: W, or W + dW while merged and not disabled."""
-        return self.weight if self._enabled else self.stored_weight
+        return self.weight if self.enabled else self.stored_weight
 
     @property
     def frozen_weight(self) -> Tensor:
@@ -107,7 +107,7 @@ class ExpertUpdate(MergeableUpdate):
     @property
     def active(self) -> bool:
         """Whether the projection takes an update beside its parameter."""
-        return self._enabled and not self.merged
+        return self.enabled and not self.merged
 
     def forward(self, x: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
         """y [S, out] = x (W + dW)^T + bias, each row by its expert: e has rows `offsets[e]` to `offsets[e + 1]`."""

@@ -157,7 +157,7 @@ def _description(
     model: nn.Module, linear: dict[str, GenFTLinear], stacks: dict[str, ExpertUpdate], saved: tuple[str, ...], rank: int
 ) -> dict[str, Any]:
     """PEFT's LoraConfig."""
-    transposed = bool(linear) and all(layer._stored_transposed for layer in linear.values())
+    transposed = bool(linear) and all(layer.stored_transposed for layer in linear.values())
     if stacks and transposed:
         raise ValueError("PEFT has no LoRA for transformers' Conv1D and stacked experts in one adapter")
     of_experts = {"target_parameters": target_parameters(model, stacks)} if stacks else {}

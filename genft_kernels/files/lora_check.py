@@ -41,7 +41,7 @@ def check_by_peft(
     of_stacks = lora_names({path: layer for path, layer in layers.items() if isinstance(layer, ExpertUpdate)})
     for path, layer in layers.items():
         theirs = loaded.base_model.model.get_submodule(of_stacks.get(path, path)).get_delta_weight("default")
-        error = relative(theirs.mT if layer._stored_transposed else theirs, layer.delta_weight())
+        error = relative(theirs.mT if layer.stored_transposed else theirs, layer.delta_weight())
         # PEFT rounds the update of stacked experts to their dtype.
         if error > max(1 - energy[path], 0) ** 0.5 + _UPDATE_TOLERANCE + torch.finfo(theirs.dtype).eps:
             raise RuntimeError(f"{path!r}: PEFT's update differs from the model's by {error:.1e} of its norm")

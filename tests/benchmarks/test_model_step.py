@@ -104,9 +104,9 @@ def _averaging(model):
 def _leaving_out(model):
     """Nothing reaches the units of one layer."""
     layer = next(iter(adapted_layers(model).values()))
-    layer._enabled = False
+    layer.enabled = False
     yield
-    layer._enabled = True
+    layer.enabled = True
 
 
 def _wrong(what):

@@ -51,7 +51,7 @@ FAULTS = [
     Fault(
         "export: Conv1D as nn.Linear",
         "genft_kernels/files/lora.py",
-        "transposed = bool(linear) and all(layer._stored_transposed for layer in linear.values())",
+        "transposed = bool(linear) and all(layer.stored_transposed for layer in linear.values())",
         "transposed = False",
         LORA,
     ),
@@ -316,7 +316,7 @@ FAULTS = [
     Fault(
         "peft experts: disabled ones stay merged",
         f"{PEFT}/experts.py",
-        "return self.bound if self._enabled else self.stored_weight",
+        "return self.bound if self.enabled else self.stored_weight",
         "return self.bound",
         EXPERTS,
     ),

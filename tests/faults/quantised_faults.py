@@ -146,7 +146,7 @@ FAULTS = [
     Fault(
         "quantised: disabled is the dequantised layer with its update",
         LINEAR,
-        "        if not self._enabled:\n            return self.base_layer.forward(x)\n",
+        "        if not self.enabled:\n            return self.base_layer.forward(x)\n",
         "",
         STATES,
     ),

@@ -160,8 +160,8 @@ def snapshot(model: nn.Module) -> dict:
         "classes": {name: type(module) for name, module in modules.items()},
         "requires_grad": {name: parameter.requires_grad for name, parameter in parameters.items()},
         "training": {name: module.training for name, module in modules.items()},
-        "attributes": {name: sorted(set(vars(module)) - {"_enabled"}) for name, module in modules.items()},
-        "enabled": {name: m._enabled for name, m in modules.items() if isinstance(m, GenFTLinear)},
+        "attributes": {name: sorted(set(vars(module)) - {"enabled"}) for name, module in modules.items()},
+        "enabled": {name: m.enabled for name, m in modules.items() if isinstance(m, GenFTLinear)},
     }
 
 

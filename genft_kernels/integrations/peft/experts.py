@@ -76,7 +76,7 @@ class ExpertStack(AdapterLayer):
     @property
     def present_weight(self) -> Tensor:
         """The weight of a product that has no update beside it: while merged and not disabled W + dW."""
-        return self.bound if self._enabled else self.stored_weight
+        return self.bound if self.enabled else self.stored_weight
 
     @property
     def frozen_weight(self) -> Tensor:
@@ -99,10 +99,10 @@ class ExpertStack(AdapterLayer):
     @property
     def active(self) -> bool:
         """Whether the projection takes updates beside its parameter."""
-        return self._enabled and not self.merged and bool(self.active_updates)
+        return self.enabled and not self.merged and bool(self.active_updates)
 
     @property
-    def _enabled(self) -> bool:
+    def enabled(self) -> bool:
         return not self.disable_adapters
 
     @property
