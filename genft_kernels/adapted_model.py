@@ -121,9 +121,9 @@ def explain(model: nn.Module) -> str:
         RuntimeError: the model has no adapter.
     """
     updates = updates_of(model)
-    groups = {id(update.generator.group): update.generator.group for update in updates}
+    groups = dict.fromkeys(update.generator.group for update in updates)
     weight = updates[0].frozen_weight
-    return backends.explain(weight.device, weight.dtype, groups.values())
+    return backends.explain(weight.device, weight.dtype, groups)
 
 
 def set_backend(model: nn.Module, backend: str) -> nn.Module:

@@ -11,10 +11,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from .arguments import about, warn
+from .arguments import about, listing, warn
 from .quantised_linear import check_stored
-
-_NAMED = 3  # in a warning
 
 
 class FirstForward:
@@ -34,10 +32,10 @@ class FirstForward:
         names = [repr(name) for name in self._waiting]
         self.stop()
         if names and not _is_compiled(model):
-            listed = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
             warn(
-                f"adapted, but not called in the model's first forward: {listed}. If the model reads a layer's weight "
-                "past the layer, its update is ignored there and does not train: leave it out by exclude_modules"
+                f"adapted, but not called in the model's first forward: {listing(names, 3)}. If the model reads a "
+                "layer's weight past the layer, its update is ignored there and does not train: leave it out by "
+                "exclude_modules"
             )
         self._look_once(model)
 

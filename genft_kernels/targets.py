@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .adaptable import check_adaptable, is_conv1d
-from .arguments import about, shown, warn
+from .arguments import about, listing, shown, warn
 from .config import ALL_LINEAR, QUERY_AND_VALUE_NAMES, GenFTConfig
 from .frozen_weight import FrozenWeight, blocks_gradients, is_kind_of_layer, kind_name, without_dense
 from .heads import heads
@@ -19,6 +19,8 @@ from .row_blocks import RowBlocks
 
 if TYPE_CHECKING:
     from .experts.targets import ExpertTarget
+
+_NAMED = 6  # in a message
 
 # Classes of transformers that read weights of their layers without calling the layers, some only where fused kernels
 # are installed. By name, so that transformers need not be imported.
@@ -96,7 +98,7 @@ def find_targets(model: nn.Module, config: GenFTConfig, full_matches: FullMatch)
     used = {blocks_of.get(target.name) for target in targets}
     unused = [entry for entry in config.fused_blocks or {} if entry not in used]
     if unused:
-        listed = _listing(target.name for target in targets)
+        listed = listing((target.name for target in targets), _NAMED)
         raise ValueError(f"fused_blocks[{unused[0]!r}] names no target module; targets are {listed}")
     check_gradients_pass(model, {target.module: target.name for target in targets})
     return targets
@@ -184,7 +186,7 @@ def warn_of_unmatched(model: nn.Module, config: GenFTConfig, full_matches: FullM
     for field, entries in (("target_modules", targets), ("exclude_modules", config.exclude_modules)):
         if unmatched := names.unmatched(entries):
             verb = "matches" if len(unmatched) == 1 else "match"
-            listed = _listing(map(shown, unmatched)) + names.hint(entries)
+            listed = listing(map(shown, unmatched), _NAMED) + names.hint(entries)
             warn(f"{field}: {listed} {verb} no module of the model. {_linear_layers(model)}")
 
 
@@ -208,8 +210,3 @@ def _linear_layers(model: nn.Module) -> str:
         candidates[name.rpartition(".")[2] or "(the model itself, which has no name)"] += 1
     listed = ", ".join(f"{name} ({count})" for name, count in sorted(candidates.items())) or "none"
     return f"The model's linear layers are: {listed}"
-
-
-def _listing(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

@@ -281,7 +281,7 @@ def check_base(config: PeftGenFTConfig, model: nn.Module) -> None:
 
 
 def _check_blocks(config: PeftGenFTConfig, model: nn.Module, adapter_name: str) -> None:
-    adapted = {end for path, layer in _layers(model).items() if adapter_name in layer.genft_own for end in ends(path)}
+    adapted = {end for path in adapted_paths(model, adapter_name) for end in ends(path)}
     for name in config.fused_blocks or {}:
         if name not in adapted:
             raise ValueError(f"fused_blocks[{name!r}] names no target module: put it into target_modules, too")
