@@ -99,6 +99,12 @@ class GenFTConfig:
     fused_blocks: Mapping[str, tuple[int | Sequence[int], Sequence[int]]] | None = None
 
     def __post_init__(self) -> None:
+        self._check_values()
+        self._settle()
+        self._warn_if_untrainable()
+
+    def _check_values(self) -> None:
+        """Raise ValueError for what is out of its range, or would never train from the start."""
         for name in ("shared_dim", "specific_dim"):
             value = getattr(self, name)
             if not is_integer(value) or not 0 <= value < _LARGEST_DIMENSION:
@@ -122,16 +128,22 @@ class GenFTConfig:
             raise ValueError(f"delta_layout='out_in' needs transform='both', got transform={self.transform!r}")
         if self.zero_delta == "down" and self.transform == "both":
             raise ValueError("zero_delta='down' needs transform='column', 'row' or 'sum', got transform='both'")
-        settle = functools.partial(object.__setattr__, self)
-        settle("zero_delta", True if self.zero_delta == "up" else self.zero_delta)
-        at_zero = {True: ("outer_activation",), "down": ("outer_activation", "inner_activation")}
-        for name in at_zero.get(self.zero_delta, ()):
+        outer, both = ("outer_activation",), ("outer_activation", "inner_activation")
+        for name in {True: outer, "up": outer, "down": both}.get(self.zero_delta, ()):
             if getattr(self, name) == "relu":
                 raise ValueError(
                     f"zero_delta={self.zero_delta!r} with {name}='relu' would never train: relu has no gradient at 0. "
                     f"Set zero_delta=False or another {name}"
                 )
-        # Numbers of other libraries (numpy) become Python's, which JSON can hold.
+        if isinstance(self.modules_to_save, str) and self.modules_to_save != HEAD:
+            raise ValueError(
+                f"modules_to_save must be a list of names or {HEAD!r}, got the string {shown(self.modules_to_save)}"
+            )
+
+    def _settle(self) -> None:
+        """Give each setting one form: Python's numbers (not numpy's), which JSON can hold, and tuples of names."""
+        settle = functools.partial(object.__setattr__, self)
+        settle("zero_delta", True if self.zero_delta == "up" else self.zero_delta)
         for name in ("shared_dim", "specific_dim"):
             settle(name, int(getattr(self, name)))
         for name in ("dropout", "scaling", "weight_ratio"):
@@ -141,12 +153,10 @@ class GenFTConfig:
             settle(name, _as_names(name, getattr(self, name)))
             if isinstance(getattr(self, name), str):
                 _check_regular_expression(name, getattr(self, name))
-        if isinstance(self.modules_to_save, str) and self.modules_to_save != HEAD:
-            raise ValueError(
-                f"modules_to_save must be a list of names or {HEAD!r}, got the string {shown(self.modules_to_save)}"
-            )
         settle("modules_to_save", _as_names("modules_to_save", self.modules_to_save))
         settle("fused_blocks", checked_fused_blocks(self.fused_blocks))
+
+    def _warn_if_untrainable(self) -> None:
         if self.scaling == 0:
             warn("scaling=0: nothing can ever train, because the update and every gradient are zero")
         elif self.weight_ratio == 0 and not self.bias:

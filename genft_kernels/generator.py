@@ -37,6 +37,11 @@ class GenFTGenerator(nn.Module):
         TypeError: `config` is not a `GenFTConfig`.
     """
 
+    sharded = False
+    # True: a state dict brought layers' own units but not these shared ones; False: it brought these, or was warned of;
+    # None: nothing was loaded.
+    left_out_of_load: bool | None = None
+
     def __init__(
         self,
         in_features: int,
@@ -60,11 +65,6 @@ class GenFTGenerator(nn.Module):
             self.register_parameter(name, None if empty is None else nn.Parameter(empty))
         self.tensor_names = tuple(shapes)
         self.reset_parameters()
-
-    sharded = False
-    # True: a state dict brought layers' own units but not these shared ones; False: it brought these, or was warned of;
-    # None: nothing was loaded.
-    left_out_of_load: bool | None = None
 
     def reset_parameters(self) -> None:
         """Draw initial values: U(±1/sqrt(fan in)) or trunc_normal(0.02); where `zero_delta` says more, as it says."""

@@ -34,8 +34,11 @@ from .fingerprint import Fingerprint
 from .foreign_folder import explain_foreign_folder
 from .format import AdapterFile, is_ours, read_adapter_file, write_adapter_file
 from .names import MODULES_TO_SAVE
-from .peft_file import is_of_peft, read_peft_file
+from .peft_file import MODULE_CHOICES, is_of_peft, read_peft_file
 from .sharded import any_sharded, by_one, is_sharded, like, whole
+
+_DENSE = torch.contiguous_format
+_EXTRA_STATE = "._extra_state"
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
@@ -102,7 +105,9 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, *, backend: str
     was_adapted = is_adapted(model)
     if was_adapted:
         # Which layers a configuration means is compared by the layers themselves, where the file tells them.
-        _check_same_config(adapter_state(model).config, adapter.config, but=NAMING if adapter.fingerprints else ())
+        _check_same_config(
+            adapter_state(model).config, adapter.config, but=MODULE_CHOICES if adapter.fingerprints else ()
+        )
         _check_unmerged(model)
         weights = {path: layer.frozen_weight for path, layer in adapted_layers(model).items()}
         wanted = _adapter_tensors(model) | _saved_tensors(model)
@@ -123,11 +128,6 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, *, backend: str
             remove_genft(model)
         raise
     return model if backend is None else set_backend(model, backend)
-
-
-_DENSE = torch.contiguous_format
-# Settings that name modules, in one of many ways.
-NAMING = ("target_modules", "exclude_modules", "target_parameters", "modules_to_save")
 
 
 def _check_holds_no_model(directory: Path) -> None:
@@ -306,6 +306,3 @@ def _overwrite(mine: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None
 
 def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in state.items()}
-
-
-_EXTRA_STATE = "._extra_state"

@@ -21,9 +21,9 @@ from .untrusted import parse_tensors, read_file, read_json
 
 # GenFTConfig's fields whose names PEFT has taken for something else.
 RENAMED = {"bias": "generator_bias"}
-# Those that choose modules, by rules of PEFT's own.
-CHOICES = ("target_modules", "target_parameters", "exclude_modules", "modules_to_save")
-SETTINGS = tuple(field.name for field in dataclasses.fields(GenFTConfig) if field.name not in CHOICES)
+# Those that choose modules, one choice in many ways; in PEFT by rules of its own.
+MODULE_CHOICES = ("target_modules", "target_parameters", "exclude_modules", "modules_to_save")
+SETTINGS = tuple(field.name for field in dataclasses.fields(GenFTConfig) if field.name not in MODULE_CHOICES)
 
 
 def is_of_peft(directory: Path) -> bool:
@@ -66,7 +66,7 @@ def _config(description: Mapping[str, Any], tensors: Mapping[str, torch.Tensor])
         if description.get("layers_to_transform") is not None:
             raise ValueError("layers_to_transform with specific_dim=0: no tensor tells which layers are adapted")
         check_patterns(description)
-        return GenFTConfig.from_dict({**settings, **{name: description.get(name) for name in CHOICES}})
+        return GenFTConfig.from_dict({**settings, **{name: description.get(name) for name in MODULE_CHOICES}})
     modules, stacks = split_stacks(layers, description.get("target_parameters"))
     chosen = {"target_modules": modules, "target_parameters": stacks, "modules_to_save": _saved(description, tensors)}
     return GenFTConfig.from_dict({**settings, **chosen})

@@ -98,7 +98,7 @@ FAULTS = [
     Fault(
         "load: layers compared by how they were named",
         "genft_kernels/files/adapter.py",
-        "but=NAMING if adapter.fingerprints else ()",
+        "but=MODULE_CHOICES if adapter.fingerprints else ()",
         "but=()",
         ["tests/files/test_adapter_refusals.py", "-k", "named_in_another_way"],
     ),
