@@ -1,6 +1,7 @@
-"""Every private part of torch that the package uses, each looked up at its first use.
+"""Every private function and module of torch that the package uses; attributes of `nn.Module` and `Tensor` apart.
 
-A version of torch that lacks one raises an error which says so, where it is needed and nowhere else.
+Each is looked up at its first use: a version of torch that lacks one raises an error which says so, where it is needed
+and nowhere else.
 """
 
 from __future__ import annotations

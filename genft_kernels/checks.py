@@ -68,7 +68,9 @@ def check_linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> Non
     The handle of a quantised weight (genft_kernels/frozen_weight.py) was checked as it was made, and is of any dtype.
     """
     check_type("x", x, torch.Tensor)
-    if dense := isinstance(weight, torch.Tensor) or not hasattr(weight, "dense"):
+    # A FrozenWeight, whose module imports this one.
+    handle = not isinstance(weight, torch.Tensor) and hasattr(weight, "dense")
+    if not handle:
         check_frozen_weight(weight)
     out_features, in_features = weight.shape
     if x.dim() == 0 or x.shape[-1] != in_features:
@@ -79,7 +81,7 @@ def check_linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> Non
             continue
         if tensor.device != x.device:
             raise ValueError(f"x is on {x.device} but {name} is on {tensor.device}")
-        if dense and tensor.dtype != x.dtype and not autocasts(x):
+        if not handle and tensor.dtype != x.dtype and not autocasts(x):
             raise TypeError(f"x has dtype {x.dtype} but {name} has {tensor.dtype}: cast one, or use torch.autocast")
     if x.layout != torch.strided:
         raise TypeError(f"x has layout {x.layout}; only dense (strided) tensors are supported")

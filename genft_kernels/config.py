@@ -237,7 +237,7 @@ class GenFTConfig:
             ValueError: `parameters` is below the smallest total, which the message names; or as `apply_genft`.
             TypeError: `shared_dim` or `specific_dim` is among the overrides.
         """
-        from .budget import within_budget  # it needs what this module is imported by
+        from .budget import within_budget  # late, because budget imports this module
 
         for name in ("shared_dim", "specific_dim"):
             if name in overrides:

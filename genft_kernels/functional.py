@@ -1,7 +1,6 @@
 """The functional interface: one layer's update generated and applied, on a chosen backend.
 
-`generate_factors` is the weight side of docs/method.md#two-products and does not depend on x; `factored_linear` is the
-token side. `genft_linear` is both.
+`factored_linear` is the token side of docs/method.md#two-products; `genft_linear` generates the factors first.
 """
 
 from __future__ import annotations

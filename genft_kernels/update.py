@@ -220,7 +220,8 @@ def apply_factors(
 ) -> torch.Tensor:
     """The token side alone: `factored_linear` of arguments that were checked, the factors in `compute_dtype(x)`."""
     dtype = compute_dtype(x)
-    x, bias = x.to(dtype), None if bias is None else bias.to(dtype)  # and off comes what a transform has left on them
+    # `.to` also unwraps what torch.func left wrapped, which the plain node would not.
+    x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     h, b, stream = factors
     scale, psi, dropout, seed = action
     return operation(x, weight, bias, h, b, seed, float(scale), psi, dropout, stream, backend)

@@ -72,7 +72,7 @@ class Share:
         return factors
 
     def follow(self, before: Share | None) -> None:
-        """Take the place of one: with the same settings and W, who asks as last time may have the factors."""
+        """Replace `before`: with its settings and W keep its key, so that who asks as last time finds these factors."""
         if before is not None and before._settings == self._settings and before.own.begins_as(self.own):
             self.key = before.key
 

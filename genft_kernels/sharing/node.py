@@ -161,7 +161,7 @@ def _version(tensor: Tensor | FrozenWeight) -> int | None:
 
 
 def _kept(tensor: Tensor) -> Tensor:
-    """The part of a tensor that is kept between forward and backward; a name to count by."""
+    """The part that is kept between forward and backward; a function of its own so that tests can count it."""
     return tensor.detach()
 
 
