@@ -157,8 +157,9 @@ def _milliseconds(device: torch.device, name: str, calls: list[choices.Call]) ->
         _run(name, calls)
         return 1e3 * (time.perf_counter() - begin)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    _run(name, calls)
-    end.record()
+    with torch.cuda.device(device):  # an event is recorded on the current card's stream
+        start.record()
+        _run(name, calls)
+        end.record()
     end.synchronize()
     return start.elapsed_time(end)

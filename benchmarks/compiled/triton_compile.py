@@ -92,7 +92,8 @@ def _launch(kernel: JITFunction, values: list, options: dict) -> Launch:
             signature.append((parameter.name, "i32" if -(2**31) <= value < 2**31 else "i64"))
         else:
             signature.append((parameter.name, "fp32"))
-        if isinstance(value, torch.Tensor) or (specialised and value % 16 == 0):
+        number = value.data_ptr() if isinstance(value, torch.Tensor) else value if specialised else 1
+        if number % 16 == 0 and not parameter.do_not_specialize_on_alignment:
             divisible.append(index)
     return Launch(kernel, tuple(signature), tuple(constants), tuple(divisible), tuple(sorted(options.items())))
 

@@ -283,6 +283,40 @@ def test_kernels_compile_for_ones():
 
 
 @compiled
+def test_experts_seeds_need_one_kernel():
+    """An expert's seed is a view, of which every other one lies at a multiple of 16 bytes."""
+    from benchmarks.compiled.triton_compile import recording
+    from genft_kernels.backends.triton import operations as backend
+
+    x, thin, seeds = torch.empty(48, 64), torch.empty(64, 16), torch.zeros(4, dtype=torch.int64)
+    with recording() as launches:
+        for expert in range(4):
+            settings = seeds[expert : expert + 1], 0.5, "gelu", 0.1, 1
+            backend.linear(x, torch.empty(64, 64), None, thin, thin, *settings)
+            backend.linear_backward(x, x, torch.empty(64, 64), thin, thin, None, *settings, [True, False, True, True])
+    assert sorted(launch.name for launch in launches) == ["contract", "fold", "sum_parts"]
+
+
+@compiled
+@pytest.mark.parametrize("dtype, edges", [(torch.bfloat16, {256: 64, 257: 32, 1024: 16}), (torch.float32, {512: 16})])
+def test_tiles_of_the_row_stage_leave_room_for_all_units(dtype, edges):
+    """At k 512 and edges of 64 `row_forward` took 147,456 bytes of shared memory, where an sm_89 has 101,376."""
+    from benchmarks.compiled.triton_compile import recording
+    from genft_kernels.backends.triton import operations as backend
+
+    for k, edge in edges.items():
+        thin, down = torch.empty(1, 16, k, dtype=dtype), torch.empty(1, k, 16, dtype=dtype)
+        with recording() as launches:
+            backend.row(thin, thin, down, None, None, "gelu", 0.0, "identity")
+            backend.row_backward(thin, thin, thin, down, None, None, "gelu", 0.0, "identity", [True] * 3 + [False])
+        forward, to_left = (
+            dict(next(launch for launch in launches if launch.name == name).constants)
+            for name in ("row_forward", "row_backward_out")
+        )
+        assert (forward["BLOCK_OUT"], forward["BLOCK_IN"], to_left["BLOCK_OUT"]) == (edge, edge, edge)
+
+
+@compiled
 def test_backend_without_a_gpu_says_so_by_name_only():
     case = case_of("tiled-square")
     data = make_data(case, torch.float32)

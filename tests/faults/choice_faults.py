@@ -42,6 +42,13 @@ FAULTS = [
         TESTS,
     ),
     Fault("tune: measures nothing in silence", TUNING, "if wrong or not counts:", "if wrong:", TESTS),
+    Fault(
+        "tune: times another card",
+        TUNING,
+        "with torch.cuda.device(device):",
+        "with torch.cuda.device(torch.device('cuda', 0)):",
+        TESTS,
+    ),
     Fault("tune: keeps the slowest", TUNING, "min(self.milliseconds", "max(self.milliseconds", TESTS),
     Fault("gate: a hang is tried for ever", GATE, "if tries == TRIES:", "if False:", TESTS_OF_GATE),
     Fault("gate: for each process anew", GATE, 'if "rejected" in known:', "if False:", TESTS_OF_GATE),

@@ -216,6 +216,20 @@ FAULTS = [
         INTERPRETED,
     ),
     Fault(
+        "row: tiles of one size at any k",
+        BACKENDS + "triton/row.py",
+        "edge_at(k1, left)",
+        "edge_at(1, left)",
+        ["tests/backends/test_triton.py", "-k", "leave_room"],
+    ),
+    Fault(
+        "fold: a kernel for every second expert",
+        BACKENDS + "triton/fold.py",
+        'do_not_specialize_on_alignment=["seed"]',
+        "do_not_specialize_on_alignment=[]",
+        ["tests/backends/test_triton.py", "-k", "seeds_need"],
+    ),
+    Fault(
         "row: dleft lacks the mask",
         BACKENDS + "triton/row.py",
         "y, q = y * keep, q * keep",

@@ -19,7 +19,7 @@ from .math import (
 )
 
 
-@triton.jit(do_not_specialize=["t", "tokens_per_split"])
+@triton.jit(do_not_specialize=["t", "tokens_per_split"], do_not_specialize_on_alignment=["seed"])  # as `_fold`
 def _contract(
     dy, x, b, h, seed, dh, db, t, tokens_per_split, n_out, n_in, k, stride_dt, stride_do, stride_xt, stride_xi,
     threshold, keep_scale, stream, scale,

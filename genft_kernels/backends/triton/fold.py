@@ -11,7 +11,7 @@ from .launch import ceil_divide, dropout_arguments, edge, named, precision, slic
 from .math import key_of_layer, matrix_tile, round_up_or_down, update_tile, word_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["seed"])  # an expert's is one of many, 8 bytes apart
 def _fold(
     weight, b, h, seed, out, n_out, n_in, k, stride_wo, stride_wi, stride_oo, stride_oi,
     threshold, keep_scale, stream, rounding, scale,

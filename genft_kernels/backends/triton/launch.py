@@ -35,6 +35,11 @@ def edge(tensor: Tensor) -> int:
     return 64 if tensor.dtype.itemsize == 2 else 32
 
 
+def edge_at(k: int, tensor: Tensor) -> int:
+    """Edge of a tile of a product of rank k, which keeps its side of all k units in shared memory: half from k to k."""
+    return max(SLICE, edge(tensor) >> max(0, (k - 1).bit_length() - 8))
+
+
 def unit_block(k: int, tensor: Tensor) -> int:
     """How many hidden units an accumulator holds: a power of two from 16 to a tile's edge; more take more programs."""
     return min(edge(tensor), max(SLICE, 1 << (k - 1).bit_length()))

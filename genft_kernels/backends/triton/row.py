@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launchers import Outcome, Update
-from .launch import ceil_divide, dropout_arguments, edge, named, precision, slices, unit_block
+from .launch import ceil_divide, dropout_arguments, edge_at, named, precision, slices, unit_block
 from .math import (
     activate,
     activation_slope,
@@ -141,7 +141,7 @@ def row_forward(y: Update, down: Tensor, outcome: Outcome) -> None:
     """Write h = phi(Y^T A^T + a)  [L, in, k]."""
     (left, right, outer, dropout, seed, stream), (out, bias, inner, pre) = y, outcome
     (layers, n_out, k1), n_in, k = left.shape, right.shape[1], down.shape[1]
-    block_k, block = unit_block(k, left), edge(left)
+    block_k, block = unit_block(k, left), edge_at(k1, left)
     _row_forward[(ceil_divide(n_in, block), ceil_divide(k, block_k), layers)](
         left, right, down, bias, seed, out, pre,
         n_out, n_in, k1, k, *dropout_arguments(dropout), stream,
@@ -160,7 +160,7 @@ def row_backward(
     (layers, n_out, k1), n_in, k = left.shape, right.shape[1], down.shape[1]
     thin = (left, right, down, dz, seed)
     numbers = (n_out, n_in, k1, k, *dropout_arguments(dropout), stream)
-    block_k, block = unit_block(max(k, k1), left), edge(left)
+    block_k, block = unit_block(max(k, k1), left), edge_at(max(k, k1), left)
     chunks = ceil_divide(max(k, k1), block_k)
     settings = dict(
         OUTER=outer, DROPOUT=dropout > 0, PRECISION=precision(left), SLICES_1=slices(k1), SLICES=slices(k),
