@@ -1,6 +1,5 @@
 """Measurements on a device: how "auto" chooses by it, and how it is kept; and backends whose kernels fail."""
 
-import contextlib
 import functools
 import json
 import os
@@ -316,36 +315,6 @@ def test_tune_stops_when_its_time_is_over(another, capsys):
     layer = GenFTLinear(12, 20, config=CONFIG)
     assert tune(layer, 8, seconds=0.0) == [] and not list(card.file("choices", CPU).parent.glob("choices-*"))
     assert "not measured, 0 s are over" in capsys.readouterr().out
-
-
-def test_tune_times_the_card_that_runs(monkeypatch):
-    current, recorded = [0], []
-
-    class Event:
-        """Recorded as one of CUDA is: on the current card's stream."""
-
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            recorded.append(current[-1])
-
-        def synchronize(self):
-            assert recorded == [1, "run on 1", 1]
-
-        def elapsed_time(self, end):
-            return 2.5
-
-    @contextlib.contextmanager
-    def on(device):
-        current.append(device.index)
-        yield
-        current.pop()
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "device", on)
-    monkeypatch.setattr(tuning, "_run", lambda name, calls: recorded.append(f"run on {current[-1]}"))
-    assert tuning._milliseconds(torch.device("cuda", 1), "eager", []) == 2.5
 
 
 def test_tune_says_what_is_wrong(another):

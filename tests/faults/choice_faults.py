@@ -47,7 +47,7 @@ FAULTS = [
         TUNING,
         "with torch.cuda.device(device):",
         "with torch.cuda.device(torch.device('cuda', 0)):",
-        TESTS,
+        ["tests/backends/test_tuning.py"],
     ),
     Fault("tune: keeps the slowest", TUNING, "min(self.milliseconds", "max(self.milliseconds", TESTS),
     Fault("gate: a hang is tried for ever", GATE, "if tries == TRIES:", "if False:", TESTS_OF_GATE),
