@@ -8,6 +8,7 @@ mark: what `zero_grad` does to them tells that the sums so far are not wanted.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -70,8 +71,8 @@ class Accumulation:
         self._held: dict[tuple[Layer, Settings], _Held] = {}
         # By layer and the key of `LayerGroup.factors_for`, for who asks again (genft_kernels/short_road.py).
         self.by_key: dict[tuple[Layer, object], list[Factors]] = {}
-        self._marks = _Marks()
-        self._looked_in: int | None = None  # the backward pass in which the marks were last looked at
+        self._marks = _Marks(self._look)
+        self._end: Callable[[], object] = lambda: None  # a weak reference to what the pass under way calls at its end
 
     def start(self) -> None:
         """From now on the layers get leaves; RuntimeError if they do so already."""
@@ -83,7 +84,7 @@ class Accumulation:
 
     def flush(self) -> None:
         """Send the sums on to the parameters and stop; RuntimeError if a parameter has changed since."""
-        if self._marks.cleared():
+        if self._end() is None and self._marks.cleared():
             self._drop_sums()
         held = dict(self._held)
         self.stop()
@@ -134,11 +135,19 @@ class Accumulation:
             raise RuntimeError(
                 "a backward came after the end of the accumulate(model) in which its forward ran: move it inside"
             )
-        backward = _torch_private.backward_pass()
-        if backward != self._looked_in:  # once for all leaves
-            self._looked_in = backward
+        self._look(grad)
+
+    def _look(self, grad: Tensor) -> None:
+        """A hook of leaves and marked parameters: before the first gradient of a pass arrives, was `zero_grad` called?
+
+        The passes within a pass, of reentrant checkpointing, belong to it: parameters may have received of it already.
+        """
+        if self._end() is None:
             if self._marks.cleared():
                 self._drop_sums()
+            end = self._marks.note
+            _torch_private.when_backward_ends(end)
+            self._end = weakref.ref(end)  # autograd alone holds it, and drops it after a pass that failed, too
 
     def _drop_sums(self) -> None:
         for each in self._held.values():
@@ -150,7 +159,8 @@ class Accumulation:
 class _Marks:
     """Gradients of zeros on parameters that have none, by which to tell whether `zero_grad` was called."""
 
-    def __init__(self) -> None:
+    def __init__(self, look: Callable[[Tensor], None]) -> None:
+        self._look = look  # a hook to run before a marked parameter receives
         self._marks: dict[Tensor, tuple[Tensor, int, bool]] = {}  # the gradient, its version, whether planted
         self._hooks: list[RemovableHandle] = []
 
@@ -158,17 +168,24 @@ class _Marks:
         """Mark those that train and are not marked yet."""
         for parameter in parameters:
             if parameter.requires_grad and parameter not in self._marks:
-                grad, planted = parameter.grad, parameter.grad is None
-                if grad is None:
-                    grad = parameter.grad = torch.zeros_like(parameter)
-                self._marks[parameter] = grad, grad._version, planted
-                if parameter.is_leaf:
-                    self._hooks.append(parameter.register_post_accumulate_grad_hook(self._added))
+                self._mark(parameter)
+                self._hooks.append(parameter.register_hook(self._look))
 
-    def _added(self, parameter: Tensor) -> None:
-        """Note what autograd itself has added, of another part of the loss: zeros, too, are no `zero_grad` then."""
-        assert parameter.grad is not None
-        self._marks[parameter] = parameter.grad, parameter.grad._version, False
+    def _mark(self, parameter: Tensor) -> None:
+        grad, planted = parameter.grad, parameter.grad is None
+        if grad is None:
+            grad = parameter.grad = torch.zeros_like(parameter)
+        self._marks[parameter] = grad, grad._version, planted
+
+    def note(self) -> None:
+        """After a pass, mark what it has changed: zeros that another part of the loss has added are no `zero_grad`.
+
+        All at once, since gradients may be views of one tensor, whose version is that of them all. One that a hook of
+        the user's has taken away is marked anew.
+        """
+        for parameter, (grad, version, _) in self._marks.items():
+            if parameter.grad is not grad or grad._version != version:
+                self._mark(parameter)
 
     def cleared(self) -> bool:
         """Whether a gradient was taken away, or overwritten by zeros."""

@@ -94,20 +94,6 @@ FAULTS = [
         SHORT_ROAD,
     ),
     Fault(
-        "accumulate: marks are looked at for every leaf",
-        "genft_kernels/sharing/accumulate.py",
-        "            self._looked_in = backward\n",
-        "",
-        SHORT_ROAD,
-    ),
-    Fault(
-        "accumulate: zeros that a penalty adds are taken for zero_grad",
-        "genft_kernels/sharing/accumulate.py",
-        "if parameter.is_leaf:",
-        "if False:",
-        ["tests/sharing/test_group_contexts.py", "-k", "zero_grad"],
-    ),
-    Fault(
         "share: training's serves evaluation",
         "genft_kernels/sharing/cache.py",
         " or self._training != source.training",

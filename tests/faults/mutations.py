@@ -7,6 +7,7 @@ Exits with 1 if a fault survives, if its text is no longer there, or if the unch
 import sys
 
 from tests.faults import (
+    accumulate_faults,
     choice_faults,
     compile_faults,
     cpu_faults,
@@ -30,6 +31,7 @@ FAULTS = [
         cpu_faults,
         model_faults,
         held_faults,
+        accumulate_faults,
         settings_faults,
         file_faults,
         integration_faults,

@@ -1,0 +1,123 @@
+"""Faults in `accumulate`: its sums, and what it takes for a `zero_grad`."""
+
+from tests.faults.planting import Fault
+
+ACCUMULATION = ["tests/sharing/test_accumulation.py"]
+SHORT_ROAD = ["tests/sharing/test_short_road.py"]
+ZERO_GRAD = ["tests/sharing/test_zero_grad.py"]
+
+FAULTS = [
+    Fault(
+        "accumulate: casts without gradients",
+        "genft_kernels/sharing/accumulate.py",
+        "            with torch.enable_grad():\n                shares",
+        "            if True:\n                shares",
+        ACCUMULATION,
+    ),
+    Fault(
+        "accumulate: zero_grad before a backward unnoticed",
+        "genft_kernels/sharing/accumulate.py",
+        "            if self._marks.cleared():\n                self._drop_sums()\n            end",
+        "            end",
+        ACCUMULATION,
+    ),
+    Fault(
+        "accumulate: marks left behind",
+        "genft_kernels/sharing/accumulate.py",
+        "                parameter.grad = None\n        self._marks.clear()",
+        "                pass\n        self._marks.clear()",
+        ACCUMULATION,
+    ),
+    Fault(
+        "accumulate: sums in 16 bits",
+        "genft_kernels/sharing/accumulate.py",
+        "wide = torch.promote_types(factor.dtype, torch.float32)",
+        "wide = factor.dtype",
+        ACCUMULATION,
+    ),
+    Fault(
+        "accumulate: nothing sent on",
+        "genft_kernels/sharing/accumulate.py",
+        "            torch.autograd.backward(roots, grads)",
+        "            pass",
+        ACCUMULATION,
+    ),
+    Fault(
+        "accumulate: an exception keeps the leaves",
+        "genft_kernels/sharing/accumulate.py",
+        "    finally:\n        accumulation.stop()",
+        "    finally:\n        pass",
+        ACCUMULATION,
+    ),
+    Fault(
+        "accumulate: a step inside unnoticed",
+        "genft_kernels/sharing/accumulate.py",
+        "if not self._share.holds(source):",
+        "if False:",
+        ACCUMULATION,
+    ),
+    Fault(
+        "accumulate: a late backward lost",
+        "genft_kernels/sharing/accumulate.py",
+        "if not self.active:  # nobody will fetch it",
+        "if False:",
+        ACCUMULATION,
+    ),
+    Fault(
+        "accumulate: zero_grad within it unnoticed",
+        "genft_kernels/sharing/accumulate.py",
+        "        if self._end() is None and self._marks.cleared():\n            self._drop_sums()\n        held",
+        "        held",
+        ACCUMULATION,
+    ),
+    Fault(
+        "accumulate: marks are looked at for every leaf",
+        "genft_kernels/sharing/accumulate.py",
+        "            self._end = weakref.ref(end)",
+        "            weakref.ref(end)",
+        SHORT_ROAD,
+    ),
+    Fault(
+        "accumulate: zeros that a penalty adds are taken for zero_grad",
+        "genft_kernels/sharing/accumulate.py",
+        "            _torch_private.when_backward_ends(end)\n",
+        "            self._held_end = end\n",
+        ["tests/sharing/test_group_contexts.py", "-k", "zero_grad"],
+    ),
+    Fault(
+        "accumulate: zero_grad before a penalty's gradients unnoticed",
+        "genft_kernels/sharing/accumulate.py",
+        "                self._hooks.append(parameter.register_hook(self._look))\n",
+        "",
+        ZERO_GRAD,
+    ),
+    Fault(
+        "accumulate: after a pass what was not added to is not marked anew",
+        "genft_kernels/sharing/accumulate.py",
+        "            if parameter.grad is not grad or grad._version != version:\n",
+        "            if parameter.grad is not grad or grad.any():\n",
+        ZERO_GRAD,
+    ),
+    Fault(
+        "accumulate: marks are looked at in a pass within a pass",
+        "genft_kernels/sharing/accumulate.py",
+        "        if self._end() is None:\n",
+        '        if self._end() is None or _torch_private.backward_pass() != getattr(self, "_last", None):\n'
+        "            self._last = _torch_private.backward_pass()\n",
+        ZERO_GRAD,
+    ),
+    Fault(
+        "accumulate: a pass that failed never ends",
+        "genft_kernels/sharing/accumulate.py",
+        "            end = self._marks.note\n",
+        "            end = self._kept = self._marks.note\n",
+        ZERO_GRAD,
+    ),
+    Fault(
+        "accumulate: a flush within a pass looks at marks",
+        "genft_kernels/sharing/accumulate.py",
+        "if self._end() is None and self._marks.cleared():",
+        "if self._marks.cleared():",
+        ZERO_GRAD,
+    ),
+]
