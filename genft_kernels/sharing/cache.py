@@ -72,8 +72,10 @@ class Share:
         return factors
 
     def follow(self, before: Share | None) -> None:
-        """Replace `before`: with its settings and W keep its key, so that who asks as last time finds these factors."""
-        if before is not None and before._settings == self._settings and before.own.begins_as(self.own):
+        """Replace `before`: with its settings, mode and W keep its key, so that who asks as last time finds these."""
+        if before is None or (before._settings, before._training) != (self._settings, self._training):
+            return
+        if before.own.begins_as(self.own):
             self.key = before.key
 
     def held(self, own: list[Tensor], shared: Collection[Tensor], *, once: bool) -> list[Factors] | None:

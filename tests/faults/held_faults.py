@@ -129,10 +129,17 @@ FAULTS = [
         STALE,
     ),
     Fault(
+        "share: follows one of another mode",
+        "genft_kernels/sharing/cache.py",
+        "(before._settings, before._training) != (self._settings, self._training)",
+        "before._settings != self._settings",
+        STALE,
+    ),
+    Fault(
         "share: follows one of another W",
         "genft_kernels/sharing/cache.py",
-        " and before.own.begins_as(self.own)",
-        "",
+        "if before.own.begins_as(self.own):",
+        "if True:",
         SHORT_ROAD,
     ),
     Fault(

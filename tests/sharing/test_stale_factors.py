@@ -113,6 +113,20 @@ def test_evaluation_takes_nothing_that_training_made(layers, at_once, monkeypatc
             assert all(torch.equal(model.eval()(x), fresh) for _ in range(3))
 
 
+def test_evaluation_takes_nothing_that_training_made_for_others():
+    """A layer that evaluated, and sat out a forward of training in which others generated for it."""
+    model = adapted()
+    first, second = model.layers
+    x = torch.randn(3, 8, dtype=torch.float64)
+    with torch.no_grad():
+        model.eval()(tokens())
+        model.train()
+        first(x)
+        assert generations(model) == 2
+        second.eval()(x)
+    assert generations(model) == 3
+
+
 def test_layers_that_an_earlier_forward_left_out_are_not_stale_either():
     model = adapted().train()
     first, second = model.layers
