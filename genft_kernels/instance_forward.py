@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+from collections.abc import Iterator
 
 from torch import nn
 
@@ -39,6 +41,18 @@ def share_hooks(old: nn.Module, new: nn.Module) -> None:
     """Give `new` the very dictionaries of hooks of `old`, so that these go on working, and their handles too."""
     hooks = {name: value for name, value in vars(old).items() if "_hooks" in name}
     new.__dict__.update(hooks, _is_full_backward_hook=old._is_full_backward_hook)
+
+
+@contextlib.contextmanager
+def brought_back(*modules: nn.Module) -> Iterator[None]:
+    """Within the context what accelerate has offloaded of some modules is here, as if each had been called."""
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            hook = vars(module).get(_HOOK)
+            if hook is not None and any(t.is_meta for t in (*module.parameters(False), *module.buffers(False))):
+                stack.callback(hook.post_forward, module, None)  # also where not all could be brought
+                hook.pre_forward(module)
+        yield
 
 
 def _is_class_forward(module: nn.Module, forward: object) -> bool:

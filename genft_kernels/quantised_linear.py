@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .arguments import about
 from .checks import autocasts
 from .frozen_weight import FrozenWeight, packed_tensors
-from .instance_forward import carry_instance_forward, share_hooks
+from .instance_forward import brought_back, carry_instance_forward, share_hooks
 from .modules import GenFTLinear
 from .sharing.source import is_tensor_subclass
 from .together import updated_linear
@@ -81,9 +81,10 @@ class QuantisedGenFTLinear(GenFTLinear):
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return self.base_layer.forward(x)
-        if self.backend == "reference":
-            return self._materialised(x, self.frozen_weight.to(x.dtype))
-        return updated_quantised(x, self.frozen_weight, self.bias, list(self.updates.values()))
+        with brought_back(self.base_layer):
+            if self.backend == "reference":
+                return self._materialised(x, self.frozen_weight.to(x.dtype))
+            return updated_quantised(x, self.frozen_weight, self.bias, list(self.updates.values()))
 
     def release(self) -> nn.Module:
         """The quantised layer."""

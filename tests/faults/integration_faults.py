@@ -6,6 +6,7 @@ DEFAULTS = ["tests/model/test_defaults.py"]
 BLOCKS = ["tests/model/test_row_blocks.py"]
 CHECKPOINTS = ["tests/integrations/test_adapter_checkpoints.py"]
 SHARDED = ["tests/files/test_sharded.py"]
+INSTANCE = "genft_kernels/instance_forward.py"
 EXPORTS = ["tests/ops/test_exports.py"]
 
 FAULTS = [
@@ -22,6 +23,49 @@ FAULTS = [
         'if "_hf_hook" in vars(self.base_layer):',
         "if False:",
         ["tests/integrations/test_peft_several.py", "-k", "offloaded"],
+    ),
+    Fault(
+        "peft: offloaded tensors of a generator stay away",
+        "genft_kernels/integrations/peft/layer.py",
+        "with brought_back(self.container):",
+        "if True:",
+        ["tests/integrations/test_peft_experts.py", "-k", "offloaded"],
+    ),
+    Fault(
+        "peft: offloaded units of several adapters stay away",
+        "genft_kernels/integrations/peft/experts.py",
+        "with brought_back(*updates):",
+        "if True:",
+        ["tests/integrations/test_peft_experts.py", "-k", "offloaded"],
+    ),
+    Fault(
+        "peft: offloaded codes stay away",
+        "genft_kernels/integrations/peft/quantised.py",
+        "    def _product(self, x: Tensor, updates: list[AdapterUpdate]) -> Tensor:\n",
+        "    def _updated(self, x, adapters):\n        updates = [self.genft_own[name] for name in adapters]\n",
+        ["tests/integrations/test_peft_several.py", "-k", "offloaded"],
+    ),
+    Fault(
+        "quantised: offloaded codes stay away",
+        "genft_kernels/quantised_linear.py",
+        "with brought_back(self.base_layer):",
+        "if True:",
+        ["tests/quantised/test_quantised_states.py", "-k", "offloaded"],
+    ),
+    Fault(
+        "hooks: what was brought stays when not all could be",
+        INSTANCE,
+        "stack.callback(hook.post_forward, module, None)  # also where not all could be brought\n"
+        "                hook.pre_forward(module)\n",
+        "hook.pre_forward(module)\n                stack.callback(hook.post_forward, module, None)\n",
+        ["tests/model/test_instance_forward.py"],
+    ),
+    Fault(
+        "hooks: called where nothing was offloaded",
+        INSTANCE,
+        "hook is not None and any(t.is_meta for t in (*module.parameters(False), *module.buffers(False)))",
+        "hook is not None",
+        ["tests/model/test_instance_forward.py"],
     ),
     Fault(
         "peft: a wrapped model is taken",

@@ -8,6 +8,7 @@ from genft_kernels import GenFTConfig, apply_genft, explain, load_adapter, save_
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
+from accelerate import cpu_offload  # noqa: E402  # PEFT needs it
 from transformers.integrations import peft as of_transformers  # noqa: E402
 
 from genft_kernels.integrations.peft import PeftGenFTConfig, swap_adapter  # noqa: E402
@@ -125,6 +126,19 @@ def test_adapters_of_experts_switch_add_up_and_are_deleted():
     model.delete_adapter("other")
     model.set_adapter("default")
     assert torch.equal(logits(model), first) and list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize("active", [["default"], ["default", "other"]])
+def test_offloaded_experts_come_back_for_a_forward(active):
+    model = peft_model()
+    model.add_adapter("other", peft_config())
+    model.base_model.set_adapter(active)
+    expected = logits(randomised(model))
+    cpu_offload(model, execution_device="cpu")
+    for _ in range(2):
+        assert torch.allclose(logits(model), expected, rtol=1e-10)
+        held = [*experts_of(model.get_base_model()).parameters(), *model.genft_shared.parameters()]
+        assert all(tensor.is_meta for tensor in held)
 
 
 def test_experts_are_known_to_explain_summary_and_swap(tmp_path):

@@ -21,6 +21,7 @@ from tests.helpers.peft_models import (  # noqa: E402
     randomised,
     with_second_adapter,
 )
+from tests.helpers.quantised_layers import quantised, registered  # noqa: E402
 
 PAIRS = {
     "factored": ({}, {}),
@@ -65,6 +66,16 @@ def test_offloaded_tensors_come_back_for_a_forward(active):
         assert torch.allclose(model(tokens()), expected, rtol=1e-12)
         held = [layer.base_layer.weight, *layer.genft_own["default"].parameters(), *model.genft_shared.parameters()]
         assert all(tensor.device.type == "meta" for tensor in held)
+
+
+def test_offloaded_codes_come_back_for_a_forward():
+    registered()
+    model = randomised(peft.get_peft_model(quantised(base()), peft_config()).eval())
+    expected = model(tokens())
+    cpu_offload(model, execution_device="cpu", offload_buffers=True)
+    for _ in range(2):
+        assert torch.allclose(model(tokens()), expected, rtol=1e-12)
+        assert model.base_model.model.layers[0].attention.query.base_layer.codes.is_meta
 
 
 @pytest.mark.filterwarnings("ignore:scaling=0")

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from genft_kernels import GenFTConfig, GenFTGenerator, GenFTLinear, apply_genft, remove_genft
+from genft_kernels.instance_forward import brought_back
 from tests.helpers.tiny_models import randomise, snapshot
 
+accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
 hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
 CONFIG = GenFTConfig(shared_dim=2, specific_dim=1, target_modules=["0", "2"], zero_delta=False)
 
@@ -90,6 +92,24 @@ def test_a_hook_over_a_patched_forward_is_refused():
     hooks.add_hook_to_module(model[2], Doubles())
     with pytest.raises(TypeError, match="target module '2': its forward was replaced on the instance"):
         apply_genft(model, CONFIG)
+
+
+def test_brought_back_is_what_was_offloaded_and_all_goes_away_again():
+    model = accelerate.cpu_offload(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)), torch.device("cpu"))
+    first, last = model[0], model[2]
+    kinds = [p.device.type for p in model.parameters()]
+    with brought_back(first, last):
+        assert all(p.device.type == "cpu" for p in model.parameters())
+    last._hf_hook.weights_map = {"weight": torch.zeros(4, 8)}  # no bias
+    with pytest.raises(KeyError), brought_back(first, last):
+        pass
+    assert [p.device.type for p in model.parameters()] == kinds == ["meta"] * 4
+
+
+def test_brought_back_calls_no_hook_that_has_offloaded_nothing():
+    model, hook = hooked(), Doubles()
+    with brought_back(*model):
+        assert hook.calls == 0
 
 
 def test_a_layer_made_by_hand_has_the_hook_too():

@@ -17,6 +17,7 @@ from genft_kernels import (
     refresh,
     remove_genft,
     save_adapter,
+    set_backend,
 )
 from tests.helpers.quantised_layers import (
     TOKENS,
@@ -53,6 +54,18 @@ def test_rms_follows_a_change_of_the_codes():
         apply_genft(twin, config(weight_ratio="rms"))
         twin.load_state_dict({k: v for k, v in model.state_dict().items() if k in twin.state_dict()}, strict=False)
         assert torch.equal(twin.eval()(TOKENS), model(TOKENS))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_offloaded_codes_come_back_for_a_forward(backend):
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    model, _ = pair(config())
+    set_backend(model.eval(), backend)
+    expected = model(TOKENS)
+    accelerate.cpu_offload(model, torch.device("cpu"), offload_buffers=True)
+    for _ in range(2):
+        assert torch.allclose(model(TOKENS), expected)
+        assert model.layers[0].attention.query.base_layer.codes.is_meta
 
 
 def test_disabled_is_the_quantised_model():

@@ -13,6 +13,7 @@ from ...experts.layout import Layout
 from ...experts.products import expert_product
 from ...experts.update import ExpertUpdate
 from ...generator import GenFTGenerator
+from ...instance_forward import brought_back
 from ...update import Factors
 from .layer import AdapterLayer, SharedTensors
 
@@ -124,7 +125,8 @@ class ExpertStack(AdapterLayer):
                 f"{self.parameter_name}: several adapters of stacked experts act together in the factored form only: "
                 "activate one at a time, or merge them"
             )
-        made = [update.whole_factors(x) for update in updates]
+        with brought_back(*updates):
+            made = [update.whole_factors(x) for update in updates]
         h = torch.cat([factors.h for factors, _, _ in made], -1)  # [E, in, k1 + k2 + ...]
         b = torch.cat([made[i][0].b * update.config.scaling for i, update in enumerate(updates)], -1)
         (_, _, stream), _, backend = made[0]

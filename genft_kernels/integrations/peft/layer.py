@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from ...adaptable import check_adaptable, is_conv1d
 from ...frozen_weight import FrozenWeight, kind_name, kind_of
 from ...generator import GenFTGenerator, registered
-from ...instance_forward import share_hooks
+from ...instance_forward import brought_back, share_hooks
 from ...modules import UpdateOfLayer
 from ...row_blocks import RowBlocks
 from ...sharing.source import is_tensor_subclass
@@ -52,7 +51,8 @@ class StoredGenerator(GenFTGenerator):
         self.__dict__["container"] = container  # not registered: the model has it
 
     def forward(self) -> dict[str, Tensor]:
-        return dict(zip(self.tensor_names, self.tensors(), strict=True))
+        with brought_back(self.container):
+            return dict(zip(self.tensor_names, self.tensors(), strict=True))
 
     def tensors(self) -> list[Tensor]:
         return registered(self.container, self._stored)
@@ -67,19 +67,6 @@ class AdapterUpdate(UpdateOfLayer):
 
     def extra_repr(self) -> str:
         return f"shared_dim={self.config.shared_dim}, specific_dim={self.config.specific_dim}"
-
-
-@contextlib.contextmanager
-def _brought_back(*modules: nn.Module) -> Iterator[None]:
-    """Within the context what accelerate has offloaded of some modules is here, as if each had been called."""
-    hooked = [(module, hook) for module in modules if (hook := vars(module).get("_hf_hook")) is not None]
-    for module, hook in hooked:
-        hook.pre_forward(module)
-    try:
-        yield
-    finally:
-        for module, hook in hooked:
-            hook.post_forward(module, None)
 
 
 class AdapterLayer(nn.Module, BaseTunerLayer):
@@ -250,7 +237,7 @@ class GenFTLayer(AdapterLayer):
         if not updates:
             return self.base_layer.forward(x)
         if "_hf_hook" in vars(self.base_layer):
-            with _brought_back(self.base_layer, *updates, *(update.generator.container for update in updates)):
+            with brought_back(self.base_layer, *updates):
                 return self._product(x, updates)
         return self._product(x, updates)
 

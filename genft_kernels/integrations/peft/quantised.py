@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...frozen_weight import FrozenWeight, is_kind_of_layer, kind_name, kind_of
 from ...quantised_linear import updated_quantised
 from ...targets import weight_of
-from .layer import GenFTLayer
+from .layer import AdapterUpdate, GenFTLayer
 
 
 class QuantisedGenFTLayer(GenFTLayer):
@@ -66,10 +66,7 @@ class QuantisedGenFTLayer(GenFTLayer):
     def _with_updates(self, adapters: Sequence[str]) -> Tensor:
         return sum(map(self.get_delta_weight, adapters), self.frozen_weight.dense())
 
-    def _updated(self, x: Tensor, adapters: list[str]) -> Tensor:
-        updates = [self.genft_own[name] for name in adapters if name in self.genft_own]
-        if not updates:
-            return self.base_layer.forward(x)
+    def _product(self, x: Tensor, updates: list[AdapterUpdate]) -> Tensor:
         return updated_quantised(x, self.frozen_weight, self.base_layer.bias, updates)
 
 
