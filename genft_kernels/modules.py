@@ -18,6 +18,7 @@ from .frozen_weight import FrozenWeight, kind_of, kind_of_classes
 from .generator import GenFTGenerator, registered
 from .instance_forward import carry_instance_forward, share_hooks
 from .merging import MarksMerged, MergeableUpdate
+from .row_blocks import RowBlocks
 from .sharing.source import is_tensor_subclass
 from .together import updated_linear
 from .units import GenFTUpdate, adapter_dtype
@@ -136,6 +137,12 @@ class GenFTLinear(MarksMerged, MergeableUpdate, nn.Linear):
         more: Any = self._modules.get(MORE_BLOCKS) or {}
         return {"": self, **{f"{MORE_BLOCKS}.{rows}": update for rows, update in more.items()}}
 
+    @property
+    def all_blocks(self) -> RowBlocks:
+        """How the weight's rows are cut, and which blocks are adapted, by whatever units."""
+        adapted = (index for update in self.updates.values() for index in update.blocks.adapted)
+        return self.blocks._replace(adapted=tuple(sorted(adapted)))
+
     def _adapt(self, generator: GenFTGenerator, backend: str, blocks: Any = None) -> None:
         self.join(generator, backend, (self.in_features, self.out_features), blocks)
         self._freeze()
@@ -228,11 +235,10 @@ class GenFTLinear(MarksMerged, MergeableUpdate, nn.Linear):
 
     def extra_repr(self) -> str:
         config = self.config
-        adapted = tuple(sorted(index for update in self.updates.values() for index in update.blocks.adapted))
         parts = [
             super().extra_repr(),
             f"shared_dim={config.shared_dim}, specific_dim={config.specific_dim}",
-            f"blocks={self.blocks._replace(adapted=adapted)}" if self.blocks.count > 1 else "",
+            f"blocks={self.all_blocks}" if self.blocks.count > 1 else "",
             f"backend={self.backend!r}",
             "merged" if self.merged else "",
         ]

@@ -47,6 +47,11 @@ class RowBlocks(NamedTuple):
             raise ValueError(f"its {out_features} rows are not those of the blocks, {'+'.join(map(str, self.cut))}")
         return list(self.cut)
 
+    def adapted_rows(self, out_features: int) -> list[range]:
+        """The rows of each adapted block; ValueError as `rows` has it."""
+        rows = self.rows(out_features)
+        return [range(sum(rows[:index]), sum(rows[: index + 1])) for index in self.adapted]
+
     def by_rows(self, out_features: int) -> dict[int, RowBlocks]:
         """The adapted blocks by how many rows they have: blocks of one size share a generator and a layer's units."""
         rows, found = self.rows(out_features), dict[int, tuple[int, ...]]()

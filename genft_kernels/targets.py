@@ -39,6 +39,9 @@ READ_UNCALLED = {
 }
 
 
+WHOLE = None, RowBlocks()  # no entry of `fused_blocks`
+
+
 class Target(NamedTuple):
     """A linear layer to adapt."""
 
@@ -81,8 +84,7 @@ def find_targets(model: nn.Module, config: GenFTConfig, full_matches: FullMatch)
             paths.setdefault(module, []).append(name)
     if not paths:
         raise ValueError(_nothing_matched(model, config, wanted, names))
-    fused: Mapping[str, Any] = config.fused_blocks or {}
-    blocks_of = {name: entry for entry in fused for name in names.ending_in(entry)}
+    fused = entries_of_blocks(config, names)
     targets = []
     for module, held_at in paths.items():
         try:
@@ -93,15 +95,21 @@ def find_targets(model: nn.Module, config: GenFTConfig, full_matches: FullMatch)
         except (TypeError, ValueError) as error:
             hint = " (exclude_modules leaves it out)" if config.target_modules == ALL_LINEAR else ""
             raise type(error)(f"target module {held_at[0]!r}: {error}{hint}") from None
-        blocks = fused[blocks_of[held_at[0]]] if held_at[0] in blocks_of else RowBlocks()
+        _, blocks = fused.get(held_at[0], WHOLE)
         targets.append(Target(tuple(held_at), module, blocks))
-    used = {blocks_of.get(target.name) for target in targets}
+    used = {fused.get(target.name, WHOLE)[0] for target in targets}
     unused = [entry for entry in config.fused_blocks or {} if entry not in used]
     if unused:
         listed = listing((target.name for target in targets), _NAMED)
         raise ValueError(f"fused_blocks[{unused[0]!r}] names no target module; targets are {listed}")
     check_gradients_pass(model, {target.module: target.name for target in targets})
     return targets
+
+
+def entries_of_blocks(config: GenFTConfig, names: Names) -> dict[str, tuple[str | None, RowBlocks]]:
+    """By the paths that `fused_blocks` names, the entry that does and its blocks; `WHOLE` is of all others."""
+    fused: Mapping[str, Any] = config.fused_blocks or {}
+    return {name: (entry, blocks) for entry, blocks in fused.items() for name in names.ending_in(entry)}
 
 
 def find_modules_to_save(model: nn.Module, config: GenFTConfig, targets: Iterable[Target | ExpertTarget]) -> list[str]:

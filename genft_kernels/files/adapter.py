@@ -22,14 +22,15 @@ from ..adapted_model import (
     layers_of_an_adapted_model,
     set_backend,
 )
-from ..arguments import check_type, warn
+from ..arguments import about, check_type, warn
 from ..checks import SUPPORTED_DTYPES
 from ..config import GenFTConfig
 from ..defaults import settled
 from ..frozen_weight import FrozenWeight
-from ..matching import full_matches_in_time
+from ..matching import Names, full_matches_in_time
+from ..modules import GenFTLinear
 from ..saved_modules import tied_again, unsavable
-from ..targets import weight_of
+from ..targets import WHOLE, entries_of_blocks, weight_of
 from .fingerprint import Fingerprint
 from .foreign_folder import explain_foreign_folder
 from .format import AdapterFile, is_ours, read_adapter_file, write_adapter_file
@@ -39,6 +40,7 @@ from .sharded import any_sharded, by_one, is_sharded, like, whole
 
 _DENSE = torch.contiguous_format
 _EXTRA_STATE = "._extra_state"
+_NAMES_MODULES = (*MODULE_CHOICES, "fused_blocks")  # in one of many ways; layers and rows are compared in their place
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
@@ -106,7 +108,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, *, backend: str
     if was_adapted:
         # Which layers a configuration means is compared by the layers themselves, where the file tells them.
         _check_same_config(
-            adapter_state(model).config, adapter.config, but=MODULE_CHOICES if adapter.fingerprints else ()
+            adapter_state(model).config, adapter.config, but=_NAMES_MODULES if adapter.fingerprints else ()
         )
         _check_unmerged(model)
         weights = {path: layer.frozen_weight for path, layer in adapted_layers(model).items()}
@@ -118,6 +120,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, *, backend: str
         weights |= {stack.name: stack.weight for stack in planned.experts}
         wanted = _planned_tensors(model, planned, adapter.config)
     _check_base(weights, adapter.fingerprints)
+    if was_adapted:
+        _check_same_blocks(model, adapter.config)
     _check_tensors(wanted, adapter.tensors)
     if not was_adapted:
         adapt_as_planned(model, adapter.config, planned)
@@ -217,6 +221,8 @@ def _planned_tensors(model: nn.Module, planned: Plan, config: GenFTConfig) -> di
 
 def _check_same_config(mine: GenFTConfig, theirs: GenFTConfig, but: Collection[str]) -> None:
     in_model, in_file = mine.to_dict(), theirs.to_dict()
+    if not mine.target_parameters:  # no experts
+        but = (*but, "expert_specific")
     differing = [
         f"{name}: {in_model[name]!r} in the model, {in_file[name]!r} in the file"
         for name in in_model
@@ -224,6 +230,19 @@ def _check_same_config(mine: GenFTConfig, theirs: GenFTConfig, but: Collection[s
     ]
     if differing:
         raise ValueError(f"the model is adapted with another configuration ({'; '.join(differing)[:1000]})")
+
+
+def _check_same_blocks(model: nn.Module, in_file: GenFTConfig) -> None:
+    """Raise ValueError where the file adapts other rows of a layer, whatever name and cut say so."""
+    layers = {path: layer for path, layer in adapted_layers(model).items() if isinstance(layer, GenFTLinear)}
+    entries = entries_of_blocks(in_file, Names(layers))
+    for path, layer in layers.items():
+        mine, (_, theirs) = layer.all_blocks, entries.get(path, WHOLE)
+        with about(f"the file's blocks of {path!r}"):
+            rows = theirs.adapted_rows(layer.out_features)
+        if rows != mine.adapted_rows(layer.out_features):
+            differing = f"fused_blocks: of {path!r} {mine} in the model, {theirs} in the file"
+            raise ValueError(f"the model is adapted with another configuration ({differing})")
 
 
 def _check_unmerged(model: nn.Module) -> None:

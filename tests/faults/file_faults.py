@@ -98,9 +98,30 @@ FAULTS = [
     Fault(
         "load: layers compared by how they were named",
         "genft_kernels/files/adapter.py",
-        "but=MODULE_CHOICES if adapter.fingerprints else ()",
+        "but=_NAMES_MODULES if adapter.fingerprints else ()",
         "but=()",
         ["tests/files/test_adapter_refusals.py", "-k", "named_in_another_way"],
+    ),
+    Fault(
+        "files: blocks compared by their names",
+        "genft_kernels/files/adapter.py",
+        '"modules_to_save", "fused_blocks")',
+        '"modules_to_save")',
+        ["tests/files/test_adapter_refusals.py", "-k", "blocks"],
+    ),
+    Fault(
+        "files: blocks not compared",
+        "genft_kernels/files/adapter.py",
+        "        _check_same_blocks(model, adapter.config)\n",
+        "        pass\n",
+        ["tests/files/test_adapter_refusals.py", "-k", "blocks"],
+    ),
+    Fault(
+        "files: units of experts compared where there are none",
+        "genft_kernels/files/adapter.py",
+        "    if not mine.target_parameters:  # no experts\n",
+        "    if False:\n",
+        ["tests/files/test_adapter_refusals.py", "-k", "experts"],
     ),
     Fault(
         "modules to save: a frozen end of a tie trains",

@@ -9,8 +9,8 @@ from torch import nn
 
 from genft_kernels import GenFTConfig, apply_genft, disabled, load_adapter, merge, remove_genft, save_adapter, unmerge
 from genft_kernels.files.format import CONFIG_FILE, TENSORS_FILE
-from tests.helpers.adapter_files import QUERY, SAVED, adapted, base, contents, edit_config, edit_tensors
-from tests.helpers.tiny_models import GroupedQueryBlock, randomise, snapshot, tokens
+from tests.helpers.adapter_files import QUERY, SAVED, adapted, base, config, contents, edit_config, edit_tensors
+from tests.helpers.tiny_models import FusedEncoder, GroupedQueryBlock, randomise, snapshot, tokens
 
 
 @pytest.fixture
@@ -119,6 +119,43 @@ def test_layers_may_be_named_in_another_way(names, folder):
     assert torch.equal(model(tokens()), load_adapter(base(), folder)(tokens()))
     with pytest.raises(ValueError, match="another base model: its layers differ"):
         load_adapter(adapted(target_modules=["query"], **SAVED), folder)
+
+
+NAMED = {
+    "by its path": {"0.qkv": (3, (0, 2))},
+    "by its rows": {"qkv": ((8, 8, 8), (2, 0))},
+    "by other rows of what is not adapted": {"qkv": ((8, 4, 4, 8), (0, 3))},
+}
+OTHER = {
+    "another block": ({"qkv": (3, (0, 1))}, r"'0.qkv' \[0, 1\] of 3 in the model, \[0, 2\] of 3 in the file"),
+    "none": (None, r"'0.qkv' \[0\] of 1 in the model, \[0, 2\] of 3 in the file"),
+}
+
+
+def fused(blocks):
+    model = nn.Sequential(base(FusedEncoder))
+    return randomise(apply_genft(model, config(target_modules=["qkv"], fused_blocks=blocks)))
+
+
+@pytest.mark.parametrize("blocks", NAMED.values(), ids=NAMED)
+def test_blocks_may_be_named_and_cut_in_another_way(blocks, tmp_path):
+    save_adapter(fused({"qkv": (3, (0, 2))}), tmp_path)
+    expected = load_adapter(nn.Sequential(base(FusedEncoder)), tmp_path)(tokens())
+    assert torch.equal(load_adapter(fused(blocks), tmp_path)(tokens()), expected)
+
+
+@pytest.mark.parametrize("blocks, message", OTHER.values(), ids=OTHER)
+def test_other_blocks_are_refused(blocks, message, tmp_path):
+    save_adapter(fused({"qkv": (3, (0, 2))}), tmp_path)
+    model = fused(blocks)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=rf"another configuration \(fused_blocks: of {message}\)"):
+        load_adapter(model, tmp_path)
+    assert snapshot(model) == before
+
+
+def test_units_of_experts_count_for_nothing_where_there_are_none(folder):
+    load_adapter(adapted(expert_specific="layer", **SAVED), folder)
 
 
 def test_a_merged_model_is_refused(folder):
