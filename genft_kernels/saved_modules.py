@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from torch import Tensor, nn
 
@@ -75,13 +75,18 @@ def beside(original: nn.Module, trained: nn.Module) -> nn.Module:
 
 
 def tied_again(model: nn.Module, paths: Iterable[str]) -> list[str]:
-    """A sentence for each parameter of the saved modules that the model has elsewhere, too, in whatever way."""
+    """A sentence for each parameter of the saved modules that another module has, too, in whatever way."""
     saved = {path: model.get_submodule(path) for path in paths}
+    own = {part for module in saved.values() for part in module.modules()}
     told = []
-    for name, other in _ties(model, saved).items():
+    for name, other in _ties(model, saved, own).items():
         trains = model.get_parameter(name).requires_grad
         follows = f"{other!r} trains, too, and is neither saved nor undone" if trains else "what was trained is gone"
-        told.append(f"modules_to_save: {name!r} is tied to {other!r} again, so {follows}")
+        anew = ", and tie both anew after load_adapter" if trains else ""
+        told.append(
+            f"modules_to_save: {name!r} is tied to {other!r} again, so {follows}: "
+            f"make {name!r} a parameter of its own, by nn.Parameter(tensor.detach().clone()){anew}"
+        )
     return told
 
 
@@ -116,13 +121,14 @@ class _TieTheRest:
         return result
 
 
-def _ties(model: nn.Module, saved: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Parameters within the saved modules that the model also has elsewhere, by name."""
+def _ties(model: nn.Module, saved: Mapping[str, nn.Module], but: Collection[nn.Module] = ()) -> dict[str, str]:
+    """Parameters within the saved modules that the model also has elsewhere, by name; not in the modules `but`."""
     elsewhere: dict[nn.Parameter, str] = {}
     within = []
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if any(path in saved for path in upwards(name)):
-            within.append((name, parameter))
-        else:
-            elsewhere.setdefault(parameter, name)
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, parameter in module.named_parameters(path, recurse=False, remove_duplicate=False):
+            if any(outer in saved for outer in upwards(path)):
+                within.append((name, parameter))
+            elif module not in but:
+                elsewhere.setdefault(parameter, name)
     return {name: elsewhere[parameter] for name, parameter in within if parameter in elsewhere}

@@ -6,8 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from genft_kernels import GenFTConfig, apply_genft, disabled, merge, remove_genft, save_adapter, trainable_summary
-from tests.helpers.tiny_models import TiedModel, randomise, snapshot, tokens
+from genft_kernels import (
+    GenFTConfig,
+    apply_genft,
+    disabled,
+    load_adapter,
+    merge,
+    remove_genft,
+    save_adapter,
+    trainable_summary,
+)
+from tests.helpers.tiny_models import Encoder, TiedModel, randomise, snapshot, tokens
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 TIED = "ignore:modules_to_save.*is tied to"
@@ -154,6 +163,33 @@ def test_a_tie_by_hand_is_told(tmp_path):
     other.head.weight.requires_grad_(False)  # on purpose
     trainable_summary(other)
     save_adapter(other, tmp_path)
+
+
+@pytest.mark.filterwarnings(TIED)
+def test_the_cure_of_a_tie_by_hand_lets_it_be_saved(tmp_path):
+    base = TiedModel()
+    model = apply_genft(copy.deepcopy(base), config(target_modules=["first"], modules_to_save=["head"]))
+    randomise(model).embedding.weight = model.head.weight
+    with pytest.raises(RuntimeError, match="make 'head.weight' a parameter of its own.*, and tie both anew after"):
+        save_adapter(model, tmp_path)
+    model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+    save_adapter(model, tmp_path)
+    again = load_adapter(base, tmp_path)
+    again.embedding.weight = again.head.weight
+    with pytest.warns(UserWarning, match="again"):
+        assert torch.equal(again(tokens()), model(tokens()))
+
+
+@pytest.mark.parametrize("part", ["classifier", "classifier.1"])
+def test_a_trained_module_that_is_held_twice_is_no_tie(part, tmp_path):
+    """As wrappers for a task hold the head of a model under a name of their own."""
+    base = Encoder().eval()
+    model = apply_genft(copy.deepcopy(base), config(target_modules=["query"], modules_to_save=["classifier"]))
+    randomise(model).scorer = model.get_submodule(part)
+    trainable_summary(model)
+    expected = model(tokens())
+    save_adapter(model, tmp_path)
+    assert torch.equal(load_adapter(base, tmp_path)(tokens()), expected)
 
 
 @pytest.mark.filterwarnings("ignore:adapted, but not called")
