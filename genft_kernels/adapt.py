@@ -21,6 +21,7 @@ from .adapted_model import (
     adapter_state,
     check_enabled,
     is_adapted,
+    is_enabled,
     layers_of_an_adapted_model,
     look_once,
 )
@@ -136,7 +137,7 @@ def adapt_as_planned(model: nn.Module, config: GenFTConfig, plan: Plan, backend:
     by_name = {target.name: layer for target, layer in zip(targets, layers, strict=True)} | updates
     # Of experts that are disabled the module alone is called.
     called: dict[str, nn.Module] = {**by_name, **{name: update.experts for name, update in updates.items()}}
-    watch = FirstForward(model, called, look_once)
+    watch = FirstForward(model, called, is_enabled, look_once)
     setattr(model, STATE, AdapterState(config, required_grad, saved, tuple(by_name), watch))
 
 

@@ -49,9 +49,14 @@ def adapter_state(model: nn.Module) -> AdapterState:
     return vars(model)[STATE]
 
 
+def is_enabled(model: nn.Module) -> bool:
+    """Whether the adapter answers: not within `disabled(model)`, where originals stand in for the trained modules."""
+    return all(layer.enabled for layer in adapted_layers(model).values())
+
+
 def check_enabled(model: nn.Module) -> None:
-    """Raise RuntimeError within `disabled(model)`, where the originals stand in for the trained modules."""
-    if not all(layer.enabled for layer in adapted_layers(model).values()):
+    """Raise RuntimeError within `disabled(model)`."""
+    if not is_enabled(model):
         raise RuntimeError("the adapter is disabled: leave the context of disabled(model) first")
 
 
@@ -91,8 +96,11 @@ def updates_of(model: nn.Module) -> list[GenFTUpdate]:
 
 
 def warn_if_tied_again(model: nn.Module) -> None:
-    """Warn of trained modules whose parameters the model has elsewhere, too, in whatever way that came."""
-    for told in tied_again(model, adapter_state(model).saved_modules):
+    """Warn of trained modules whose parameters the model has elsewhere, too, in whatever way that came.
+
+    Within `disabled` the originals stand in for them, which may be tied as ever.
+    """
+    for told in tied_again(model, adapter_state(model).saved_modules) if is_enabled(model) else ():
         warn(told)
 
 

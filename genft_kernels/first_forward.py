@@ -16,18 +16,22 @@ from .quantised_linear import check_stored
 
 
 class FirstForward:
-    """Watches until the model's forward has run once outside of `torch.compile`; then it is gone."""
+    """Watches until the model's forward has run once outside of `torch.compile` and `disabled`; then it is gone."""
 
     def __init__(
-        self, model: nn.Module, layers: Mapping[str, nn.Module], look_once: Callable[[nn.Module], None]
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        is_enabled: Callable[[nn.Module], bool],
+        look_once: Callable[[nn.Module], None],
     ) -> None:
         self._waiting = {name: layer.register_forward_pre_hook(_Note(self, name)) for name, layer in layers.items()}
         self._handle = model.register_forward_hook(self)
-        self._look_once = look_once
+        self._is_enabled, self._look_once = is_enabled, look_once
 
     def __call__(self, model: nn.Module, args: object, output: object) -> None:
         """The model's forward has run."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not self._is_enabled(model):
             return
         names = [repr(name) for name in self._waiting]
         self.stop()

@@ -105,8 +105,8 @@ FAULTS = [
     Fault(
         "files: blocks compared by their names",
         "genft_kernels/files/adapter.py",
-        '"modules_to_save", "fused_blocks")',
-        '"modules_to_save")',
+        '(*MODULE_CHOICES, "fused_blocks")',
+        "MODULE_CHOICES",
         ["tests/files/test_adapter_refusals.py", "-k", "blocks"],
     ),
     Fault(
@@ -149,6 +149,20 @@ FAULTS = [
         "genft_kernels/first_forward.py",
         "if names and not _is_compiled(model):",
         "if False:",
+        ["tests/model/test_first_forward.py"],
+    ),
+    Fault(
+        "adapt: a forward within disabled is taken for the first",
+        "genft_kernels/first_forward.py",
+        " or not self._is_enabled(model)",
+        "",
+        ["tests/model/test_first_forward.py"],
+    ),
+    Fault(
+        "adapt: originals that are tied are told within disabled",
+        "genft_kernels/adapted_model.py",
+        " if is_enabled(model) else ()",
+        "",
         ["tests/model/test_first_forward.py"],
     ),
     Fault(

@@ -10,8 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from genft_kernels import GenFTConfig, apply_genft, load_adapter, remove_genft, save_adapter
-from tests.helpers.tiny_models import snapshot
+from genft_kernels import (
+    GenFTConfig,
+    apply_genft,
+    disabled,
+    load_adapter,
+    remove_genft,
+    save_adapter,
+    trainable_summary,
+)
+from tests.helpers.tiny_models import TiedModel, snapshot, tokens
 
 DIM = 8
 
@@ -38,7 +46,7 @@ class Reads(nn.Module):
 
 
 def settings(**more):
-    return GenFTConfig(shared_dim=2, specific_dim=1, target_modules=["q", "v"], **more)
+    return GenFTConfig(**{"shared_dim": 2, "specific_dim": 1, "target_modules": ["q", "v"], **more})
 
 
 @pytest.mark.parametrize("read", ["attribute", "dictionary", "names", "concatenated", "alias", "not at all"])
@@ -99,6 +107,19 @@ def test_many_layers_are_counted():
 
 def hooks(model):
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def test_a_forward_within_disabled_is_not_the_first():
+    """As of DPO's reference: the layers run, and what is tied is the original."""
+    base = TiedModel()
+    with pytest.warns(UserWarning, match="'head.weight' is tied to 'embedding.weight', and its trained copy is not"):
+        model = apply_genft(base, settings(modules_to_save=["head"], target_modules=["first"]))
+    with disabled(model):
+        model(tokens())
+        trainable_summary(model)
+    assert hooks(model) == 1
+    model(tokens())
+    assert hooks(model) == 0
 
 
 def test_nothing_is_left_of_it():
