@@ -185,6 +185,13 @@ FAULTS = [
         FILES,
     ),
     Fault(
+        "peft: an unloaded module is asked for a weight",
+        f"{PEFT}/model.py",
+        "setattr(parent, child_name, new_module)",
+        "super()._replace_module(parent, child_name, new_module, child)",
+        TUNER,
+    ),
+    Fault(
         "peft: shared tensors stay in an unloaded model",
         f"{PEFT}/model.py",
         "        del model._modules[SHARED]\n        return model",

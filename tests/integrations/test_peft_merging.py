@@ -53,8 +53,9 @@ def test_safe_merge_refuses_what_is_not_finite():
     assert all(layer.weight is w for layer, w in zip(layers_of(model), before, strict=True))
 
 
-def test_merge_and_unload_leaves_a_plain_model_that_answers_alike():
-    model = peft_model()
+@pytest.mark.parametrize("settings", [{}, dict(modules_to_save=["classifier"])], ids=["", "container-trained"])
+def test_merge_and_unload_leaves_a_plain_model_that_answers_alike(settings):
+    model = peft_model(**settings)
     answer = model(tokens())
     plain = model.merge_and_unload()
     assert torch.allclose(plain(tokens()), answer, rtol=1e-10, atol=1e-12)
@@ -64,6 +65,13 @@ def test_merge_and_unload_leaves_a_plain_model_that_answers_alike():
 def test_unload_gives_the_frozen_model_back():
     model = peft_model()
     assert torch.equal(model.unload()(tokens()), base()(tokens()))
+
+
+def test_unload_leaves_a_trained_container_as_peft_does():
+    model = peft_model(modules_to_save=["classifier"])
+    trained = model.base_model.model.classifier.modules_to_save["default"]
+    plain = model.unload()
+    assert plain.classifier is trained and list(plain.state_dict()) == list(base().state_dict())
 
 
 # --- converted to LoRA ----------------------------------------------------------------------------------------------

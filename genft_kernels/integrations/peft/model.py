@@ -130,6 +130,13 @@ class PeftGenFTModel(BaseTuner):
         del model._modules[SHARED]
         return model
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put a module in a place, and no more: PEFT's hands on a weight, which a trained container has not.
+
+        Its other steps are done: a layer of ours brings its units to the device of the layer that it keeps.
+        """
+        setattr(parent, child_name, new_module)
+
     def _prepare_adapter_config(self, peft_config: PeftGenFTConfig, model_config: dict[str, Any]) -> PeftGenFTConfig:
         """As ever; but experts alone are adapted where they alone are named."""
         if peft_config.target_parameters and peft_config.target_modules is None:
