@@ -24,6 +24,7 @@ from .adapted_model import (
     is_enabled,
     layers_of_an_adapted_model,
     look_once,
+    lost_layers,
 )
 from .arguments import about, check_flag, check_type
 from .config import GenFTConfig, check_config
@@ -39,7 +40,7 @@ from .matching import FullMatch, full_matches, put
 from .modules import MORE_BLOCKS, GenFTLinear
 from .parameters import shared_shapes, specific_shapes
 from .quantised_linear import QuantisedGenFTLinear, frozen_dtype, mergeable_layers
-from .saved_modules import beside, check_can_return, keep_untied, let_tie, trained_copies
+from .saved_modules import beside, check_can_return, keep_untied, let_tie, say_untied, trained_copies
 from .targets import Target, find_modules_to_save, find_targets, warn_of_unmatched, weight_of
 from .units import adapter_dtype
 
@@ -147,12 +148,13 @@ def remove_genft(model: nn.Module, *, keep_update: bool = False, dequantize: boo
     Args:
         keep_update: leave the fine-tuned model instead: plain layers whose weight is W + dW, as `merge` makes it, and
             the trained `modules_to_save`. It needs this package no longer, and its state dict has the names it had.
+            Where that ends a tie of embeddings, the model's configuration says so, with a warning.
         dequantize: with `keep_update`, leave dense layers in the place of adapted ones whose weight is quantised, in
             the dtype of the model's frozen parameters; layers that were not adapted stay as they are.
 
     Raises:
         RuntimeError: the model is not adapted, or within `disabled`; or an adapted layer is quantised, and
-            `keep_update` is without `dequantize`.
+            `keep_update` is without `dequantize`; or its weight is gone, since it was resized while merged.
         ValueError: `dequantize` without `keep_update`.
     """
     check_flag("keep_update", keep_update)
@@ -167,6 +169,11 @@ def remove_genft(model: nn.Module, *, keep_update: bool = False, dequantize: boo
         _merge_layers([layer for layer in mergeable if not layer.merged])
     else:
         check_can_return(state.saved_modules, model)
+        if state.merged and (lost := lost_layers(model)):
+            raise RuntimeError(
+                f"the adapted layer {lost[0]!r} has been replaced or resized while it was merged, so its weight cannot "
+                "come back: remove_genft(model, keep_update=True) leaves what was trained"
+            )
     state.first_forward.stop()
     present = {id(module) for module in model.modules()}
     places = {
@@ -184,11 +191,15 @@ def remove_genft(model: nn.Module, *, keep_update: bool = False, dequantize: boo
     delattr(model, GENERATORS)
     delattr(model, STATE)
     _restore_required_grad(model, state.required_grad)
+    if keep_update:
+        say_untied(model, (*state.layers, *state.saved_modules))
     return model
 
 
 def merge(model: nn.Module) -> nn.Module:
     """Merge the update into the weight of every adapted layer (`GenFTLinear.merge`), or of none on failure.
+
+    Until `unmerge`, a transformers model's `tie_weights` leaves these weights alone.
 
     Raises:
         RuntimeError: the model has no adapter, or a layer is merged already or quantised; the message names it.
@@ -198,6 +209,9 @@ def merge(model: nn.Module) -> nn.Module:
         if layer.merged:
             raise RuntimeError(f"{name!r} is merged already: call unmerge(model) first")
     _merge_layers(mergeable_layers(layers))
+    state = adapter_state(model)
+    state.merged = True
+    keep_untied(model, [*state.saved_modules, *layers])
     return model
 
 
@@ -213,6 +227,9 @@ def unmerge(model: nn.Module) -> nn.Module:
             raise RuntimeError(f"{name!r} is not merged")
     for layer in layers.values():
         layer.unmerge()
+    state = adapter_state(model)
+    state.merged = False
+    keep_untied(model, state.saved_modules)
     return model
 
 

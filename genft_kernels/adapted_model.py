@@ -32,6 +32,7 @@ class AdapterState:
     saved_modules: dict[str, nn.Module]  # the originals of `modules_to_save`, by path
     layers: tuple[str, ...]  # the adapted ones, by path
     first_forward: FirstForward
+    merged: bool = False  # by `merge`
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -67,14 +68,19 @@ def adapted_layers(model: nn.Module, remove_duplicate: bool = True) -> dict[str,
 
 
 def layers_of_an_adapted_model(model: nn.Module) -> dict[str, Adapted]:
-    state, layers = adapter_state(model), adapted_layers(model)
-    lost = [name for name in state.layers if name not in layers or _has_grown(layers[name])]
+    layers, lost = adapted_layers(model), lost_layers(model)
     if lost:
         raise RuntimeError(
             f"the adapted layer {lost[0]!r} has been replaced or resized (as resize_token_embeddings does to an output "
             "layer), and its update does not fit: call remove_genft(model), then apply_genft anew"
         )
     return layers
+
+
+def lost_layers(model: nn.Module) -> list[str]:
+    """The paths of adapted layers that are no longer there, or are larger than their updates."""
+    state, layers = adapter_state(model), adapted_layers(model)
+    return [name for name in state.layers if name not in layers or _has_grown(layers[name])]
 
 
 def _has_grown(layer: Adapted) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import _torch_private
 from .adapt import disabled, merge, remove_genft
-from .arguments import check_type
+from .arguments import check_type, told
 from .files.lora import export_lora
 from .files.lora_check import answer, frozen_copy, load_into_peft, quantised_layer, relative
 
@@ -85,9 +85,15 @@ def _ways(model: nn.Module, exported: str | None) -> Iterator[tuple[str, Callabl
     """(name, what makes the model that is served in a dtype)."""
     yield "frozen", lambda dtype: remove_genft(frozen_copy(model)).to(dtype)
     yield "unmerged", lambda dtype: frozen_copy(model).to(dtype)
-    yield "merged", lambda dtype: remove_genft(merge(frozen_copy(model)), keep_update=True).to(dtype)
+    yield "merged", lambda dtype: _merged(model).to(dtype)
     if exported is not None:
         yield "exported", lambda dtype: load_into_peft(remove_genft(frozen_copy(model)).to(dtype), exported)
+
+
+def _merged(model: nn.Module) -> nn.Module:
+    """A plain copy with the update in its weights; whether that ends a tie is nothing to a report."""
+    with told():
+        return remove_genft(merge(frozen_copy(model)), keep_update=True)
 
 
 def _export(model: nn.Module, directory: str) -> str | None:

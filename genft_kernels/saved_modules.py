@@ -91,10 +91,11 @@ def tied_again(model: nn.Module, paths: Iterable[str]) -> list[str]:
 
 
 def keep_untied(model: nn.Module, paths: Iterable[str]) -> None:
-    """Let `tie_weights` of transformers models, which `resize_token_embeddings` calls, leave trained copies alone."""
+    """Let `tie_weights` of transformers models, which `resize_token_embeddings` calls, leave these modules alone."""
+    let_tie(model)
     for name, module in model.named_modules():
-        within = any(name in ("", *upwards(path)) for path in paths)
-        if within and callable(getattr(type(module), "tie_weights", None)):
+        ties = callable(getattr(type(module), "tie_weights", None))
+        if ties and any(name in ("", *upwards(path)) for path in paths):
             module.__dict__["tie_weights"] = _TieTheRest(module, model, tuple(paths))
 
 
@@ -103,6 +104,54 @@ def let_tie(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(vars(module).get("tie_weights"), _TieTheRest):
             del module.__dict__["tie_weights"]
+
+
+def say_untied(model: nn.Module, paths: Iterable[str]) -> None:
+    """Have a transformers model's configuration say that its embeddings are not tied, if these modules ended that.
+
+    Else its next `tie_weights` would put one in the other's place, and so would whoever reads its files. Where the
+    setting ties more, as biases or three embeddings, or even scales outputs for it, a warning is all.
+    """
+    ended = set(paths)
+    untied = {module for name, module in model.named_modules() if not ended.isdisjoint(upwards(name))}
+    for owner in model.modules():
+        configuration = getattr(owner, "config", None)
+        if not getattr(configuration, "tie_word_embeddings", False):
+            continue
+        ends = [_embeddings(owner, end) for end in ("input", "output")]
+        first, second = (getattr(end, "weight", None) for end in ends)
+        if first is None or second is None or first is second or untied.isdisjoint(ends):
+            continue
+        if _has_ties(owner):
+            warn(
+                "input and output embeddings are no longer tied; tie_word_embeddings of the model's config stays True, "
+                "because it says more here, so tie_weights and resize_token_embeddings would tie them again"
+            )
+            continue
+        for each in (configuration, getattr(configuration, "text_config", None)):
+            if getattr(each, "tie_word_embeddings", False):
+                setattr(each, "tie_word_embeddings", False)  # noqa: B010
+        warn("input and output embeddings are no longer tied: tie_word_embeddings of the model's config is False now")
+
+
+def _embeddings(owner: nn.Module, end: str) -> object:
+    """What a transformers model has at that end, if anything."""
+    ask = getattr(owner, f"get_{end}_embeddings", None)
+    try:
+        return ask() if callable(ask) else None
+    except (NotImplementedError, AttributeError):  # models without words
+        return None
+
+
+def _has_ties(model: nn.Module) -> bool:
+    """Whether two of its modules hold one parameter."""
+    held = [
+        id(parameter)
+        for module in model.modules()
+        for parameter in module._parameters.values()
+        if parameter is not None
+    ]
+    return len(set(held)) < len(held)
 
 
 class _TieTheRest:
