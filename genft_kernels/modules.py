@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import reference
 from .adaptable import check_adaptable, is_conv1d
 from .arguments import check_flag, check_type
 from .checks import check_device, check_floating_dtype, check_sizes
@@ -213,25 +212,9 @@ class GenFTLinear(MarksMerged, MergeableUpdate, nn.Linear):
             if self.training:
                 raise RuntimeError("a merged layer does not train: call unmerge() or eval() first")
             return F.linear(x, self.weight.t() if self.stored_transposed else self.weight, self.bias)
-        if self.backend == "reference":
-            return self._materialised(x, cast(Tensor, self.frozen_weight))
         updates = list(self.updates.values()) if MORE_BLOCKS in self._modules else [self]
         weight, bias = registered(self, ("weight", "bias"))
         return updated_linear(x, weight.t() if self.stored_transposed else weight, bias, updates)
-
-    def _materialised(self, x: Tensor, frozen: Tensor) -> Tensor:
-        """y by the specification."""
-        blocks, owners = self.blocks, {i: each for each in self.updates.values() for i in each.blocks.adapted}
-        biases = (None,) * blocks.count if self.bias is None else blocks.split(self.bias.to(x.dtype))
-        outputs = []
-        for index, (weight, bias) in enumerate(zip(blocks.split(frozen), biases, strict=True)):
-            if index in owners:
-                params = owners[index].parameters_of_generator()
-                output = reference.genft_linear(x, weight, bias, params, self.config, training=self.training)
-            else:
-                output = F.linear(x, weight, bias)
-            outputs.append(output)
-        return outputs[0] if blocks.count == 1 else torch.cat(outputs, -1)
 
     def extra_repr(self) -> str:
         config = self.config

@@ -82,8 +82,6 @@ class QuantisedGenFTLinear(GenFTLinear):
         if not self.enabled:
             return self.base_layer.forward(x)
         with brought_back(self.base_layer):
-            if self.backend == "reference":
-                return self._materialised(x, self.frozen_weight.to(x.dtype))
             return updated_quantised(x, self.frozen_weight, self.bias, list(self.updates.values()))
 
     def release(self) -> nn.Module:

@@ -6,8 +6,8 @@ by side, which is one update again; others are folded into one transient W.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from . import backends, reference
 from .checks import check_linear, check_not_onnx, check_transforms, compute_dtype
 from .config import is_factored
-from .frozen_weight import frozen_linear
+from .frozen_weight import FrozenWeight, frozen_linear
 from .parameters import as_group
+from .row_blocks import RowBlocks
 from .short_road import Key, asked_again
 from .units import GenFTUpdate
 from .update import Action, Factors, Frozen, apply_factors, forward_seed, generate_factors
@@ -44,15 +45,12 @@ def updated_linear(x: Tensor, weight: Frozen, bias: Tensor | None, updates: Sequ
     y, key = asked_again(x, weight, bias, updates)
     if y is not None:
         return y
+    if any(update.backend == "reference" for update in updates):
+        return _specified(x, weight, bias, updates)
     if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
         return _traced(x, weight, bias, updates)
     check_linear(x, weight, bias)
-    blocks = updates[0].blocks
-    for update in updates[1:]:
-        if update.blocks.cut != blocks.cut:
-            raise ValueError(
-                f"updates of different blocks of one weight cannot act together: blocks {blocks}, and {update.blocks}"
-            )
+    blocks = _cut(updates)
     dtype = compute_dtype(x)
     tiled = any(
         not is_factored(each.config.outer_activation, each.config.dropout if each.training else 0.0) for each in updates
@@ -65,12 +63,43 @@ def updated_linear(x: Tensor, weight: Frozen, bias: Tensor | None, updates: Sequ
             of_blocks[index].append(part)
     if blocks.count == 1:
         return _applied(x, weight, bias, of_blocks[0], backend)
-    biases: Sequence[Tensor | None] = (None,) * blocks.count if bias is None else blocks.split(bias)
     outputs = [
         _applied(x, block, part_of_bias, parts, backend) if parts else frozen_linear(x, block, part_of_bias)
-        for block, part_of_bias, parts in zip(blocks.split(weight), biases, of_blocks, strict=True)
+        for (block, part_of_bias), parts in zip(_split(blocks, weight, bias), of_blocks, strict=True)
     ]
     return torch.cat(outputs, -1)
+
+
+def _cut(updates: Sequence[GenFTUpdate]) -> RowBlocks:
+    """How all of the updates cut W."""
+    blocks = updates[0].blocks
+    for update in updates[1:]:
+        if update.blocks.cut != blocks.cut:
+            raise ValueError(
+                f"updates of different blocks of one weight cannot act together: blocks {blocks}, and {update.blocks}"
+            )
+    return blocks
+
+
+def _split(blocks: RowBlocks, weight: Frozen, bias: Tensor | None) -> Iterator[tuple[Any, Tensor | None]]:
+    """W and the bias of each block."""
+    biases: Sequence[Tensor | None] = (None,) * blocks.count if bias is None else blocks.split(bias)
+    return zip(blocks.split(weight), biases, strict=True)
+
+
+def _specified(x: Tensor, weight: Frozen, bias: Tensor | None, updates: Sequence[GenFTUpdate]) -> Tensor:
+    """The same by the specification, in plain operations that have every derivative."""
+    dense = weight.to(x.dtype) if isinstance(weight, FrozenWeight) else weight
+    blocks, outputs = _cut(updates), []
+    for index, (block, part_of_bias) in enumerate(_split(blocks, dense, None if bias is None else bias.to(x.dtype))):
+        check_linear(x, block, part_of_bias)
+        deltas = [
+            reference.delta_weight(block, update.parameters_of_generator(), update.config, training=update.training)
+            for update in updates
+            if index in update.blocks.adapted
+        ]
+        outputs.append(F.linear(x, sum(deltas, block), part_of_bias))
+    return outputs[0] if blocks.count == 1 else torch.cat(outputs, -1)
 
 
 def _traced(x: Tensor, weight: Frozen, bias: Tensor | None, updates: Sequence[GenFTUpdate]) -> Tensor:

@@ -106,6 +106,20 @@ FAULTS = [
         TUNER,
     ),
     Fault(
+        "together: the reference is looked for among kernels",
+        "genft_kernels/together.py",
+        'if any(update.backend == "reference" for update in updates):',
+        "if False:",
+        TUNER,
+    ),
+    Fault(
+        "together: the reference has one adapter",
+        "genft_kernels/together.py",
+        "sum(deltas, block)",
+        "sum(deltas[:1], block)",
+        TUNER,
+    ),
+    Fault(
         "together: different blocks act together",
         "genft_kernels/together.py",
         "if update.blocks.cut != blocks.cut:",

@@ -7,7 +7,7 @@ import pstats
 import pytest
 import torch
 
-from genft_kernels import accumulate, explain, trainable_summary
+from genft_kernels import accumulate, explain, set_backend, trainable_summary
 from tests.helpers.tiny_models import Encoder, FusedEncoder, GroupedQueryBlock, tokens
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
@@ -50,6 +50,24 @@ def test_tuner_answers_and_learns_as_apply_genft(make, settings):
     assert set(gradients) == set(expected)
     for name, gradient in expected.items():
         assert torch.allclose(gradients[name], gradient, rtol=1e-9, atol=1e-12), name
+
+
+@pytest.mark.parametrize("make, settings", MODELS.values(), ids=MODELS)
+def test_reference_gives_second_derivatives_as_those_of_apply_genft(make, settings):
+    model = peft_model(make, **settings)
+    own = own_model(model, make, **settings)
+    answer, penalties = model(tokens()), []
+    for each in (model, own):
+        assert torch.allclose(set_backend(each, "reference")(tokens()), answer, rtol=1e-12, atol=1e-12)
+        trained = [parameter for parameter in each.parameters() if parameter.requires_grad]
+        first = torch.autograd.grad(each(tokens()).square().sum(), trained, create_graph=True)
+        penalties.append(sum(gradient.square().sum() for gradient in first))
+        penalties[-1].backward()
+    assert torch.allclose(*penalties, rtol=1e-10)
+    gradients = own_names({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    for name, parameter in own.named_parameters():
+        if parameter.requires_grad:
+            assert torch.allclose(gradients[name], parameter.grad, rtol=1e-8, atol=1e-10), name
 
 
 def test_layers_of_a_shape_are_generated_together_once_a_step():

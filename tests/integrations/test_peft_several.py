@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers.tiny_models import Encoder, tokens
+from genft_kernels import set_backend
+from tests.helpers.tiny_models import Encoder, FusedEncoder, tokens
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
@@ -40,6 +41,15 @@ def test_active_adapters_add_their_updates(first, second):
     assert torch.allclose(answer, folded(model, "default", "other")(tokens()), rtol=1e-10, atol=1e-12)
     for adapter in ("default", "other"):  # each has its part in it
         assert (answer - folded(model, adapter)(tokens())).abs().max() > 1e-3
+    assert torch.allclose(set_backend(model, "reference")(tokens()), answer, rtol=1e-10, atol=1e-12)
+
+
+def test_reference_refuses_different_blocks_as_the_others_do():
+    fused = dict(target_modules=["qkv"])
+    model = peft_model(FusedEncoder, fused_blocks={"qkv": (3, (0, 2))}, **fused)
+    set_backend(with_second_adapter(model, **fused), "reference").base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match="different blocks of one weight cannot act together"):
+        model(tokens())
 
 
 def test_an_adapter_may_be_called_as_targets_are(tmp_path):

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 
+from genft_kernels import set_backend
 from genft_kernels.frozen_weight import FrozenWeight
 from tests.helpers.quantised_layers import share_units
 from tests.helpers.quantised_models import (
@@ -41,6 +42,16 @@ def test_peft_tuner_is_the_one_over_the_dequantised_weight(kind, form):
     model, twin = (get_peft_model(each, peft_config(**FORMS[form])) for each in (model, twin))
     share_units(model, twin)
     assert_same(model, twin)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_tuner_has_the_reference_over_a_quantised_weight(kind):
+    from peft import get_peft_model
+
+    model = get_peft_model(KINDS[kind](torch.float32), peft_config()).eval()
+    share_units(model, model)
+    answer = model(IDS).logits
+    torch.testing.assert_close(set_backend(model, "reference")(IDS).logits, answer, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
