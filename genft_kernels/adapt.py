@@ -169,7 +169,7 @@ def remove_genft(model: nn.Module, *, keep_update: bool = False, dequantize: boo
         _merge_layers([layer for layer in mergeable if not layer.merged])
     else:
         check_can_return(state.saved_modules, model)
-        if state.merged and (lost := lost_layers(model)):
+        if state.merged and (lost := lost_layers(state, adapted_layers(model))):
             raise RuntimeError(
                 f"the adapted layer {lost[0]!r} has been replaced or resized while it was merged, so its weight cannot "
                 "come back: remove_genft(model, keep_update=True) leaves what was trained"

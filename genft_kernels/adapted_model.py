@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -68,8 +69,8 @@ def adapted_layers(model: nn.Module, remove_duplicate: bool = True) -> dict[str,
 
 
 def layers_of_an_adapted_model(model: nn.Module) -> dict[str, Adapted]:
-    layers, lost = adapted_layers(model), lost_layers(model)
-    if lost:
+    state, layers = adapter_state(model), adapted_layers(model)
+    if lost := lost_layers(state, layers):
         raise RuntimeError(
             f"the adapted layer {lost[0]!r} has been replaced or resized (as resize_token_embeddings does to an output "
             "layer), and its update does not fit: call remove_genft(model), then apply_genft anew"
@@ -77,9 +78,8 @@ def layers_of_an_adapted_model(model: nn.Module) -> dict[str, Adapted]:
     return layers
 
 
-def lost_layers(model: nn.Module) -> list[str]:
+def lost_layers(state: AdapterState, layers: Mapping[str, Adapted]) -> list[str]:
     """The paths of adapted layers that are no longer there, or are larger than their updates."""
-    state, layers = adapter_state(model), adapted_layers(model)
     return [name for name in state.layers if name not in layers or _has_grown(layers[name])]
 
 

@@ -155,7 +155,7 @@ FAULTS = [
     Fault(
         "remove: W + dW of a layer that was resized while merged is taken for W",
         "genft_kernels/adapt.py",
-        "if state.merged and (lost := lost_layers(model)):",
+        "if state.merged and (lost := lost_layers(state, adapted_layers(model))):",
         "if False:",
         TIED,
     ),
