@@ -20,6 +20,7 @@ from .adapted_model import (
     adapted_layers,
     adapter_state,
     check_enabled,
+    check_not_of_peft,
     is_adapted,
     is_enabled,
     layers_of_an_adapted_model,
@@ -100,6 +101,8 @@ def find_plan(model: nn.Module, config: GenFTConfig, full_matches: FullMatch = f
     check_type("model", model, nn.Module)
     check_config(config)
     check_not_wrapped(model)
+    if not is_adapted(model):
+        check_not_of_peft(model)
     if is_adapted(model) or any(isinstance(module, (GenFTLinear, GenFTExperts)) for module in model.modules()):
         raise RuntimeError("the model has GenFT layers already: call remove_genft(model) first")
     if hasattr(model, GENERATORS):

@@ -45,6 +45,7 @@ def adapter_state(model: nn.Module) -> AdapterState:
     """The state that `apply_genft` left on `model`; RuntimeError if there is none."""
     check_type("model", model, nn.Module)
     if not is_adapted(model):
+        check_not_of_peft(model)
         raise RuntimeError(
             "the model has no GenFT adapter: call apply_genft(model, config), and pass that very model, no wrapper"
         )
@@ -54,6 +55,24 @@ def adapter_state(model: nn.Module) -> AdapterState:
 def is_enabled(model: nn.Module) -> bool:
     """Whether the adapter answers: not within `disabled(model)`, where originals stand in for the trained modules."""
     return all(layer.enabled for layer in adapted_layers(model).values())
+
+
+def updates_of_peft(model: nn.Module) -> list[GenFTUpdate]:
+    """The updates in layers of PEFT's tuner."""
+    updates = [module for module in model.modules() if isinstance(module, GenFTUpdate)]
+    return [
+        each for each in updates if not isinstance(each, (GenFTLinear, MoreBlocks)) and type(each) is not ExpertUpdate
+    ]
+
+
+def check_not_of_peft(model: nn.Module) -> None:
+    """Raise RuntimeError where the adapter is PEFT's: its functions are others."""
+    if updates_of_peft(model):
+        raise RuntimeError(
+            "the model's GenFT adapter is one of PEFT's, which has functions of its own: save_pretrained, "
+            "merge_adapter, disable_adapter, unload. What save_pretrained has written load_adapter(base, directory) "
+            "reads, for export_lora and the like"
+        )
 
 
 def check_enabled(model: nn.Module) -> None:
@@ -94,10 +113,8 @@ def _has_grown(layer: Adapted) -> bool:
 def updates_of(model: nn.Module) -> list[GenFTUpdate]:
     """The generated updates of a model of PEFT's, or of one that `apply_genft` made; RuntimeError if it is neither."""
     check_type("model", model, nn.Module)
-    if not is_adapted(model):
-        updates = [module for module in model.modules() if isinstance(module, GenFTUpdate)]
-        if of_peft := [update for update in updates if not isinstance(update, (GenFTLinear, MoreBlocks))]:
-            return of_peft
+    if not is_adapted(model) and (of_peft := updates_of_peft(model)):
+        return of_peft
     return [update for layer in layers_of_an_adapted_model(model).values() for update in layer.updates.values()]
 
 

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback
 
 from .. import _torch_private
-from ..adapted_model import is_adapted
+from ..adapted_model import is_adapted, updates_of_peft
 from ..files.adapter import load_adapter, save_adapter
 from ..files.sharded import any_sharded
 from ..sharing.accumulate import Accumulation
@@ -145,6 +145,11 @@ class AdapterCheckpoints:
             )
         model: nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if not is_adapted(model):
+            if updates_of_peft(model):
+                raise RuntimeError(
+                    "AdapterCheckpoints: the Trainer's model is one of PEFT's, of which checkpoints hold the adapter "
+                    "anyway: leave this mixin out"
+                )
             raise RuntimeError("AdapterCheckpoints: the Trainer's model has no adapter: call apply_genft first")
         return model
 

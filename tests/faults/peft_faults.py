@@ -199,6 +199,13 @@ FAULTS = [
         FILES,
     ),
     Fault(
+        "peft: a model of its own is said to have no adapter",
+        "genft_kernels/adapted_model.py",
+        "if updates_of_peft(model):",
+        "if False:",
+        TUNER,
+    ),
+    Fault(
         "peft: an unloaded module is asked for a weight",
         f"{PEFT}/model.py",
         "setattr(parent, child_name, new_module)",

@@ -125,6 +125,15 @@ def test_model_without_an_adapter_is_refused_before_training(tmp_path):
         trainer(base(), tmp_path)
 
 
+def test_model_of_peft_needs_no_mixin(tmp_path):
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    from genft_kernels.integrations.peft import PeftGenFTConfig
+
+    model = peft.get_peft_model(base(), PeftGenFTConfig(preset="fast"))
+    with pytest.raises(RuntimeError, match="AdapterCheckpoints.*one of PEFT's.*leave this mixin out"):
+        trainer(model, tmp_path)
+
+
 def test_quantised_base_is_taken(tmp_path):
     model = adapted()
     model.is_quantized, model.hf_quantizer = True, SimpleNamespace(is_trainable=True)  # as from_pretrained leaves it

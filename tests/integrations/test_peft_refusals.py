@@ -6,8 +6,26 @@ import pytest
 import torch
 from torch import nn
 
-from genft_kernels import GenFTConfig, apply_genft
-from tests.helpers.tiny_models import Encoder, FusedEncoder, TiedModel, tokens
+from genft_kernels import (
+    GenFTConfig,
+    accumulate,
+    apply_genft,
+    disabled,
+    explain,
+    export_lora,
+    fidelity_report,
+    load_adapter,
+    merge,
+    parameter_groups,
+    refresh,
+    remove_genft,
+    save_adapter,
+    set_backend,
+    trainable_summary,
+    tune,
+    unmerge,
+)
+from tests.helpers.tiny_models import Encoder, FusedEncoder, TiedModel, snapshot, tokens
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
@@ -16,6 +34,7 @@ from genft_kernels.integrations.peft import PeftGenFTConfig  # noqa: E402
 from tests.helpers.peft_models import (  # noqa: E402
     SMALL,
     base,
+    own_model,
     peft_config,
     peft_model,
     updates,
@@ -30,6 +49,44 @@ def test_a_model_on_the_meta_device_is_named(tmp_path):
         peft.PeftModel.from_pretrained(base().to("meta"), tmp_path)
     with pytest.raises(ValueError, match="weight is on the meta device"):
         model.to("meta")(tokens().to("meta"))
+
+
+OWN = {
+    "apply_genft": lambda model, folder: apply_genft(model, GenFTConfig(**SMALL, target_modules=["dense"])),
+    "remove_genft": lambda model, folder: remove_genft(model),
+    "merge": lambda model, folder: merge(model),
+    "unmerge": lambda model, folder: unmerge(model),
+    "disabled": lambda model, folder: disabled(model).__enter__(),
+    "save_adapter": save_adapter,
+    "load_adapter": load_adapter,
+    "export_lora": export_lora,
+    "fidelity_report": lambda model, folder: fidelity_report(model, tokens()),
+}
+
+
+@pytest.mark.parametrize("function", OWN.values(), ids=OWN)
+def test_functions_for_models_of_apply_genft_name_those_of_peft(function, tmp_path):
+    model = peft_model()
+    model.save_pretrained(tmp_path)
+    before = snapshot(model)
+    with pytest.raises(
+        RuntimeError, match="one of PEFT's.*save_pretrained, merge_adapter.*load_adapter.base, directory"
+    ):
+        function(model, tmp_path)
+    assert snapshot(model) == before
+
+
+def test_the_other_functions_take_both_kinds():
+    trained = []
+    for model in (peft_model(), own_model(peft_model())):
+        assert refresh(set_backend(model, "auto")) is model and tune(model, seconds=0) == []
+        with accumulate(model):
+            model(tokens()).sum().backward()
+        groups = parameter_groups(model, 1e-3)
+        assert all(parameter.grad is not None for group in groups for parameter in group["params"])
+        shapes = {group["name"]: sorted(parameter.shape for parameter in group["params"]) for group in groups}
+        trained.append((shapes, trainable_summary(model), explain(model)))
+    assert trained[0] == trained[1]
 
 
 def test_a_model_that_compile_has_wrapped_is_refused():
