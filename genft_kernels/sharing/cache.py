@@ -109,7 +109,8 @@ class Share:
         if not own or not self.own.same(own[1:], own[0]):
             return False
         self.compared_in = self.batch.round
-        self._glance = self._glance or Glance([*own, *shared], values=self.batch.values)
+        if self._glance is None:
+            self._glance = Glance([*own, *shared], values=self.batch.values, gradients=self._settings.gradients)
         return True
 
     def watched(self) -> list[Tensor]:

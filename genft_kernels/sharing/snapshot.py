@@ -30,6 +30,7 @@ _memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
 _properties = attrgetter("_version", "dtype", "requires_grad", "shape")
 _version, _requires_grad = attrgetter("_version"), attrgetter("requires_grad")
+_version_and_training = attrgetter("_version", "requires_grad")
 
 
 class Snapshot:
@@ -102,22 +103,24 @@ class Together:
 class Glance:
     """A cheap check that tensors which `Snapshot` has just compared in full have not changed since.
 
-    They are the same objects, with the same addresses, versions and first bytes.
+    They are the same objects, with the same addresses, versions and first bytes, and the same of them train.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], *, values: bool) -> None:
+    def __init__(self, tensors: Sequence[Tensor], *, values: bool, gradients: bool) -> None:
         self._objects, self._addresses = list(map(id, tensors)), list(map(Tensor.data_ptr, tensors))
-        self._versions = list(map(_version, tensors))
+        # Which of them train matters where gradients are recorded, and is left out of the time of a token.
+        self._state = _version_and_training if gradients else _version
+        self._states = list(map(self._state, tensors))
         seen = [tensor for tensor in tensors if values and compares_at_once(tensor.device) and tensor.numel()]
         self._now = [_first_bytes(tensor) for tensor in seen]
         self._then = [memoryview(now.tobytes()).cast(now.format) for now in self._now]  # type: ignore[call-overload]
 
     def same(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether they are the same objects at the same places, of the same versions and first values."""
+        """Whether they are the same objects at the same places, in the same states and of the same first values."""
         return (
             list(map(id, tensors)) == self._objects
             and list(map(Tensor.data_ptr, tensors)) == self._addresses
-            and list(map(_version, tensors)) == self._versions
+            and list(map(self._state, tensors)) == self._states
             and self._now == self._then  # their memory, as their addresses say
         )
 

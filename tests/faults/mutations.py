@@ -20,6 +20,7 @@ from tests.faults import (
     operation_faults,
     peft_faults,
     quantised_faults,
+    round_faults,
     settings_faults,
 )
 from tests.faults.planting import main
@@ -31,6 +32,7 @@ FAULTS = [
         cpu_faults,
         model_faults,
         held_faults,
+        round_faults,
         accumulate_faults,
         settings_faults,
         file_faults,

@@ -82,6 +82,19 @@ def test_units_that_begin_to_train_get_a_gradient():
     assert last(model).specific_up.grad.any()
 
 
+def test_shared_units_that_begin_to_train_after_a_round_has_begun_get_a_gradient():
+    model = adapted(partial(Encoder, layers=LAYERS)).eval()
+    first, *_, second = layers(model)
+    model.genft_generators.requires_grad_(False)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    model(tokens())
+    second(x)  # the round begins
+    model.genft_generators.requires_grad_(True)
+    loss = first(x).square().sum()
+    shared = list(model.genft_generators.parameters())
+    assert all(gradient.any() for gradient in torch.autograd.grad(loss, shared))
+
+
 def move(layer):
     """Have the layer's units elsewhere, where the memory that they had stays as it is."""
     vars(layer)["before"] = layer.specific_up.data
