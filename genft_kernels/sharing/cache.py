@@ -86,7 +86,8 @@ class Share:
             once: this thread may have them only if it has not taken them yet.
         """
         batch = self.batch
-        if once and (reader := threading.get_ident()) in self._readers:
+        # What nobody compares is for the thread alone that has made it, and taken it.
+        if once and (not batch.values or (reader := threading.get_ident()) in self._readers):
             return None
         if self.asked_in == batch.round and batch.generation.factors is not None:
             batch.begin_round(shared, self._settings)

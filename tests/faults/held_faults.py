@@ -248,6 +248,13 @@ FAULTS = [
         STALE,
     ),
     Fault(
+        "share: another thread takes what nobody compares",
+        "genft_kernels/sharing/cache.py",
+        "(not batch.values or (reader := threading.get_ident()) in self._readers)",
+        "(reader := threading.get_ident()) in self._readers",
+        STALE,
+    ),
+    Fault(
         "share: not found by a repetition",
         "genft_kernels/sharing/cache.py",
         "once = source.training and not repeats",

@@ -127,6 +127,27 @@ def test_evaluation_takes_nothing_that_training_made_for_others():
     assert generations(model) == 3
 
 
+@every_change
+@pytest.mark.parametrize("layers", [1, 2])
+def test_training_in_another_thread_sees_a_change_that_no_version_tells_of(layers, change):
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(layers)))
+    names = list(map(str, range(layers)))
+    apply_genft(model, GenFTConfig(shared_dim=2, specific_dim=1, zero_delta=False, target_modules=names))
+    x = torch.randn(4, 8)
+    found = []
+
+    def work():
+        with torch.no_grad():
+            found.append(model(x))
+
+    work()  # its result is dropped, so no backward consumes the factors
+    changed(model, change, trained)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert torch.equal(found[1], copy.deepcopy(model)(x)) and not torch.allclose(found[1], found[0], rtol=1e-3)
+
+
 def test_layers_that_an_earlier_forward_left_out_are_not_stale_either():
     model = adapted().train()
     first, second = model.layers
