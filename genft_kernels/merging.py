@@ -94,7 +94,7 @@ class MergeableUpdate(GenFTUpdate):
         setattr(owner, name, self.__dict__.pop("_unmerged"))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MergeableUpdate:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         if self._unmerged is not None:  # not registered, so it is moved by hand
             self._unmerged.data = fn(self._unmerged.data)
         return self

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -89,6 +89,11 @@ class GenFTUpdate(nn.Module):
         generator, held = self.generator, any(prefix + name in state_dict for name in self.specific_names)
         if held and generator.tensor_names and generator.left_out_of_load is None:
             generator.left_out_of_load = True  # unless its own turn is still to come
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GenFTUpdate:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.generator.group.forget(self)  # whose graph would keep W where it was
+        return self
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == _torch_private.USES_ORIGINAL_PARAMETERS and not value:  # FSDP1 says so of all that it will wrap

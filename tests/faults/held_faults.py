@@ -122,6 +122,13 @@ FAULTS = [
         GROUPS,
     ),
     Fault(
+        "cast: factors stay held, and with them W",
+        "genft_kernels/units.py",
+        "        self.generator.group.forget(self)  # whose graph would keep W where it was\n",
+        "",
+        ["tests/sharing/test_what_is_kept.py"],
+    ),
+    Fault(
         "refresh: factors stay held",
         "genft_kernels/sharing/cache.py",
         "        if layer in self._shares:\n            self._hold(layer, None)\n\n    def _hold",

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from genft_kernels import GenFTLinear, refresh, set_backend
 from genft_kernels.backends.eager import operations
@@ -161,3 +162,12 @@ def test_norms_are_those_of_each_block():
             layer.weight.mul_(1 + index)
     train(model)
     assert_close(train(model), train(set_backend(model, "reference")), tolerance=1e-11)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+def test_a_weight_that_was_cast_or_moved_is_not_kept_as_it_was(training):
+    model = adapted(settings=dict(transform="column")).train(training)
+    model(tokens())  # its result is dropped, so no backward consumes the factors
+    before = [StorageWeakRef(m.weight.untyped_storage()) for m in model.modules() if isinstance(m, GenFTLinear)]
+    model.float()
+    assert before and all(weight.expired() for weight in before)
