@@ -143,10 +143,13 @@ def _check_holds_no_model(directory: Path) -> None:
 
 
 def _base(model: nn.Module) -> dict[str, object]:
-    """By what PEFT finds the model, if it has a name or path, as models of transformers have."""
+    """By what PEFT finds the model, if it has a name or path, as models of transformers have.
+
+    Where it has none, null as PEFT writes it: transformers reads the field without asking whether it is there.
+    """
     name = getattr(getattr(model, "config", None), "name_or_path", None)
     if not name:
-        return {}
+        return {"base_model_name_or_path": None}
     kind = type(model)
     mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     return {"base_model_name_or_path": name, "auto_mapping": mapping}

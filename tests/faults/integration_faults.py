@@ -7,9 +7,45 @@ BLOCKS = ["tests/model/test_row_blocks.py"]
 CHECKPOINTS = ["tests/integrations/test_adapter_checkpoints.py"]
 SHARDED = ["tests/files/test_sharded.py"]
 INSTANCE = "genft_kernels/instance_forward.py"
+TUNER = [f"tests/integrations/test_peft{name}.py" for name in ("", "_merging", "_refusals", "_several")]
 EXPORTS = ["tests/ops/test_exports.py"]
 
 FAULTS = [
+    Fault(
+        "save: no word on a base without a name",
+        "genft_kernels/files/adapter.py",
+        'return {"base_model_name_or_path": None}',
+        "return {}",
+        ["tests/integrations/test_peft_files.py", "-k", "without_a_name"],
+    ),
+    Fault(
+        "peft: a model of its own is said to have no adapter",
+        "genft_kernels/adapted_model.py",
+        "if updates_of_peft(model):",
+        "if False:",
+        TUNER,
+    ),
+    Fault(
+        "peft: an unloaded module is asked for a weight",
+        "genft_kernels/integrations/peft/model.py",
+        "setattr(parent, child_name, new_module)",
+        "super()._replace_module(parent, child_name, new_module, child)",
+        TUNER,
+    ),
+    Fault(
+        "together: the reference is looked for among kernels",
+        "genft_kernels/together.py",
+        'if any(update.backend == "reference" for update in updates):',
+        "if False:",
+        TUNER,
+    ),
+    Fault(
+        "together: the reference has one adapter",
+        "genft_kernels/together.py",
+        "sum(deltas, block)",
+        "sum(deltas[:1], block)",
+        TUNER,
+    ),
     Fault(
         "peft: shared tensors taken for targets",
         "genft_kernels/integrations/peft/model.py",

@@ -106,20 +106,6 @@ FAULTS = [
         TUNER,
     ),
     Fault(
-        "together: the reference is looked for among kernels",
-        "genft_kernels/together.py",
-        'if any(update.backend == "reference" for update in updates):',
-        "if False:",
-        TUNER,
-    ),
-    Fault(
-        "together: the reference has one adapter",
-        "genft_kernels/together.py",
-        "sum(deltas, block)",
-        "sum(deltas[:1], block)",
-        TUNER,
-    ),
-    Fault(
         "together: different blocks act together",
         "genft_kernels/together.py",
         "if update.blocks.cut != blocks.cut:",
@@ -197,20 +183,6 @@ FAULTS = [
         'key.replace(f"{SHARED}.", f"{SHARED}.{adapter_name}.")',
         "key",
         FILES,
-    ),
-    Fault(
-        "peft: a model of its own is said to have no adapter",
-        "genft_kernels/adapted_model.py",
-        "if updates_of_peft(model):",
-        "if False:",
-        TUNER,
-    ),
-    Fault(
-        "peft: an unloaded module is asked for a weight",
-        f"{PEFT}/model.py",
-        "setattr(parent, child_name, new_module)",
-        "super()._replace_module(parent, child_name, new_module, child)",
-        TUNER,
     ),
     Fault(
         "peft: shared tensors stay in an unloaded model",

@@ -152,6 +152,27 @@ def test_a_model_and_its_adapter_load_at_once(tmp_path):
     assert torch.allclose(loaded(input_ids=tokens()).logits, model(tokens()).logits, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:the head 'classifier'")
+def test_a_base_without_a_name_is_null_as_in_files_of_peft(tmp_path):
+    model = randomised(apply_genft(classifier(), GenFTConfig(**SMALL))).eval()
+    save_adapter(model, tmp_path / "ours")
+    peft.get_peft_model(classifier(), peft_config()).save_pretrained(tmp_path / "theirs")
+    path = tmp_path / "ours" / CONFIG_FILE
+    ours, theirs = (json.loads((tmp_path / name / CONFIG_FILE).read_text()) for name in ("ours", "theirs"))
+    assert ours["base_model_name_or_path"] is theirs["base_model_name_or_path"] is None
+    for name in ("ours", "theirs"):  # transformers looks for the base, and says that it is not there
+        with pytest.raises(OSError):
+            transformers.BertForSequenceClassification.from_pretrained(tmp_path / name, local_files_only=True)
+    del ours["base_model_name_or_path"]  # as earlier files
+    for written in (path.read_text(), json.dumps(ours)):
+        path.write_text(written)
+        for loaded in (
+            load_adapter(classifier(), path.parent),
+            peft.PeftModel.from_pretrained(classifier(), path.parent),
+        ):
+            assert torch.allclose(loaded.eval()(input_ids=tokens()).logits, model(tokens()).logits, atol=1e-6)
+
+
 def test_files_of_peft_are_exported_as_lora_from_a_shell(tmp_path, monkeypatch):
     classifier().save_pretrained(tmp_path / "base")
     frozen = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "base")
