@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .activations import ACTIVATIONS
-from .arguments import check_type, is_finite, is_integer, shown, told, warn
+from .arguments import check_type, described, is_finite, is_integer, shown, told, warn
 from .foreign_settings import names_our_settings
 from .row_blocks import checked_fused_blocks
 
@@ -167,6 +167,16 @@ class GenFTConfig:
                 "too, so each one's gradient is zero for ever"
             )
 
+    if not TYPE_CHECKING:  # to whom every name would be one of its attributes
+
+        def __getattr__(self, name: str) -> Any:
+            if name == "base_model_name_or_path":  # what get_peft_model asks first
+                raise AttributeError(
+                    "GenFTConfig is for apply_genft: get_peft_model takes a PeftGenFTConfig, of "
+                    "genft_kernels.integrations.peft"
+                )
+            return object.__getattribute__(self, name)  # Python's own words
+
     @property
     def hidden_dim(self) -> int:
         """k = s + r, the width of each stage."""
@@ -289,6 +299,11 @@ def is_factored(outer_activation: str, dropout: float) -> bool:
 
 def check_config(config: object) -> None:
     """Raise TypeError unless it is a `GenFTConfig`."""
+    if hasattr(config, "peft_type"):
+        kind = described(config)
+        raise TypeError(
+            f"config must be a GenFTConfig, got {kind}, which is for PEFT: peft.get_peft_model(model, config)"
+        )
     check_type("config", config, GenFTConfig)
 
 

@@ -12,6 +12,20 @@ EXPORTS = ["tests/ops/test_exports.py"]
 
 FAULTS = [
     Fault(
+        "settings: PEFT's are of a wrong type and no more",
+        "genft_kernels/config.py",
+        'if hasattr(config, "peft_type"):',
+        "if False:",
+        ["tests/integrations/test_peft_refusals.py"],
+    ),
+    Fault(
+        "settings: PEFT asks for a name that they have not",
+        "genft_kernels/config.py",
+        'if name == "base_model_name_or_path":',
+        "if False:",
+        ["tests/integrations/test_peft_refusals.py"],
+    ),
+    Fault(
         "save: no word on a base without a name",
         "genft_kernels/files/adapter.py",
         'return {"base_model_name_or_path": None}',

@@ -1,6 +1,8 @@
 """Settings of the PEFT tuner, and its refusals: clear errors, and a model that is as it was."""
 
+import copy
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -49,6 +51,22 @@ def test_a_model_on_the_meta_device_is_named(tmp_path):
         peft.PeftModel.from_pretrained(base().to("meta"), tmp_path)
     with pytest.raises(ValueError, match="weight is on the meta device"):
         model.to("meta")(tokens().to("meta"))
+
+
+@pytest.mark.parametrize("config", [PeftGenFTConfig(preset="fast"), peft.LoraConfig()], ids=["genft", "lora"])
+def test_configurations_of_peft_are_sent_there(config):
+    with pytest.raises(TypeError, match=f"got {type(config).__name__}, which is for PEFT: peft.get_peft_model"):
+        apply_genft(base(), config)
+
+
+def test_a_configuration_of_apply_genft_is_told_from_one_of_peft():
+    config = GenFTConfig(**SMALL, target_modules=["query"])
+    with pytest.raises(AttributeError, match="for apply_genft: get_peft_model takes .*PeftGenFTConfig"):
+        peft.get_peft_model(base(), config)
+    with pytest.raises(AttributeError, match="'GenFTConfig' object has no attribute 'rank'"):
+        config.rank  # noqa: B018
+    assert not hasattr(config, "base_model_name_or_path")
+    assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == dataclasses.replace(config) == config
 
 
 OWN = {
