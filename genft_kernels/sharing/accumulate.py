@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +32,9 @@ def accumulate(model: nn.Module) -> Iterator[nn.Module]:
         optimizer.step()
 
     The gradients are those of the same passes without it: they add to `.grad`, but only when the context ends, so
-    clip, unscale and step after it. `zero_grad` within it drops what came before, as ever. The updates' gradients are
-    summed in float32 or wider. Dropout of the column stage draws one mask for the whole context, that of the row stage
-    a new one in each forward.
+    clip, unscale and step after it. `zero_grad` within it drops what came before, as ever, of some parameters or of
+    all. The updates' gradients are summed in float32 or wider. Dropout of the column stage draws one mask for the whole
+    context, that of the row stage a new one in each forward.
 
     Sharded layers, and what `torch.compile` has compiled, generate in every forward as ever. Under
     `DistributedDataParallel` let all but the last micro-batch run under its `no_sync()`, and leave
@@ -84,19 +84,11 @@ class Accumulation:
 
     def flush(self) -> None:
         """Send the sums on to the parameters and stop; RuntimeError if a parameter has changed since."""
-        if self._end() is None and self._marks.cleared():
-            self._drop_sums()
+        if self._end() is None:
+            self._heed_zero_grad()
         held = dict(self._held)
         self.stop()
-        roots, grads = [], []
-        for (layer, _), each in held.items():
-            each.check_unchanged(layer.source())
-            for root, leaf in each.pairs():
-                if leaf.grad is not None:
-                    roots.append(root)
-                    grads.append(leaf.grad.to(root.dtype))
-        if roots:
-            torch.autograd.backward(roots, grads)
+        _send_on(held)
 
     def stop(self) -> None:
         """Drop factors and sums, if there are any; the layers generate as ever again."""
@@ -143,17 +135,32 @@ class Accumulation:
         The passes within a pass, of reentrant checkpointing, belong to it: parameters may have received of it already.
         """
         if self._end() is None:
-            if self._marks.cleared():
-                self._drop_sums()
+            self._heed_zero_grad()
             end = self._marks.note
             _torch_private.when_backward_ends(end)
             self._end = weakref.ref(end)  # autograd alone holds it, and drops it after a pass that failed, too
 
-    def _drop_sums(self) -> None:
-        for each in self._held.values():
-            for _, leaf in each.pairs():
-                leaf.grad = None
-        self._marks.renew()
+    def _heed_zero_grad(self) -> None:
+        """If `zero_grad` was called, drop the sums so far; first send them on to the parameters that it has spared."""
+        if cleared := self._marks.cleared():
+            if spared := self._marks.renew(cleared):
+                _send_on(self._held, spared)
+            for each in self._held.values():
+                for _, leaf in each.pairs():
+                    leaf.grad = None
+
+
+def _send_on(held: Mapping[tuple[Layer, Settings], _Held], parameters: Sequence[Tensor] | None = None) -> None:
+    """Have the sums go through the generator, to some parameters or to all."""
+    roots, grads = [], []
+    for (layer, _), each in held.items():
+        each.check_unchanged(layer.source())
+        for root, leaf in each.pairs():
+            if leaf.grad is not None:
+                roots.append(root)
+                grads.append(leaf.grad.to(root.dtype))
+    if roots:
+        torch.autograd.backward(roots, grads, inputs=parameters)
 
 
 class _Marks:
@@ -187,28 +194,34 @@ class _Marks:
             if parameter.grad is not grad or grad._version != version:
                 self._mark(parameter)
 
-    def cleared(self) -> bool:
-        """Whether a gradient was taken away, or overwritten by zeros."""
-        return any(
-            parameter.grad is None or (parameter.grad is grad and grad._version != version and not grad.any())
+    def cleared(self) -> set[Tensor]:
+        """The parameters whose gradient was taken away, or overwritten by zeros."""
+        return {
+            parameter
             for parameter, (grad, version, _) in self._marks.items()
-        )
+            if parameter.grad is None or (parameter.grad is grad and grad._version != version and not grad.any())
+        }
 
-    def renew(self) -> None:
-        """Mark the same parameters anew."""
-        parameters = list(self._marks)
-        self.remove()
-        self.plant(parameters)
+    def renew(self, cleared: set[Tensor]) -> list[Tensor]:
+        """Mark those anew, and return the others."""
+        for parameter in cleared:
+            self._unmark(parameter)
+            self._mark(parameter)
+        return [parameter for parameter in self._marks if parameter not in cleared]
 
     def remove(self) -> None:
         """Take away the zeros that are still there."""
-        for parameter, (grad, version, planted) in self._marks.items():
-            if planted and parameter.grad is grad and (grad._version == version or not grad.any()):
-                parameter.grad = None
+        for parameter in self._marks:
+            self._unmark(parameter)
         self._marks.clear()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+
+    def _unmark(self, parameter: Tensor) -> None:
+        grad, version, planted = self._marks[parameter]
+        if planted and parameter.grad is grad and (grad._version == version or not grad.any()):
+            parameter.grad = None
 
 
 class _Held:

@@ -17,15 +17,15 @@ FAULTS = [
     Fault(
         "accumulate: zero_grad before a backward unnoticed",
         "genft_kernels/sharing/accumulate.py",
-        "            if self._marks.cleared():\n                self._drop_sums()\n            end",
+        "            self._heed_zero_grad()\n            end",
         "            end",
         ACCUMULATION,
     ),
     Fault(
         "accumulate: marks left behind",
         "genft_kernels/sharing/accumulate.py",
-        "                parameter.grad = None\n        self._marks.clear()",
-        "                pass\n        self._marks.clear()",
+        "            self._unmark(parameter)\n        self._marks.clear()",
+        "            pass\n        self._marks.clear()",
         ACCUMULATION,
     ),
     Fault(
@@ -38,8 +38,8 @@ FAULTS = [
     Fault(
         "accumulate: nothing sent on",
         "genft_kernels/sharing/accumulate.py",
-        "            torch.autograd.backward(roots, grads)",
-        "            pass",
+        "        _send_on(held)\n",
+        "",
         ACCUMULATION,
     ),
     Fault(
@@ -66,7 +66,7 @@ FAULTS = [
     Fault(
         "accumulate: zero_grad within it unnoticed",
         "genft_kernels/sharing/accumulate.py",
-        "        if self._end() is None and self._marks.cleared():\n            self._drop_sums()\n        held",
+        "        if self._end() is None:\n            self._heed_zero_grad()\n        held",
         "        held",
         ACCUMULATION,
     ),
@@ -92,6 +92,20 @@ FAULTS = [
         ZERO_GRAD,
     ),
     Fault(
+        "accumulate: zero_grad of some drops the sums of all",
+        "genft_kernels/sharing/accumulate.py",
+        "if spared := self._marks.renew(cleared):",
+        "if spared := self._marks.renew(cleared) and []:",
+        ZERO_GRAD,
+    ),
+    Fault(
+        "accumulate: zero_grad of some sends the sums on to all",
+        "genft_kernels/sharing/accumulate.py",
+        "_send_on(self._held, spared)",
+        "_send_on(self._held)",
+        ZERO_GRAD,
+    ),
+    Fault(
         "accumulate: after a pass what was not added to is not marked anew",
         "genft_kernels/sharing/accumulate.py",
         "            if parameter.grad is not grad or grad._version != version:\n",
@@ -101,9 +115,9 @@ FAULTS = [
     Fault(
         "accumulate: marks are looked at in a pass within a pass",
         "genft_kernels/sharing/accumulate.py",
-        "        if self._end() is None:\n",
+        "        if self._end() is None:\n            self._heed_zero_grad()\n            end",
         '        if self._end() is None or _torch_private.backward_pass() != getattr(self, "_last", None):\n'
-        "            self._last = _torch_private.backward_pass()\n",
+        "            self._last = _torch_private.backward_pass()\n            self._heed_zero_grad()\n            end",
         ZERO_GRAD,
     ),
     Fault(
@@ -116,8 +130,8 @@ FAULTS = [
     Fault(
         "accumulate: a flush within a pass looks at marks",
         "genft_kernels/sharing/accumulate.py",
-        "if self._end() is None and self._marks.cleared():",
-        "if self._marks.cleared():",
+        "        if self._end() is None:\n            self._heed_zero_grad()\n        held",
+        "        if True:\n            self._heed_zero_grad()\n        held",
         ZERO_GRAD,
     ),
 ]

@@ -54,6 +54,10 @@ STEPS = {
     "both, no penalty": lambda model: (model("recomputed") + model.penalty(0.0)).backward(),
     "clear": lambda model: model.zero_grad(),
     "zero": lambda model: model.zero_grad(set_to_none=False),
+    "clear own": lambda model: model.layers.zero_grad(),
+    "zero own": lambda model: model.layers.zero_grad(set_to_none=False),
+    "clear shared": lambda model: model.genft_generators.zero_grad(),
+    "zero shared": lambda model: model.genft_generators.zero_grad(set_to_none=False),
 }
 
 
@@ -84,6 +88,14 @@ def test_any_order_of_steps(transform):
 @pytest.mark.parametrize("last", ["both", "penalty", "one penalty"])
 def test_zero_grad_before_a_term_of_the_parameters_themselves(clear, last):
     compare(["loss", clear, last])
+
+
+@pytest.mark.parametrize("of", ["own", "shared"])
+@pytest.mark.parametrize("clear", ["clear", "zero"])
+@pytest.mark.parametrize("last", ["part", "recomputed", "penalty", "both", None])
+def test_zero_grad_of_some_leaves_the_sums_of_others(last, clear, of):
+    compare(["loss", f"{clear} {of}", *filter(None, [last])])
+    compare(["part", f"{clear} {of}", "loss", clear, *filter(None, [last])], before=["loss"])
 
 
 def test_zeros_that_lie_in_one_tensor_with_others_are_no_zero_grad():
