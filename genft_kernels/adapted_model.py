@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -145,7 +146,7 @@ def explain(model: nn.Module) -> str:
     """`backends.explain` for an adapted model, and which of its layers are generated together, or why they are not.
 
     Returns:
-        Lines to print.
+        Lines to print; first the backends that layers have by name, to which the choice of "auto" is nothing.
 
     Raises:
         TypeError: `model` is no module.
@@ -154,7 +155,9 @@ def explain(model: nn.Module) -> str:
     updates = updates_of(model)
     groups = dict.fromkeys(update.generator.group for update in updates)
     weight = updates[0].frozen_weight
-    return backends.explain(weight.device, weight.dtype, groups)
+    by_name = Counter(update.backend for update in updates if update.backend != "auto")
+    named = [f'backend="{name}", by name, in {count} of {len(updates)} layers' for name, count in by_name.items()]
+    return "\n".join([*named, backends.explain(weight.device, weight.dtype, groups)])
 
 
 def set_backend(model: nn.Module, backend: str) -> nn.Module:

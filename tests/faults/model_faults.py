@@ -19,6 +19,13 @@ FAULTS = [
         ["tests/model/test_modules.py", "-k", "alone"],
     ),
     Fault(
+        "explain: backends by name not told",
+        "genft_kernels/adapted_model.py",
+        "[*named, backends.explain(",
+        "[backends.explain(",
+        ["tests/model/test_set_backend.py"],
+    ),
+    Fault(
         "generation: a gradient for layers that had no part",
         "genft_kernels/sharing/node.py",
         "nothing = stack.new_zeros(stack.shape[1:])",

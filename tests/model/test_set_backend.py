@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from genft_kernels import GenFTConfig, apply_genft, load_adapter, save_adapter, set_backend
+from genft_kernels import GenFTConfig, apply_genft, explain, load_adapter, save_adapter, set_backend
 from genft_kernels.adapted_model import adapted_layers
 
 CONFIG = GenFTConfig(shared_dim=3, specific_dim=2, zero_delta=False, target_modules=["0", "2"])
@@ -33,6 +33,20 @@ def test_set_backend_by_name_never_becomes_another():
     model = set_backend(apply_genft(plain().float(), CONFIG), "triton")
     with pytest.raises(RuntimeError, match="'triton' cannot run on cpu"):
         model(X)
+
+
+def test_explain_tells_which_layers_have_a_backend_by_name():
+    model = apply_genft(plain(), CONFIG)
+    auto = explain(model)
+    assert auto.startswith('backend="auto" on cpu: eager')
+    lines = explain(set_backend(model, "eager")).splitlines()
+    assert lines == ['backend="eager", by name, in 2 of 2 layers', *auto.splitlines()]
+    model[0].backend = "reference"
+    assert explain(model).splitlines()[:2] == [
+        'backend="reference", by name, in 1 of 2 layers',
+        'backend="eager", by name, in 1 of 2 layers',
+    ]
+    assert explain(set_backend(model, "auto")) == auto
 
 
 @pytest.mark.parametrize("name", ["cudnn", "", None, 3])
