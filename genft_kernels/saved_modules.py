@@ -135,7 +135,7 @@ def say_untied(model: nn.Module, paths: Iterable[str]) -> None:
 
 
 def _embeddings(owner: nn.Module, end: str) -> object:
-    """What a transformers model has at that end, if anything."""
+    """A transformers model's module at that end, if it has one."""
     ask = getattr(owner, f"get_{end}_embeddings", None)
     try:
         return ask() if callable(ask) else None
