@@ -42,6 +42,8 @@ def compute(backend: str, operation: str, *args: Any) -> tuple[Any, ...]:
         try:
             return _compute_by(name, operation, args)
         except (backends.LaunchError, BuildError) as error:
+            if isinstance(error, backends.LaunchError) and backends.lacks_memory(error):
+                raise
             backends.set_aside(name, first.device, operation, error)
     return _compute_by("eager", operation, args)
 

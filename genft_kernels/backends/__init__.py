@@ -28,11 +28,18 @@ from .names import OPERATION_BACKENDS as OPERATION_BACKENDS
 # These strings travel through the schemas of operations in a backend's place.
 _OPEN = {False: "auto, factored", True: "auto, tiled"}
 
+_NO_MEMORY = ("out of memory", "ALLOC_FAILED")
+
 _set_aside: dict[tuple[str, torch.device], str] = {}  # (backend, device): why "auto" takes it no more in this process
 
 
 class LaunchError(RuntimeError):
     """A kernel could not be started; the message names it."""
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether an error says that a card had no memory left, which is no fault of kernels: each library has its own."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _NO_MEMORY)
 
 
 class Explains(Protocol):

@@ -238,7 +238,7 @@ class Outcome(enum.Enum):
     """How a run of the gate ended."""
 
     VERDICT = enum.auto()  # of the kernels: the same would come out again
-    FAILURE = enum.auto()  # a hang or a death, which may be the kernels' or chance
+    FAILURE = enum.auto()  # a hang, a death or a failed compilation, which may be the kernels' or chance
     NOTHING = enum.auto()  # the machine would not have it: a card without room or in use, a process that was stopped
 
 
@@ -268,7 +268,7 @@ def rejection(backend: str, device: torch.device) -> str | None:
     else:  # compiling may have taken so long, of which the next process finds a part done; a hang never ends
         verdict["tries"] = tries = known.get("tries", 0) + 1 if isinstance(known.get("tries", 0), int) else 1
         if tries == TRIES:
-            verdict["rejected"] = reason = f"{reason}; the last of {TRIES} tries"
+            verdict["rejected"] = reason = f"{reason}; the last of {TRIES} tries (delete {path} for more)"
     with contextlib.suppress(OSError):  # the next process asks again
         card.write(path, verdict)
     return reason
@@ -286,7 +286,7 @@ def run(backend: str, device: torch.device, seconds: float) -> tuple[str | None,
         try:
             extension.load()
         except BuildError as error:
-            return str(error), Outcome.NOTHING
+            return str(error), Outcome.FAILURE  # it may have taken half an hour, which not every process shall wait
     command = [sys.executable, "-m", __name__, backend, str(device)]
     environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # which determinism asks for
     try:
@@ -309,7 +309,7 @@ def run(backend: str, device: torch.device, seconds: float) -> tuple[str | None,
 
 def main() -> None:
     """Examine the backend and the device that the arguments name; the exit status tells `run` how that ended."""
-    from . import load
+    from . import lacks_memory, load
 
     name, device = sys.argv[1], torch.device(sys.argv[2])
     if device.type == "cuda":
@@ -319,9 +319,9 @@ def main() -> None:
     backend = load(name)
     try:
         reason = examine(backend, device)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:
+    except Exception as error:
+        if lacks_memory(error):
+            raise
         traceback.print_exc()
         sys.exit(_FAILED)
     if reason is not None:

@@ -221,9 +221,9 @@ def test_rank_0_that_never_comes_is_an_error(become, monkeypatch):
 # --- backends that fail -----------------------------------------------------------------------------------------------
 
 
-def failing(operation):
+def failing(operation, reason="no such driver"):
     def fails(*args):
-        raise backends.LaunchError("Triton kernel 'contract' failed to launch: no such driver")
+        raise backends.LaunchError(f"Triton kernel 'contract' failed to launch: {reason}")
 
     return type("Failing", (), {operation: staticmethod(fails)} | {
         name: staticmethod(getattr(backends.load("eager"), name))
@@ -244,6 +244,15 @@ def test_auto_goes_on_without_a_backend_that_fails(operation, another, monkeypat
     (warning,) = caught
     assert all(word in str(warning.message) for word in ("'cuda'", "cpu", operation, "'contract'", "no such driver"))
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_auto_sets_no_backend_aside_for_a_card_without_room(another, monkeypatch):
+    load, broken = backends.load, failing("column", "out of memory (error 2)")
+    monkeypatch.setattr(backends, "load", lambda name: broken if name == NAME else load(name))
+    choices._tables[CPU] = EVERYTHING
+    with pytest.raises(backends.LaunchError, match="out of memory"):
+        train()
+    assert not backends._set_aside
 
 
 def test_backend_by_name_raises_what_fails(another, monkeypatch):
@@ -276,10 +285,11 @@ def test_triton_launch_that_fails_names_its_kernel():
         named(contract)()
 
     def fold():
-        raise torch.OutOfMemoryError("no memory")
+        raise reason
 
-    with pytest.raises(torch.OutOfMemoryError):
-        named(fold)()
+    for reason in (torch.OutOfMemoryError("no memory"), RuntimeError("Triton Error [CUDA]: out of memory")):
+        with pytest.raises(type(reason), match=r"^(no memory|Triton Error \[CUDA\]: out of memory)$"):
+            named(fold)()
 
 
 # --- tune -------------------------------------------------------------------------------------------------------------

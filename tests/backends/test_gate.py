@@ -181,6 +181,17 @@ CHILDREN = {
     "passes": ("None", None, VERDICT),
     "rejects": ("'row: an error'", "row: an error", VERDICT),
     "room": ("raising(torch.OutOfMemoryError('no room'))", "no room (exit status 1)", NOTHING),
+    "room for cuBLAS": (
+        "raising(RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`'))",
+        "cublasCreate` (exit status 1)",
+        NOTHING,
+    ),
+    "room for a context": ("raising(torch.AcceleratorError('CUDA error: out of memory'))", "exit status 1", NOTHING),
+    "room for a launch": (
+        "raising(LaunchError('kernel failed to launch: RuntimeError: Triton Error [CUDA]: out of memory'))",
+        "out of memory (exit status 1)",
+        NOTHING,
+    ),
     "raises": ("1 / 0", "ZeroDivisionError: division by zero (exit status 4)", FAILURE),
     "dies": ("os.kill(os.getpid(), signal.SIGSEGV)", "(exit status -11)", FAILURE),
     "stopped": ("os.kill(os.getpid(), signal.SIGTERM)", "its gate died (exit status -15)", NOTHING),
@@ -193,7 +204,7 @@ def test_gate_tells_verdicts_from_what_the_machine_did(body, reason, outcome, mo
     """A card without room, or a process that was stopped, is no fault of kernels to be kept."""
     script = f"""
 import os, signal, sys, torch
-from genft_kernels.backends import gate
+from genft_kernels.backends import LaunchError, gate
 def raising(error): raise error
 gate.examine = lambda backend, device: {body}
 sys.argv = ["gate", "eager", "cpu"]
@@ -216,7 +227,7 @@ def test_cuda_kernels_are_compiled_before_the_gates_time_begins(monkeypatch):
         raise BuildError("the disk is full")
 
     monkeypatch.setattr(extension, "load", fails)
-    assert gate.run("cuda", CARD, 20) == ("the disk is full", NOTHING) and done[2:] == []
+    assert gate.run("cuda", CARD, 20) == ("the disk is full", FAILURE) and done[2:] == []
 
 
 @pytest.fixture
@@ -275,9 +286,15 @@ def test_gate_that_takes_too_long_is_tried_again_and_then_kept_as_a_hang(card):
         assert gate.rejection("triton", CARD) == "its gate takes longer than 20 s"
         card.new_process()
     for _ in range(2):
-        assert gate.rejection("triton", CARD) == "its gate takes longer than 20 s; the last of 3 tries"
+        kept = gate.rejection("triton", CARD)
+        assert kept.startswith("its gate takes longer than 20 s; the last of 3 tries (delete ")
         card.new_process()
     assert card.calls == ["triton"] * 3
+    (file,) = card.folder.glob("gate-*")
+    assert f"delete {file} for" in kept
+    file.unlink()
+    card.new_process()
+    assert gate.rejection("triton", CARD) == "its gate takes longer than 20 s" and len(card.calls) == 4
 
 
 def test_gate_that_ends_in_its_second_try_is_kept(card):

@@ -8,6 +8,7 @@ OPS = "genft_kernels/ops.py"
 TUNING = "genft_kernels/tuning.py"
 GATE = "genft_kernels/backends/gate.py"
 TESTS = ["tests/backends/test_choices.py"]
+OUTCOMES = ["tests/backends/test_gate.py", "-k", "tells_verdicts or compiled_before"]
 TESTS_OF_GATE = ["tests/backends/test_gate.py", "-m", "not slow"]
 
 FAULTS = [
@@ -72,6 +73,27 @@ FAULTS = [
         TESTS_OF_GATE,
     ),
     Fault("gate: a card without room is kept", GATE, "if outcome is Outcome.NOTHING:", "if False:", TESTS_OF_GATE),
+    Fault(
+        "gate: a card without room for cuBLAS is kept",
+        BACKENDS,
+        '("out of memory", "ALLOC_FAILED")',
+        '("out of memory",)',
+        OUTCOMES,
+    ),
+    Fault(
+        "gate: a compilation that fails is tried by every process",
+        GATE,
+        "return str(error), Outcome.FAILURE",
+        "return str(error), Outcome.NOTHING",
+        OUTCOMES,
+    ),
+    Fault(
+        "auto: a backend set aside for a card without room",
+        OPS,
+        "if isinstance(error, backends.LaunchError) and",
+        "if False and",
+        TESTS,
+    ),
     Fault("gate: a process that was stopped counts", GATE, " or done.returncode in _STOPPED", "", TESTS_OF_GATE),
     Fault("gate: a death counts as the machine's", GATE, "sys.exit(_FAILED)", "sys.exit(1)", TESTS_OF_GATE),
     Fault("gate: nvcc runs in its time", GATE, 'if backend == "cuda":', "if False:", TESTS_OF_GATE),

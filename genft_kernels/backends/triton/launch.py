@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...philox import threshold
-from .. import LaunchError
+from .. import LaunchError, lacks_memory
 from .math import SLICE
 
 _Parameters = ParamSpec("_Parameters")
@@ -21,9 +21,9 @@ def named(launcher: Callable[_Parameters, None]) -> Callable[_Parameters, None]:
     def launch(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> None:
         try:
             launcher(*args, **kwargs)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
+            if lacks_memory(error):
+                raise
             problem = f"{type(error).__name__}: {error}"
             raise LaunchError(f"Triton kernel {launcher.__name__!r} failed to launch: {problem}") from error
 
