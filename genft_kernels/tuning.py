@@ -6,9 +6,10 @@ The operations of a training step are taken down as a layer calls them, then eac
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +40,7 @@ class Measured(NamedTuple):
         return f"{self.shape}: {times}: {self.fastest}"
 
 
-def tune(model: nn.Module, tokens: int | Sequence[int] = (8192, 128), *, seconds: float = SECONDS) -> list[Measured]:
+def tune(model: nn.Module, tokens: int | Iterable[int] = (8192, 128), *, seconds: float = SECONDS) -> list[Measured]:
     """Measure every backend on the shapes of a model's layers, and keep which is the fastest for `backend="auto"`.
 
     What is measured is printed as it is found, a line for each shape, and kept for this card, driver and versions in
@@ -49,7 +50,7 @@ def tune(model: nn.Module, tokens: int | Sequence[int] = (8192, 128), *, seconds
     Args:
         model: of `apply_genft`, or one that has `GenFTLinear` layers; those with `backend="auto"` are measured.
         tokens: how many tokens a step has, one number or several; each stands for all down to half of it.
-        seconds: to spend in all; what is left then is not measured, and said to be so.
+        seconds: to spend in all, `math.inf` without an end; what is left then is not measured, and said to be so.
 
     Returns:
         What was measured, one for each shape.
@@ -60,11 +61,11 @@ def tune(model: nn.Module, tokens: int | Sequence[int] = (8192, 128), *, seconds
         OSError: what was measured cannot be kept.
     """
     check_type("model", model, nn.Module)
-    counts = tokens if isinstance(tokens, Sequence) else [tokens]
+    counts = [tokens] if is_integer(tokens) or not isinstance(tokens, Iterable) else list(tokens)
     wrong = [count for count in counts if not is_integer(count) or count < 1]
     if wrong or not counts:
         raise ValueError(f"tokens must be positive integers, one or more, got {shown(wrong[0] if wrong else tokens)}")
-    if not is_finite(seconds) or seconds < 0:
+    if seconds != math.inf and not (is_finite(seconds) and seconds >= 0):
         raise ValueError(f"seconds must be a number of at least 0, got {shown(seconds)}")
     updates = _one_of_each_shape(model)
     deadline = time.monotonic() + float(seconds)  # one of numpy may be of float32, whose clock is coarse

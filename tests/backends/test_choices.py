@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import sys
 import threading
@@ -316,9 +317,15 @@ def test_tune_keeps_the_fastest_of_every_shape(another, monkeypatch, capsys):
     assert "linear_backward" in another
 
 
-def test_tune_takes_numbers_of_numpy(another):
+def test_tune_takes_whatever_yields_numbers(another):
     layer = GenFTLinear(12, 20, config=CONFIG)
-    assert tune(layer, np.int64(8), seconds=np.float32(0)) == tune(layer, [np.int64(8)], seconds=0) == []
+    for tokens in (np.int64(8), [np.int64(8)], np.array([8]), {8}, iter([8]), range(8, 9)):
+        assert tune(layer, tokens, seconds=np.float32(0)) == []
+
+
+def test_tune_may_take_all_the_time_it_needs(another, monkeypatch):
+    monkeypatch.setattr(tuning, "SECONDS_A_SHAPE", 0.0)
+    assert tune(GenFTLinear(12, 20, config=CONFIG), 8, seconds=math.inf)
 
 
 def test_tune_stops_when_its_time_is_over(another, capsys):
@@ -334,7 +341,7 @@ def test_tune_says_what_is_wrong(another):
     for wrong, named in {"8": "'8'", 8.0: "8.0", None: "None", True: "True", (): r"\(\)", (8, 0): "0"}.items():
         with pytest.raises(ValueError, match=f"tokens must be positive integers, one or more, got {named}$"):
             tune(layer, wrong)
-    for wrong in ("1", None, -1, float("nan")):
+    for wrong in ("1", None, -1, -math.inf, math.nan):
         with pytest.raises(ValueError, match="seconds must be a number of at least 0, got "):
             tune(layer, 8, seconds=wrong)
     with pytest.raises(TypeError, match="model must be a Module"):
