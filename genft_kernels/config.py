@@ -158,9 +158,9 @@ class GenFTConfig:
 
     def _warn_if_untrainable(self) -> None:
         if self.scaling == 0:
-            warn("scaling=0: nothing can ever train, because the update and every gradient are zero")
+            warn("scaling=0: no unit can ever train, because the update and its gradients are zero")
         elif self.weight_ratio == 0 and not self.bias:
-            warn("weight_ratio=0 without bias: nothing can ever train, because the update and every gradient are zero")
+            warn("weight_ratio=0 without bias: no unit can ever train, because the update and its gradients are zero")
         if self.specific_dim and self.init_specific_down == "zeros" and self._specific_ups_start_at_zero():
             warn(
                 "the specific units can never train: init_specific_down='zeros' and their up matrices start at zero "

@@ -60,6 +60,7 @@ FAULTS = [
         BUDGET,
     ),
     Fault("never trains: biases alone are thought not to", CONFIG_FILE, "== 0 and not self.bias:", "== 0:", CONFIG),
+    Fault("never trains: nor what is saved whole", CONFIG_FILE, "scaling=0: no unit", "scaling=0: nothing", CONFIG),
     Fault("never trains: a scale of zero is passed over", CONFIG_FILE, "if self.scaling == 0:", "if False:", CONFIG),
     Fault("warnings: point into dataclasses", ARGUMENTS, '(__package__, "dataclasses")', "(__package__,)", CONFIG),
     Fault("warnings: once for each number of units", ARGUMENTS, "    if _told.get():", "    if False:", BUDGET),
