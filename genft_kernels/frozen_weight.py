@@ -119,8 +119,9 @@ class FrozenWeight:
 
     def norm(self) -> Tensor:
         """The Frobenius norm of W, a scalar in float32 or wider; kept for as long as the codes are the same."""
-        if self.module not in _tried:
-            self.of(self.module)  # a copy, or loaded from a file
+        # A copy, or loaded from a file; where its kind is not known here, `dense` says so.
+        if self.module not in _tried and self.of(self.module) is None:
+            self.dense()
         tried, part, state = _tried[self.module], (self._rows.start, self._rows.stop), _state(self.codes)
         if tried.state != state:
             tried = _tried[self.module] = tried._replace(state=state, norms={})

@@ -20,6 +20,13 @@ OPERATION = "genft_kernels/operation.py"
 FAULTS = [
     Fault("quantised: a copy has no norm", HANDLE, "self.module not in _tried", "False", of("copy_of_an_adapted")),
     Fault(
+        "quantised: a copy of an unknown kind has no cure",
+        HANDLE,
+        " and self.of(self.module) is None:\n            self.dense()\n",
+        ":\n            self.of(self.module)\n",
+        REFUSED,
+    ),
+    Fault(
         "quantised: fidelity in other dtypes",
         "genft_kernels/fidelity.py",
         "if (path := quantised_layer(model)) is not None:",

@@ -1,5 +1,7 @@
 """Which quantised layers are adapted and which are refused, and what is registered."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,7 @@ from tests.helpers.quantised_layers import (
     Unreadable,
     config,
     quantised,
+    registered,
     step,
 )
 from tests.helpers.tiny_models import Encoder
@@ -116,6 +119,18 @@ def test_register_frozen_weight_refuses_what_means_every_layer(kind, monkeypatch
         with pytest.raises(ValueError, match="layers of all kinds"):
             register_frozen_weight(each, dense=lambda layer: layer.weight)
     register_frozen_weight(f"my_library.{kind.__name__}", dense=lambda layer: layer.weight)
+
+
+@pytest.mark.parametrize("ratio", [1.0, "rms"])
+def test_a_copy_where_its_kind_is_not_known_is_refused_with_the_cure(ratio, monkeypatch):
+    """As in another process, which loads a whole model."""
+    copied = copy.deepcopy(apply_genft(quantised(Encoder()), config(weight_ratio=ratio)))
+    monkeypatch.setattr(frozen_weight, "_registered", {})
+    monkeypatch.setattr(frozen_weight, "_found", {})
+    with pytest.raises(RuntimeError, match="Int8Linear is not registered here: call register_frozen_weight first"):
+        copied(TOKENS)
+    registered()
+    step(copied)
 
 
 def test_register_frozen_weight_refuses_other_types():
