@@ -1,4 +1,4 @@
-"""What `accumulate` takes for a `zero_grad`: in any order, with any other term in the loss."""
+"""`accumulate` beside `zero_grad` and other terms of the loss, in any order: gradients are as without it."""
 
 import contextlib
 import random
