@@ -299,7 +299,7 @@ def is_factored(outer_activation: str, dropout: float) -> bool:
 
 def check_config(config: object) -> None:
     """Raise TypeError unless it is a `GenFTConfig`."""
-    if hasattr(config, "peft_type"):
+    if not isinstance(config, GenFTConfig) and hasattr(config, "peft_type"):
         kind = described(config)
         raise TypeError(
             f"config must be a GenFTConfig, got {kind}, which is for PEFT: peft.get_peft_model(model, config)"

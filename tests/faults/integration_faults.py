@@ -14,7 +14,7 @@ FAULTS = [
     Fault(
         "settings: PEFT's are of a wrong type and no more",
         "genft_kernels/config.py",
-        'if hasattr(config, "peft_type"):',
+        'if not isinstance(config, GenFTConfig) and hasattr(config, "peft_type"):',
         "if False:",
         ["tests/integrations/test_peft_refusals.py"],
     ),
