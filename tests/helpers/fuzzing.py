@@ -1,4 +1,6 @@
-"""Choices of the stateful fuzz (settings, optimizers, changes, failures midway), and how it judges a model."""
+"""Choices of the stateful fuzz (settings, optimizers, changes, failures midway), how it judges a model, and its rules
+for parts of a model and of a loss.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +8,12 @@ import contextlib
 
 import hypothesis.strategies as st
 import torch
-from hypothesis.stateful import RuleBasedStateMachine
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 from torch import nn
 
-from genft_kernels import GenFTConfig
+from genft_kernels import GenFTConfig, accumulate
 from genft_kernels.activations import ACTIVATIONS
-from tests.helpers.oracle import WIDTH
+from tests.helpers.oracle import WIDTH, Oracle
 
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9),
@@ -27,6 +29,20 @@ CHANGES = {
     "storage": lambda p, new: p.untyped_storage().copy_(new.untyped_storage()),
     "vector": lambda p, new: nn.utils.vector_to_parameters(new.flatten(), [p]),
 }
+
+ROUTES = st.sampled_from([(0,), (1,), (0, 1), (1, 0), (0, 0), (1, 0, 1)])
+# Which of the model's parts `zero_grad` is called on.
+CLEARED = {
+    "all": lambda model: model,
+    "own": lambda model: model.blocks,
+    "shared": lambda model: model.genft_generators,
+}
+STEPS = st.one_of(
+    ROUTES.map(lambda route: ("loss", route)),
+    st.sampled_from([0.0, 0.5]).map(lambda weight: ("penalty", weight)),
+    st.sampled_from(sorted(CLEARED)).map(lambda part: ("clear", part)),
+    st.sampled_from(sorted(CLEARED)).map(lambda part: ("zero", part)),
+)
 
 
 @st.composite
@@ -140,7 +156,8 @@ class Subject(RuleBasedStateMachine):
     def assert_gradients(self, expected, autocast=False):
         scale = max(gradient.norm() for gradient in expected.values())
         for name, parameter in self.trained().items():
-            self.assert_close(parameter.grad, expected[name], f"gradient of {name}", autocast, scale)
+            found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            self.assert_close(found, expected[name], f"gradient of {name}", autocast, scale)
 
     def step(self, name):
         """A step of an optimizer by name: the one at hand if it is the same."""
@@ -150,3 +167,72 @@ class Subject(RuleBasedStateMachine):
             self.optimizer = name, OPTIMIZERS[name](self.trained().values())
         nn.utils.clip_grad_norm_(self.trained().values(), 1.0)
         self.optimizer[1].step()
+
+
+class Parts(Subject):
+    """Forwards of some blocks alone, and losses of several terms."""
+
+    @precondition(Subject.free)
+    @rule(
+        route=ROUTES,
+        context=st.sampled_from([torch.no_grad, torch.inference_mode, *[contextlib.nullcontext] * 3]),
+        backward=st.booleans(),
+    )
+    def go_through_a_part(self, route, context, backward):
+        """In the mode that the model is in; the result is judged, and dropped or sent backward."""
+        x, oracle = self.input(), Oracle(self.model, self.frozen)
+        with context():
+            y = self.model(x, route)
+        if self.config.dropout and self.model.training:
+            return
+        self.assert_close(y, oracle.output(x, route), "output of a part")
+        if backward and y.requires_grad:
+            self.model.zero_grad()
+            wide = x.detach().double().requires_grad_()
+            expected, (of_x,) = oracle.backward(oracle.output(wide, route).square().sum(), [wide])
+            y.double().square().sum().backward()
+            if self.gradients_follow():
+                self.assert_gradients(expected)
+                self.assert_close(x.grad, of_x, "gradient of x")
+
+    @precondition(Subject.free)
+    @rule(trains=st.booleans(), first=st.integers(0, 1))
+    def freeze_or_thaw_what_is_shared(self, trains, first):
+        """Between a forward of one part and one of the other; in evaluation, which keeps factors."""
+        shared = dict(self.model.genft_generators.named_parameters(prefix="genft_generators"))
+        if not set(self.trained()) - set(shared):
+            return
+        self.model.eval().genft_generators.requires_grad_(not trains)
+        for route in ((0, 1), (first,)):
+            self.model(self.input(), route)
+        self.model.genft_generators.requires_grad_(trains)
+        self.model.genft_generators.zero_grad()
+        self.optimizer = None
+        self.go_through_a_part((1 - first,), contextlib.nullcontext, True)
+
+    @precondition(Subject.free)
+    @rule(steps=st.lists(STEPS, min_size=2, max_size=6))
+    def accumulate_terms(self, steps):
+        """Losses, penalties on the parameters themselves and calls of `zero_grad`, in any order within `accumulate`."""
+        if self.config.dropout:
+            return
+        self.model.zero_grad()
+        expected = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in self.trained().items()}
+        with accumulate(self.model):
+            for step, value in steps:
+                if step == "loss":
+                    x, oracle = self.input(), Oracle(self.model, self.frozen)
+                    self.model(x, value).double().square().sum().backward()
+                    found, _ = oracle.backward(oracle.output(x, value).square().sum(), [])
+                    expected = {name: before + found[name] for name, before in expected.items()}
+                elif step == "penalty":
+                    (value / 2 * sum(p.double().square().sum() for p in self.trained().values())).backward()
+                    expected = {name: expected[name] + value * p.double() for name, p in self.trained().items()}
+                else:
+                    part = CLEARED[value](self.model)
+                    part.zero_grad(set_to_none=step == "clear")
+                    cleared = set(part.parameters())
+                    for name in (name for name, p in self.trained().items() if p in cleared):
+                        expected[name] = torch.zeros_like(expected[name])
+        if self.gradients_follow():
+            self.assert_gradients({name: gradient.detach() for name, gradient in expected.items()})

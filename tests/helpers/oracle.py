@@ -42,7 +42,7 @@ class Block(nn.Module):
 
 
 class Tower(nn.Module):
-    """Two blocks and a head; `checkpointing` is one of `CHECKPOINTS`."""
+    """Two blocks and a head; `checkpointing` is one of `CHECKPOINTS`, a route the blocks to go through, in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,8 +50,8 @@ class Tower(nn.Module):
         self.head = nn.Linear(WIDTH, 2)
         self.checkpointing = "none"
 
-    def forward(self, x):
-        for block in self.blocks:
+    def forward(self, x, route=(0, 1)):
+        for block in (self.blocks[index] for index in route):
             options = CHECKPOINTS[self.checkpointing]
             x = block(x) if options is None else checkpoint(block, x, **options)
         return self.head(x)
@@ -108,9 +108,9 @@ class Oracle:
         ]
         return torch.cat(deltas)
 
-    def output(self, x: Tensor) -> Tensor:
+    def output(self, x: Tensor, route: tuple[int, ...] = (0, 1)) -> Tensor:
         """The answer that the model must give to x."""
-        return functional_call(_plain(), self._state, (x.double(),))
+        return functional_call(_plain(), self._state, (x.double(), route))
 
     def backward(self, loss: Tensor, inputs: list[Tensor]) -> tuple[dict[str, Tensor], list[Tensor]]:
         """The gradients of every parameter that trains, by name, zeros included, and of the inputs."""
