@@ -36,7 +36,7 @@ def edge(tensor: Tensor) -> int:
 
 
 def edge_at(k: int, tensor: Tensor) -> int:
-    """Edge of a tile of a product of rank k, which keeps its side of all k units in shared memory: half from k to k."""
+    """`edge`, halved for each doubling of k beyond 256: a product of rank k keeps all its units in shared memory."""
     return max(SLICE, edge(tensor) >> max(0, (k - 1).bit_length() - 8))
 
 
