@@ -77,12 +77,19 @@ def sized(preset: str, **overrides: Any) -> Adapt:
     return adapt
 
 
-def own_units(model: nn.Module, problem: Problem, size: int, scale: float) -> nn.Module:
-    """`fast` without sharing: of every layer's own units as many as the budget pays for."""
-    preset = GenFTConfig.preset("fast", shared_dim=0, **problem.places.of_config())
-    a_unit = sum(2 * linear.in_features for linear in problem.places.linears(model))  # its down and up
-    config = dataclasses.replace(preset, specific_dim=max(1, size // a_unit), scaling=scale * preset.scaling)
-    return apply_genft(model, config)
+def of_one_kind(units: str) -> Adapt:
+    """`fast` with units of one kind: `units` is "shared_dim" or "specific_dim"."""
+
+    def adapt(model: nn.Module, problem: Problem, size: int, scale: float) -> nn.Module:
+        none = {"shared_dim": 0, "specific_dim": 0}
+        widths = [(linear.in_features, linear.out_features) for linear in problem.places.linears(model)]
+        paid = set(widths) if units == "shared_dim" else widths  # shared ones once a shape
+        a_unit = sum(2 * in_features for in_features, _ in paid)  # its down and up
+        scaling = scale * GenFTConfig.preset("fast").scaling
+        sizes = none | {units: max(1, size // a_unit), "scaling": scaling}
+        return apply_genft(model, GenFTConfig.preset("fast", **sizes, **problem.places.of_config()))
+
+    return adapt
 
 
 def official(model: nn.Module, problem: Problem, size: int, scale: float) -> nn.Module:
@@ -167,7 +174,8 @@ def _doubled(count: int) -> tuple[float, ...]:
 METHODS: dict[str, Method] = {
     "fast": Method("GenFT fast (column stage)", sized("fast")),
     "lora": Method("PEFT LoRA", lora),
-    "own": Method("GenFT fast, no shared units (column stage)", own_units),
+    "own": Method("GenFT fast, no shared units (column stage)", of_one_kind("specific_dim")),
+    "shared": Method("GenFT fast, shared units alone (column stage)", of_one_kind("shared_dim")),
     "wegeft": Method("GenFT wegeft (column stage, all units shared)", sized("wegeft")),
     "row": Method("GenFT row stage, as fast", sized("fast", transform="row")),
     "fast-sum": Method("GenFT fast-sum (column and row stage side by side)", sized("fast-sum")),

@@ -187,12 +187,14 @@ def test_sizes_match_and_only_the_adapter_and_the_head_train(task):
         assert method == "bitfit" or not any("LayerNorm" in name for name in names), method
         assert method != "bitfit" or all(name.endswith("bias") or "classifier" in name for name in names)
     assert sizes["probe"] == 0 and sizes["lora"] == 4 * A_RANK == task.size_of_rank(4)
-    for method in ("fast", "own", "wegeft", "row", "fast-sum", "fast-both", "tiled", "fourierft"):
+    for method in ("fast", "own", "shared", "wegeft", "row", "fast-sum", "fast-both", "tiled", "fourierft"):
         assert 0 <= 4 * A_RANK - sizes[method] < 32 * 2 + 4, method
     assert sizes["vera"] == 4 * (256 - 32 + 32)
 
 
-@pytest.mark.parametrize("method", ["fast", "own", "wegeft", "row", "fast-sum", "fast-both", "lora", "fourierft"])
+@pytest.mark.parametrize(
+    "method", ["fast", "own", "shared", "wegeft", "row", "fast-sum", "fast-both", "lora", "fourierft"]
+)
 def test_the_scale_is_that_of_the_update(task, method):
     def settings(scale):
         found = methods.settings_of(job(method, scale=scale).model(task))
@@ -216,6 +218,7 @@ def test_heads_and_shared_units_have_their_rates(task):
     assert rates_of("fast", 3.0) == {"head": 3.0, "shared": 0.5, "own": 1.0}
     assert rates_of("fast", None) == {"head": 1.0, "shared": 0.5, "own": 1.0}
     assert rates_of("own", 3.0) == {"head": 3.0, "own": 1.0}  # none is shared
+    assert rates_of("shared", 3.0) == {"head": 3.0, "shared": 0.5}
     assert rates_of("lora", 3.0) == {"head": 3.0, "own": 1.0}
     assert rates_of("lora", None) == {"head": 1.0, "own": 1.0}
     assert rates_of("probe", 3.0) == {"head": 3.0}

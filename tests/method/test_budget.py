@@ -23,7 +23,10 @@ EVERY = dict(target_modules="[0-9]+")
         (24, (24 + 24 * 5) * 768, (24, 5)),  # 5.6 specific ones in proportion
         (1, 19 * 768, (12, 7)),
         (12, 768, (1, 0)),
-        (12, 12 * 768, (12, 0)),
+        (12, 12 * 768 - 1, (11, 0)),
+        (12, 12 * 768, (0, 1)),  # as LoRA of rank 1: one of each layer's own before 12 shared ones
+        (12, 14 * 768, (2, 1)),
+        (12, 25 * 768, (13, 1)),
     ],
 )
 def test_units_of_one_shape(layers, parameters, units):
@@ -59,7 +62,8 @@ def test_the_total_is_within_one_shared_unit_of_the_budget(model, settings):
         chosen = GenFTConfig.for_budget(model(), parameters, **settings)
         s, r = chosen.shared_dim, chosen.specific_dim
         assert trained(shared_dim=s, specific_dim=r) <= parameters < trained(shared_dim=s + 1, specific_dim=r)
-        assert 7 * s >= 12 * r - 7
+        assert 7 * s >= 12 * r - 7 or r == 1
+        assert r or parameters < trained(shared_dim=0, specific_dim=1)
         assert parameters < trained(shared_dim=-(-12 * (r + 1) // 7), specific_dim=r + 1)
 
 
