@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import _torch_private
 from ..update import Factors
-from .node import Generation, Options
+from .node import Generation, Recipe
 from .snapshot import Glance, Snapshot, Together, Watch, compares_at_once, sample
 from .source import Layer, Settings, Source
 from .weight_norm import WeightNorms
@@ -280,8 +280,8 @@ class LayerGroup:
                 # give Philox streams that have nothing in common.
                 others = torch.arange(1, 1 + sum(counts[1:]), device=seeds[0].device)
                 seed = torch.cat([*seeds, seeds[0] + others])
-            options = Options(settings.dtype, settings.dropout, seed, settings.backend, self._norms.of(sources))
-            batch = Batch(Generation(list(sources.values()), options), sources, values)
+            recipe = Recipe(list(sources.values()), settings, seed, self._norms.of(sources))
+            batch = Batch(Generation(recipe), sources, values)
             starts = (sum(counts[:index]) for index in range(len(counts)))
             shares = {
                 layer: Share(batch, layer, source, settings, start)

@@ -25,17 +25,7 @@ from ..frozen_weight import FrozenWeight, dense_once
 from ..operation import Operation, first_order
 from ..parameters import GeneratorParameters, for_blocks
 from ..update import Factors, Known, generate_factors, run_operation, unit_multiple
-from .source import Source
-
-
-class Options(NamedTuple):
-    """The inputs of a generation besides its sources."""
-
-    dtype: torch.dtype  # of the factors
-    dropout: float  # of the column stage
-    seed: Tensor | None  # its, int64 [blocks]; None without dropout
-    backend: str  # an operation backend by name
-    norms: Tensor | None  # of the blocks of W, if they are known
+from .source import Settings, Source
 
 
 class Generation:
@@ -46,11 +36,9 @@ class Generation:
 
     factors: list[Factors] | None
 
-    def __init__(self, sources: Sequence[Source], options: Options) -> None:
-        """Generate from `sources`, of layers on one device that share a generator; differentiable where gradients are
-        recorded."""
-        recipe = _Recipe(sources, options)
-        parameters = [*sources[0].shared.values(), *(tensor for source in sources for tensor in source.own.values())]
+    def __init__(self, recipe: Recipe) -> None:
+        """Generate; differentiable where gradients are recorded."""
+        parameters = recipe.parameters
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
             flat = _Generate.apply(recipe, weakref.ref(self), *parameters)  # type: ignore[no-untyped-call]
         else:
@@ -70,28 +58,28 @@ class _Stacks(NamedTuple):
         return [*self.h.unbind(0), *self.b.unbind(0)]
 
 
-class _Recipe:
-    """How factors follow from parameters: all that the computation takes besides them."""
+class Recipe:
+    """How factors follow from parameters: these, and all that the computation takes besides them.
+
+    Args:
+        sources: of layers on one device that share a generator.
+        seed: of the column stage's dropout, int64 [blocks]; None without.
+        norms: of the blocks of W, if they are known.
+    """
 
     stream: int  # known after the first call of `factors`
 
-    def __init__(self, sources: Sequence[Source], options: Options) -> None:
-        self.config, self.options = sources[0].config, options
+    def __init__(
+        self, sources: Sequence[Source], settings: Settings, seed: Tensor | None, norms: Tensor | None
+    ) -> None:
+        self.config, self.settings, self.seed, self.norms = sources[0].config, settings, seed, norms
         self.weights = [block for source in sources for block in source.blocks]
         self.shared_names, self.specific_names = tuple(sources[0].shared), tuple(sources[0].own)
-        # The layer of each block.
-        self.owners = [index for index, source in enumerate(sources) for _ in source.blocks]
-
-    def owner(self, position: int) -> int | None:
-        """The layer whose parameter it is, None for a shared one."""
-        position -= len(self.shared_names)
-        return None if position < 0 else position // len(self.specific_names)
-
-    def name(self, position: int) -> str:
-        """The parameter's name in its generator or layer."""
-        names = self.shared_names
-        owned = position - len(names)
-        return names[position] if owned < 0 else self.specific_names[owned % len(self.specific_names)]
+        self.owners = [index for index, source in enumerate(sources) for _ in source.blocks]  # the layer of each block
+        self.parameters = [*sources[0].shared.values(), *(own for source in sources for own in source.own.values())]
+        self.names = self.shared_names + self.specific_names * len(sources)  # of the parameters
+        of_own = (index for index in range(len(sources)) for _ in self.specific_names)
+        self.owners_of_parameters = [*(None for _ in self.shared_names), *of_own]  # None: shared
 
     def factors(self, parameters: Sequence[Tensor], run: Callable[..., Tensor] = run_operation) -> _Stacks:
         """The factors of all blocks; `run` as in `Known`."""
@@ -102,12 +90,12 @@ class _Recipe:
         with torch.autocast(device.type, enabled=False):  # it has no stack of float16 tensors on a CPU
             for index, name in enumerate(self.specific_names):
                 specific[name] = self._for_blocks(own[index :: len(self.specific_names)])
-            dtype, dropout, seed, backend, norms = self.options
+            backend, dtype, dropout, *_ = self.settings
             multiple = unit_multiple(device, dtype)
             stacked = GeneratorParameters.concatenated(shared, specific, device, len(self.weights), multiple)
             h, b, self.stream = generate_factors(
                 self.weights, stacked, self.config,
-                dtype=dtype, dropout=dropout, seed=seed, backend=backend, known=Known(norms, run),
+                dtype=dtype, dropout=dropout, seed=self.seed, backend=backend, known=Known(self.norms, run),
             )  # fmt: skip
         return _Stacks(h, b)
 
@@ -119,14 +107,12 @@ class _Recipe:
         of_blocks = [of_layers[owner] for owner in self.owners]
         return torch.stack(of_blocks) if len(of_blocks) > 1 else of_blocks[0][None]  # not even a copy
 
-    def graph(
-        self, parameters: Sequence[Tensor], run: Callable[..., Tensor], keep: Callable[[Tensor], object]
-    ) -> tuple[list[Tensor], _Stacks]:
+    def graph(self, run: Callable[..., Tensor], keep: Callable[[Tensor], object]) -> tuple[list[Tensor], _Stacks]:
         """(leaves that stand for the parameters, factors that hang on them), in a graph that saves what `keep` gives.
 
         That must not be the tensor itself: an operation that saves its own output would keep itself alive.
         """
-        leaves = [parameter.detach().requires_grad_(parameter.requires_grad) for parameter in parameters]
+        leaves = [parameter.detach().requires_grad_(parameter.requires_grad) for parameter in self.parameters]
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, Tensor.detach):
             return leaves, self.factors(leaves, run)
 
@@ -181,15 +167,15 @@ class _Generate(torch.autograd.Function):
     """(parameters) -> factors."""
 
     @staticmethod
-    def forward(ctx: Any, recipe: _Recipe, generation: weakref.ref[Generation], *parameters: Tensor) -> Any:
-        ctx.recipe, ctx.generation, ctx.parameters = recipe, generation, parameters
+    def forward(ctx: Any, recipe: Recipe, generation: weakref.ref[Generation], *parameters: Tensor) -> Any:
+        ctx.recipe, ctx.generation = recipe, generation
         ctx.versions = [[_version(tensor) for tensor in tensors] for tensors in (parameters, recipe.weights)]
         transform = recipe.config.transform
         # Of one stage its product with W is a factor, or what the graph keeps. A sum's factors are copies of both.
         ctx.results = None if transform == "sum" else _Results()
         run = run_operation if ctx.results is None else ctx.results.record
         keeps_graph = transform != "both"  # two stages: more than twice the factors, and quickly made again
-        leaves, outputs = recipe.graph(parameters, run, _kept if keeps_graph else _nothing)
+        leaves, outputs = recipe.graph(run, _kept if keeps_graph else _nothing)
         ctx.graphs = [(leaves, outputs)] if keeps_graph else []  # a list, because taking from it is atomic
         ctx.set_materialize_grads(False)
         results = _Stacks(*map(Tensor.detach, outputs)).flat()
@@ -204,7 +190,7 @@ class _Generate(torch.autograd.Function):
         generation = ctx.generation()
         if generation is not None:
             generation.factors = None
-        recipe, parameters = ctx.recipe, ctx.parameters
+        recipe = ctx.recipe
         blocks = len(recipe.weights)
         graded = [i for i, grad in enumerate(grads) if grad is not None]
         owners = {recipe.owners[i % blocks] for i in graded} | {None}
@@ -213,13 +199,14 @@ class _Generate(torch.autograd.Function):
             leaves, outputs = ctx.graphs.pop()
         except IndexError:  # not kept, or a further backward
             run = run_operation if ctx.results is None else ctx.results.repeat()
-            leaves, outputs = recipe.graph(parameters, run, Tensor.detach)
+            leaves, outputs = recipe.graph(run, Tensor.detach)
         of_stacks = [
             (stack, _stacked(of_blocks, stack))
             for stack, of_blocks in zip(outputs, (grads[:blocks], grads[blocks:]), strict=True)
             if stack.requires_grad and any(grad is not None for grad in of_blocks)
         ]
-        wanted = [i for i, leaf in enumerate(leaves) if leaf.requires_grad and of_stacks and recipe.owner(i) in owners]
+        owned = zip(leaves, recipe.owners_of_parameters, strict=True)
+        wanted = [i for i, (leaf, owner) in enumerate(owned) if leaf.requires_grad and of_stacks and owner in owners]
         results: list[Tensor | None] = [None] * len(leaves)
         if wanted:
             used, of_used = zip(*of_stacks, strict=True)
@@ -234,9 +221,11 @@ class _Generate(torch.autograd.Function):
         """RuntimeError if what the factors of these layers come of has changed since."""
         recipe, (of_parameters, of_weights) = ctx.recipe, ctx.versions
         changed = [
-            f"a parameter of the adapter, {recipe.name(i)}"
-            for i, (tensor, version) in enumerate(zip(ctx.parameters, of_parameters, strict=True))
-            if _version(tensor) != version and recipe.owner(i) in owners
+            f"a parameter of the adapter, {name}"
+            for name, owner, tensor, version in zip(
+                recipe.names, recipe.owners_of_parameters, recipe.parameters, of_parameters, strict=True
+            )
+            if _version(tensor) != version and owner in owners
         ] + [
             "a frozen weight"
             for owner, tensor, version in zip(recipe.owners, recipe.weights, of_weights, strict=True)

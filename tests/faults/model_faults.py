@@ -126,14 +126,14 @@ FAULTS = [
     Fault(
         "generation: a change of another layer taken for one's own",
         "genft_kernels/sharing/node.py",
-        " and recipe.owner(i) in owners\n",
-        "\n",
+        "            if _version(tensor) != version and owner in owners\n        ] + [",
+        "            if _version(tensor) != version\n        ] + [",
         CHANGED,
     ),
     Fault(
         "generation: zeros for layers that had no part",
         "genft_kernels/sharing/node.py",
-        "if leaf.requires_grad and of_stacks and recipe.owner(i) in owners]",
+        "if leaf.requires_grad and of_stacks and owner in owners]",
         "if leaf.requires_grad and of_stacks]",
         GROUPS,
     ),
