@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -80,19 +80,8 @@ class Settings(NamedTuple):
         return self.stream is not None and self.stream[1]
 
 
-class SharesTensors(Protocol):
-    """A generator."""
-
-    def tensors(self) -> Collection[Tensor]:
-        """Its tensors, as `Source.shared` has them."""
-        ...
-
-
 class Layer(Protocol):
     """A layer, or whatever has factors: all that sharing reads of it is one value, and of that the tensors alone."""
-
-    @property
-    def generator(self) -> SharesTensors: ...
 
     share: Share | None  # as its group has it, for who may take it without asking the group
 
