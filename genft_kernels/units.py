@@ -31,6 +31,7 @@ class GenFTUpdate(nn.Module):
 
     generator: GenFTGenerator  # declared, since what stands in a module has no type otherwise
     specific_names: tuple[str, ...]
+    blocks: RowBlocks  # how the weight's rows are cut, and which blocks are adapted by these units
     share: Share | None = None  # its part of the last generation, as long as that is held
     merged: bool = False
     stored_transposed = False  # whether W lies as [in, out], as a Conv1D has it
@@ -55,8 +56,8 @@ class GenFTUpdate(nn.Module):
         """
         backends.check_name(backend)
         in_features, out_features = shape
-        self._blocks = RowBlocks() if blocks is None else RowBlocks.checked("blocks", blocks)
-        rows, *others = self._blocks.by_rows(out_features)
+        self.blocks = RowBlocks() if blocks is None else RowBlocks.checked("blocks", blocks)
+        rows, *others = self.blocks.by_rows(out_features)
         if others:
             raise ValueError(f"blocks of {rows} and of {others[0]} rows need a generator each")
         has, wanted = (generator.in_features, generator.out_features), (in_features, rows)
@@ -125,11 +126,6 @@ class GenFTUpdate(nn.Module):
         return self.generator.config
 
     @property
-    def blocks(self) -> RowBlocks:
-        """How the weight's rows are cut, and which blocks are adapted by these units."""
-        return self._blocks
-
-    @property
     def frozen_weight(self) -> Tensor | FrozenWeight:
         """W [out, in], merged or not: a view where it is stored transposed, a handle where it is quantised."""
         return self.stored_weight.t() if self.stored_transposed else self.stored_weight
@@ -165,8 +161,8 @@ class GenFTUpdate(nn.Module):
 
     def adapted_blocks(self) -> Sequence[Tensor | FrozenWeight]:
         """The blocks of the frozen weight that are adapted, merged or not; views, or handles."""
-        cut = self._blocks.split(self.frozen_weight)
-        return [cut[index] for index in self._blocks.adapted]
+        cut = self.blocks.split(self.frozen_weight)
+        return [cut[index] for index in self.blocks.adapted]
 
     def watched(self) -> list[Tensor]:
         """W and the layer's own tensors, as `source` has them, without all that is more work."""
