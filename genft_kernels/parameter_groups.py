@@ -55,7 +55,7 @@ def parameter_groups(
     if not trained:
         raise ValueError("nothing in the model trains")
     generators = _layers_of_generators(model)
-    generator_of = {id(t): generator for generator in generators for t in _tensors(generator)}
+    generator_of = {id(t): generator for generator in generators for t in trained_tensors(generator)}
     _check_within(model, trained)
     copies = _copies_in_training(model)
 
@@ -93,7 +93,7 @@ def _layers_of_generators(model: nn.Module) -> dict[GenFTGenerator, int]:
     return counts
 
 
-def _tensors(generator: GenFTGenerator) -> list[Tensor]:
+def trained_tensors(generator: GenFTGenerator) -> list[Tensor]:
     """A generator's trained tensors: its parameters, and those that PEFT's tuner holds for it (past hooks)."""
     return [*generator.parameters(), *generator.forward().values()]
 
@@ -102,7 +102,7 @@ def _check_within(model: nn.Module, trained: dict[str, nn.Parameter]) -> None:
     within = {id(parameter) for parameter in trained.values()}
     for path, module in model.named_modules():
         if isinstance(module, GenFTUpdate):
-            for tensor in _tensors(module.generator):
+            for tensor in trained_tensors(module.generator):
                 if isinstance(tensor, nn.Parameter) and tensor.requires_grad and id(tensor) not in within:
                     raise ValueError(f"the shared units of layer {path!r} are not in the model: pass the whole of it")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from .adapted_model import GENERATORS, adapted_layers, adapter_state, is_adapted, updates_of, warn_if_tied_again
+from .adapted_model import adapter_state, is_adapted, updates_of, warn_if_tied_again
+from .parameter_groups import trained_tensors
 
 _PARTS = ("generators", "specific", "modules_to_save", "other")
 
@@ -25,12 +26,10 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
         RuntimeError: the model has no adapter.
     """
     updates = updates_of(model)
+    shared = {tensor for update in updates for tensor in trained_tensors(update.generator)}
+    own = {parameter for update in updates for parameter in update.parameters()}
     saved: tuple[str, ...] = ()
-    layers = tuple(name + "." for name in adapted_layers(model))
-    # Of a model of PEFT's, which have other names and hold the modules to save in their own way.
-    shared = {tensor for update in updates for tensor in update.generator().values()}
-    own = {tensor for update in updates for tensor in update.specific_parameters().values()}
-    if is_adapted(model):
+    if is_adapted(model):  # PEFT's hold the modules to save in their own way
         saved = tuple(name + "." for name in adapter_state(model).saved_modules)
         warn_if_tied_again(model)
     summary = TrainableSummary(dict.fromkeys((*_PARTS, "trainable", "total"), 0))
@@ -38,9 +37,9 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
         summary["total"] += parameter.numel()
         if not parameter.requires_grad:
             continue
-        if name.startswith(GENERATORS + ".") or parameter in shared:
+        if parameter in shared:
             part = "generators"
-        elif name.startswith(layers) or parameter in own:
+        elif parameter in own:
             part = "specific"
         else:
             part = "modules_to_save" if name.startswith(saved) else "other"
