@@ -27,12 +27,8 @@ class Layout(NamedTuple):
         return self.in_features, self.out_features // self.halves
 
     def matrices(self, stored: Tensor) -> Tensor:
-        """[E, out, in]; a view."""
+        """[E, out, in], and its own inverse; a view."""
         return stored.mT if self.transposed else stored
-
-    def stored(self, matrices: Tensor) -> Tensor:
-        """The inverse of `matrices`."""
-        return matrices.mT if self.transposed else matrices
 
     def blocks(self, stored: Tensor) -> list[Tensor]:
         """The halves of the first expert, then those of the second, ...; each [out / halves, in]; views."""

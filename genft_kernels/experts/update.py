@@ -70,7 +70,7 @@ class ExpertUpdate(MergeableUpdate):
 
     def parameters_of_generator(self) -> GeneratorParameters:
         """The tensors of every block: matrices have a leading dimension E * halves, biases none; differentiable."""
-        blocks = self.layout.experts * self.layout.halves
+        blocks = self.blocks.count
         own = {name: for_blocks(units, blocks) for name, units in self.specific_parameters().items()}
         return GeneratorParameters.concatenated(self.generator(), own, self.stored_weight.device, blocks)
 
@@ -80,7 +80,7 @@ class ExpertUpdate(MergeableUpdate):
         Args:
             training: whether dropout is active.
         """
-        return self.layout.stored(torch.stack(list(self.deltas(training))))
+        return self.layout.matrices(torch.stack(list(self.deltas(training))))
 
     def deltas(self, training: bool = False) -> Iterator[Tensor]:
         """dW [out, in] of each expert."""
@@ -98,11 +98,7 @@ class ExpertUpdate(MergeableUpdate):
         return self.experts, self.parameter_name
 
     def _updated_weight(self) -> Tensor:
-        merged = torch.empty_like(self.weight)
-        matrices = zip(self.layout.matrices(self.weight), self.layout.matrices(merged), strict=True)
-        for (matrix, out), delta in zip(matrices, self.deltas(), strict=True):  # a float32 stack would be large
-            out.copy_(matrix.to(delta.dtype) + delta)
-        return merged
+        return updated_stack(self.layout, self.weight, [self])
 
     @property
     def active(self) -> bool:
@@ -129,8 +125,7 @@ class ExpertUpdate(MergeableUpdate):
         # Drawn for every block, so that no two have one mask.
         seeds = None
         if forward_seed(None, x.device, self.training, dropout, psi, dtype) is not None:
-            count = layout.experts * layout.halves
-            seeds = torch.randint(0, 2**63 - 1, (count,), dtype=torch.int64, device=x.device)
+            seeds = torch.randint(0, 2**63 - 1, (self.blocks.count,), dtype=torch.int64, device=x.device)
         factors = layout.join_factors(self._factors(dtype, backend, seeds), self.h_is_one)
         return factors, None if seeds is None else seeds[:: layout.halves], backend
 
@@ -148,8 +143,7 @@ class ExpertUpdate(MergeableUpdate):
                 self.adapted_blocks(), self.parameters_of_generator(), self.config, dtype=dtype, dropout=dropout,
                 seed=seeds, backend=backend,
             )  # fmt: skip
-        blocks = self.layout.experts * self.layout.halves
-        each = [None] * blocks if seeds is None else list(seeds.split(1))
+        each = [None] * self.blocks.count if seeds is None else list(seeds.split(1))
         found = self.generator.group.factors_for(self, dtype, backend, each)  # type: ignore[arg-type]
         h, b = (torch.stack([getattr(factors, name) for factors in found]) for name in ("h", "b"))
         return Factors(h, b, found[0].stream)
@@ -163,6 +157,16 @@ class ExpertUpdate(MergeableUpdate):
             "merged" if self.merged else "",
         ]
         return ", ".join(part for part in parts if part)
+
+
+def updated_stack(layout: Layout, stored: Tensor, updates: Sequence[ExpertUpdate]) -> Tensor:
+    """W with some updates of it, as W is stored, in its dtype."""
+    updated = torch.empty_like(stored)
+    deltas = (update.deltas() for update in updates)
+    matrices = layout.matrices(stored), layout.matrices(updated)
+    for matrix, out, *of_expert in zip(*matrices, *deltas, strict=True):  # a float32 stack would be large
+        out.copy_(matrix.to(of_expert[0].dtype) + sum(of_expert))
+    return updated
 
 
 def shape_of_units(config: GenFTConfig, layout: Layout, shape: tuple[int, int]) -> tuple[int, ...]:

@@ -140,8 +140,8 @@ FAULTS = [
     Fault(
         "experts: masks repeat over forwards",
         f"{ROOM}/update.py",
-        "seeds = torch.randint(0, 2**63 - 1, (count,), dtype=torch.int64, device=x.device)",
-        "seeds = torch.arange(count)",
+        "seeds = torch.randint(0, 2**63 - 1, (self.blocks.count,), dtype=torch.int64, device=x.device)",
+        "seeds = torch.arange(self.blocks.count)",
         PRODUCTS,
     ),
     Fault(

@@ -309,8 +309,8 @@ FAULTS = [
     Fault(
         "peft experts: merged adapters are lost",
         f"{PEFT}/experts.py",
-        "deltas = (self.genft_own[name].deltas() for name in adapters)",
-        "deltas = (self.genft_own[name].deltas() for name in adapters[:1])",
+        "[self.genft_own[name] for name in adapters]",
+        "[self.genft_own[name] for name in adapters[:1]]",
         EXPERTS,
     ),
     Fault(

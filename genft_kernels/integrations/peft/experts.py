@@ -11,7 +11,7 @@ from ...config import is_factored
 from ...experts.layer import GenFTExperts, update_name
 from ...experts.layout import Layout
 from ...experts.products import expert_product
-from ...experts.update import ExpertUpdate
+from ...experts.update import ExpertUpdate, updated_stack
 from ...generator import GenFTGenerator
 from ...instance_forward import brought_back
 from ...update import Factors
@@ -85,12 +85,7 @@ class ExpertStack(AdapterLayer):
         return self.stored_weight.flatten(0, -2)
 
     def _with_updates(self, adapters: Sequence[str]) -> Tensor:
-        merged = torch.empty_like(self.stored_weight)
-        matrices = (self.layout.matrices(stored) for stored in (self.stored_weight, merged))
-        deltas = (self.genft_own[name].deltas() for name in adapters)
-        for matrix, out, *of_expert in zip(*matrices, *deltas, strict=True):  # a float32 stack would be large
-            out.copy_(matrix.to(of_expert[0].dtype) + sum(of_expert))
-        return merged
+        return updated_stack(self.layout, self.stored_weight, [self.genft_own[name] for name in adapters])
 
     @property
     def active_updates(self) -> list[StackUpdate]:
