@@ -22,9 +22,7 @@ from .adapted_model import (
     check_enabled,
     check_not_of_peft,
     is_adapted,
-    is_enabled,
     layers_of_an_adapted_model,
-    look_once,
     lost_layers,
 )
 from .arguments import about, check_flag, check_type
@@ -141,8 +139,7 @@ def adapt_as_planned(model: nn.Module, config: GenFTConfig, plan: Plan, backend:
     by_name = {target.name: layer for target, layer in zip(targets, layers, strict=True)} | updates
     # Of experts that are disabled the module alone is called.
     called: dict[str, nn.Module] = {**by_name, **{name: update.experts for name, update in updates.items()}}
-    watch = FirstForward(model, called, is_enabled, look_once)
-    setattr(model, STATE, AdapterState(config, required_grad, saved, tuple(by_name), watch))
+    setattr(model, STATE, AdapterState(config, required_grad, saved, tuple(by_name), FirstForward(model, called)))
 
 
 def remove_genft(model: nn.Module, *, keep_update: bool = False, dequantize: bool = False) -> nn.Module:

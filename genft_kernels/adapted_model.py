@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -13,11 +14,13 @@ from . import backends
 from .arguments import check_type, warn
 from .config import GenFTConfig
 from .experts.update import ExpertUpdate
-from .first_forward import FirstForward
 from .modules import GenFTLinear, MoreBlocks
 from .saved_modules import check_not_quantised, tied_again
 from .targets import check_gradients_pass
 from .units import GenFTUpdate
+
+if TYPE_CHECKING:
+    from .first_forward import FirstForward
 
 GENERATORS = "genft_generators"
 STATE = "_genft_state"

@@ -6,11 +6,13 @@ cannot be known beforehand, so the first forward is watched; later ones are not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import nn
 
+from .adapted_model import is_enabled, look_once
 from .arguments import about, listing, warn
 from .quantised_linear import check_stored
 
@@ -18,20 +20,15 @@ from .quantised_linear import check_stored
 class FirstForward:
     """Watches until the model's forward has run once outside of `torch.compile` and `disabled`; then it is gone."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Mapping[str, nn.Module],
-        is_enabled: Callable[[nn.Module], bool],
-        look_once: Callable[[nn.Module], None],
-    ) -> None:
-        self._waiting = {name: layer.register_forward_pre_hook(_Note(self, name)) for name, layer in layers.items()}
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+        self._waiting = {
+            name: layer.register_forward_pre_hook(partial(self._before, name)) for name, layer in layers.items()
+        }
         self._handle = model.register_forward_hook(self)
-        self._is_enabled, self._look_once = is_enabled, look_once
 
     def __call__(self, model: nn.Module, args: object, output: object) -> None:
         """The model's forward has run."""
-        if torch.compiler.is_compiling() or not self._is_enabled(model):
+        if torch.compiler.is_compiling() or not is_enabled(model):
             return
         names = [repr(name) for name in self._waiting]
         self.stop()
@@ -41,32 +38,26 @@ class FirstForward:
                 "layer's weight past the layer, its update is ignored there and does not train: leave it out by "
                 "exclude_modules"
             )
-        self._look_once(model)
+        look_once(model)
 
     def stop(self) -> None:
         """Watch no more."""
         for name in list(self._waiting):
-            self.note(name)
+            self._note(name)
         self._handle.remove()
 
-    def note(self, name: str) -> None:
+    def _before(self, name: str, layer: nn.Module, args: object) -> None:
+        """A hook of one layer."""
+        if not torch.compiler.is_compiling():
+            with about(repr(name)):
+                check_stored(layer)
+            self._note(name)
+
+    def _note(self, name: str) -> None:
         """This layer has been called."""
         handle = self._waiting.pop(name, None)  # another thread may have been quicker
         if handle is not None:
             handle.remove()
-
-
-class _Note:
-    """A hook of one layer."""
-
-    def __init__(self, watch: FirstForward, name: str) -> None:
-        self._watch, self._name = watch, name
-
-    def __call__(self, layer: nn.Module, args: object) -> None:
-        if not torch.compiler.is_compiling():
-            with about(repr(self._name)):
-                check_stored(layer)
-            self._watch.note(self._name)
 
 
 def _is_compiled(model: nn.Module) -> bool:

@@ -183,7 +183,7 @@ FAULTS = [
     Fault(
         "adapt: a forward within disabled is taken for the first",
         "genft_kernels/first_forward.py",
-        " or not self._is_enabled(model)",
+        " or not is_enabled(model)",
         "",
         ["tests/model/test_first_forward.py"],
     ),

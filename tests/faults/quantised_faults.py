@@ -194,7 +194,7 @@ FAULTS = [
     Fault(
         "quantised: a layer that is no longer whole has no name",
         "genft_kernels/first_forward.py",
-        "            with about(repr(self._name)):\n                check_stored(layer)\n",
+        "            with about(repr(name)):\n                check_stored(layer)\n",
         "",
         REFUSED,
     ),
