@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from .experts.layer import GenFTExperts
 from .experts.targets import ExpertTarget, find_expert_targets, make_experts
 from .first_forward import FirstForward
 from .frozen_weight import FrozenWeight
-from .generator import GenFTGenerator
+from .generator import GenFTGenerator, SharedTensors
 from .heads import warn_of_fresh_heads
 from .instance_forward import carry_instance_forward
 from .matching import FullMatch, full_matches, put
@@ -134,7 +134,7 @@ def adapt_as_planned(model: nn.Module, config: GenFTConfig, plan: Plan, backend:
             put(model, name, layer)
     for name, module in (experts | trained).items():
         put(model, name, module)
-    setattr(model, GENERATORS, _Generators({_key(shape): generator for shape, generator in generators.items()}))
+    setattr(model, GENERATORS, SharedTensors({_key(shape): generator for shape, generator in generators.items()}))
     keep_untied(model, to_save)
     by_name = {target.name: layer for target, layer in zip(targets, layers, strict=True)} | updates
     # Of experts that are disabled the module alone is called.
@@ -256,13 +256,6 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
             layer.enabled = was
         for name, module in trained.items():
             put(model, name, module)
-
-
-class _Generators(nn.ModuleDict):
-    """A model's generators, by shape. In an `nn.Sequential`, which calls its children in turn, they change nothing."""
-
-    def forward(self, x: Any) -> Any:
-        return x
 
 
 def _make_generators(

@@ -127,6 +127,16 @@ class GenFTGenerator(nn.Module):
         return self.in_features if name.startswith("column") else self.out_features
 
 
+class SharedTensors(nn.ModuleDict):
+    """Shared tensors, on their model. In an `nn.Sequential`, which calls its children in turn, they change nothing.
+
+    Generators by shape; of PEFT's tuner an `nn.ParameterDict` for each adapter.
+    """
+
+    def forward(self, x: Any) -> Any:
+        return x
+
+
 def registered(module: nn.Module, names: Sequence[str]) -> list[torch.Tensor]:
     """The tensors of `module` by these names: parameters without the detour of an attribute, computed ones with it."""
     try:

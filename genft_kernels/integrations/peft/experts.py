@@ -12,10 +12,10 @@ from ...experts.layer import GenFTExperts, update_name
 from ...experts.layout import Layout
 from ...experts.products import expert_product
 from ...experts.update import ExpertUpdate, updated_stack
-from ...generator import GenFTGenerator
+from ...generator import GenFTGenerator, SharedTensors
 from ...instance_forward import brought_back
 from ...update import Factors
-from .layer import AdapterLayer, SharedTensors
+from .layer import AdapterLayer
 
 
 class AdapterExperts(GenFTExperts):

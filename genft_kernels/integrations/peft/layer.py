@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...adaptable import check_adaptable, is_conv1d
 from ...frozen_weight import FrozenWeight, kind_name, kind_of
-from ...generator import GenFTGenerator, registered
+from ...generator import GenFTGenerator, SharedTensors, registered
 from ...instance_forward import brought_back, share_hooks
 from ...modules import UpdateOfLayer
 from ...row_blocks import RowBlocks
@@ -24,13 +24,6 @@ from ...units import GenFTUpdate, adapter_dtype
 BASE = "__base__"  # PEFT's name for the model without an adapter
 PLAIN = {Tensor, nn.Parameter}  # `is_tensor_subclass` of many at once
 SHARED = "genft_shared"  # the name of the shared tensors in the model
-
-
-class SharedTensors(nn.ModuleDict):
-    """All adapters' shared tensors: for each an `nn.ParameterDict`. They change nothing in an `nn.Sequential`."""
-
-    def forward(self, x: Any) -> Any:
-        return x
 
 
 class StoredGenerator(GenFTGenerator):

@@ -22,7 +22,7 @@ from ...experts.targets import find_expert_targets
 from ...files.fingerprint import Fingerprint
 from ...files.names import PEFT_WRAPPER
 from ...frozen_weight import kind_of
-from ...generator import GenFTGenerator
+from ...generator import GenFTGenerator, SharedTensors
 from ...matching import ends, put
 from ...row_blocks import RowBlocks
 from ...sharing.source import is_tensor_subclass
@@ -30,7 +30,7 @@ from ...targets import check_called, check_gradients_pass, weight_of
 from ...units import adapter_dtype
 from .config import PREFIX, PeftGenFTConfig
 from .experts import AdapterExperts, ExpertStack
-from .layer import BASE, SHARED, AdapterLayer, GenFTLayer, SharedTensors, StoredGenerator
+from .layer import BASE, SHARED, AdapterLayer, GenFTLayer, StoredGenerator
 from .quantised import layer_over
 
 
