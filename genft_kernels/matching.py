@@ -99,6 +99,14 @@ def put(model: nn.Module, path: str, module: nn.Module) -> None:
     model.get_submodule(parent)._modules[name] = module
 
 
+def held_at(modules: Iterable[tuple[str, nn.Module]]) -> dict[nn.Module, list[str]]:
+    """All paths of each of some modules."""
+    paths: dict[nn.Module, list[str]] = {}
+    for path, module in modules:
+        paths.setdefault(module, []).append(path)
+    return paths
+
+
 def ends(path: str) -> Iterator[str]:
     """A path, and what is left of it without its first name, its first two, and so on."""
     while path:

@@ -14,7 +14,7 @@ from .arguments import about, listing, shown, warn
 from .config import ALL_LINEAR, QUERY_AND_VALUE_NAMES, GenFTConfig
 from .frozen_weight import FrozenWeight, blocks_gradients, is_kind_of_layer, kind_name, without_dense
 from .heads import heads
-from .matching import FullMatch, Names, upwards
+from .matching import FullMatch, Names, held_at, upwards
 from .row_blocks import RowBlocks
 
 if TYPE_CHECKING:
@@ -78,25 +78,22 @@ def find_targets(model: nn.Module, config: GenFTConfig, full_matches: FullMatch)
         wanted = (*QUERY_AND_VALUE_NAMES, *(config.fused_blocks or ()))
     chosen = _all_linear(model, config, names) if wanted == ALL_LINEAR else names.matching(wanted)
     chosen -= names.matching(config.exclude_modules)
-    paths: dict[nn.Module, list[str]] = {}
-    for name, module in modules.items():
-        if name in chosen:
-            paths.setdefault(module, []).append(name)
+    paths = held_at((name, module) for name, module in modules.items() if name in chosen)
     if not paths:
         raise ValueError(_nothing_matched(model, config, wanted, names))
     fused = entries_of_blocks(config, names)
     targets = []
-    for module, held_at in paths.items():
+    for module, at in paths.items():
         try:
             check_adaptable(module)
             weight_of(module)  # a quantised one is made dense once, to try
-            for name in held_at:
+            for name in at:
                 check_called(model, name)
         except (TypeError, ValueError) as error:
             hint = " (exclude_modules leaves it out)" if config.target_modules == ALL_LINEAR else ""
-            raise type(error)(f"target module {held_at[0]!r}: {error}{hint}") from None
-        _, blocks = fused.get(held_at[0], WHOLE)
-        targets.append(Target(tuple(held_at), module, blocks))
+            raise type(error)(f"target module {at[0]!r}: {error}{hint}") from None
+        _, blocks = fused.get(at[0], WHOLE)
+        targets.append(Target(tuple(at), module, blocks))
     used = {fused.get(target.name, WHOLE)[0] for target in targets}
     unused = [entry for entry in config.fused_blocks or {} if entry not in used]
     if unused:

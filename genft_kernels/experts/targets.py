@@ -10,7 +10,7 @@ from torch import nn
 from ..arguments import about
 from ..config import GenFTConfig
 from ..generator import GenFTGenerator
-from ..matching import FullMatch, Names, full_matches
+from ..matching import FullMatch, Names, full_matches, held_at
 from ..parameters import specific_shapes
 from .interface import is_experts, layout_of, projections
 from .layer import GenFTExperts, update_name
@@ -73,16 +73,14 @@ def find_expert_targets(
     if missing or not chosen:
         listed = ", ".join(missing or ([wanted] if isinstance(wanted, str) else wanted))
         raise ValueError(f"target_parameters matched nothing: {listed[:500]}{names.hint(wanted)}. {_stacks(modules)}")
-    held_at: dict[nn.Module, list[str]] = {}
-    for path, module in modules.items():
-        held_at.setdefault(module, []).append(path)
+    paths = held_at(modules.items())
     targets: dict[tuple[nn.Module, str], ExpertTarget] = {}
     for name, (path, parameter) in owners.items():
         module = modules[path]
         if name in chosen and (module, parameter) not in targets:
             with about(f"target parameter {name!r}"):
                 layout = layout_of(module, parameter)
-            at = tuple(f"{path}.{update_name(parameter)}" for path in held_at[module])
+            at = tuple(f"{path}.{update_name(parameter)}" for path in paths[module])
             targets[module, parameter] = ExpertTarget(at, module, parameter, layout)
     return list(targets.values())
 

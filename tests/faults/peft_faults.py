@@ -215,7 +215,7 @@ FAULTS = [
     Fault(
         "peft: an adapter of other layers takes one's place",
         f"{PEFT}/swap.py",
-        "        different |= theirs.trained_on.keys() ^ adapted_paths(frozen, adapter_name)",
+        "        different |= theirs.trained_on.keys() ^ layers_with(adapter_name, frozen).keys()",
         "        pass",
         SWAP,
     ),
@@ -243,8 +243,8 @@ FAULTS = [
     Fault(
         "peft: a module held twice is adapted once",
         f"{PEFT}/model.py",
-        "            if held_at:",
-        "            if False:",
+        "            if at := self._held_twice.get(target):",
+        "            if at := ():",
         TUNER,
     ),
     Fault(

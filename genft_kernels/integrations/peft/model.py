@@ -23,7 +23,7 @@ from ...files.fingerprint import Fingerprint
 from ...files.names import PEFT_WRAPPER
 from ...frozen_weight import kind_of
 from ...generator import GenFTGenerator, SharedTensors
-from ...matching import ends, put
+from ...matching import ends, held_at, put
 from ...row_blocks import RowBlocks
 from ...sharing.source import is_tensor_subclass
 from ...targets import check_called, check_gradients_pass, weight_of
@@ -57,7 +57,8 @@ class PeftGenFTModel(BaseTuner):
         config = self.peft_config[adapter_name]
         check_not_wrapped(model)
         check_base(config, model)
-        self._held_twice = _held_twice(model)
+        at = held_at(model.named_modules(remove_duplicate=False))
+        self._held_twice = {module: paths for module, paths in at.items() if len(paths) > 1}
         self._generators: dict[tuple[int, int], GenFTGenerator] = {}  # the new adapter's
         adapted = _layers(model)
         if SHARED not in model._modules:
@@ -66,13 +67,11 @@ class PeftGenFTModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             _check_blocks(config, model, adapter_name)
-            check_gradients_pass(
-                model, {model.get_submodule(path): path for path in adapted_paths(model, adapter_name)}
-            )
+            check_gradients_pass(model, {layer: path for path, layer in layers_with(adapter_name, model).items()})
         except BaseException:
+            for layer in layers_with(adapter_name, model).values():
+                del layer.genft_own[adapter_name]
             for path, layer in _layers(model).items():
-                if adapter_name in layer.genft_own:
-                    del layer.genft_own[adapter_name]
                 if path in adapted:
                     continue
                 if isinstance(layer, ExpertStack):
@@ -183,9 +182,8 @@ class PeftGenFTModel(BaseTuner):
         else:
             if isinstance(target, BaseTunerLayer):
                 raise TypeError(f"{current_key!r} has an adapter of another kind: {type(target).__name__}")
-            held_at = self._held_twice.get(target)
-            if held_at:
-                raise ValueError(f"{held_at[0]!r} and {held_at[1]!r} are one module: PEFT would adapt only one of them")
+            if at := self._held_twice.get(target):
+                raise ValueError(f"{at[0]!r} and {at[1]!r} are one module: PEFT would adapt only one of them")
             try:
                 check_called(self.model, current_key)
                 layer = layer_over(target, self.genft_shared, self.model)
@@ -211,9 +209,8 @@ class PeftGenFTModel(BaseTuner):
         return self._generators[shape]
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        for layer in _layers(self.model).values():
-            if adapter_name in layer.genft_own:
-                layer.cast_adapter(adapter_name, autocast_adapter_dtype)
+        for layer in layers_with(adapter_name, self.model).values():
+            layer.cast_adapter(adapter_name, autocast_adapter_dtype)
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -265,9 +262,9 @@ def _release_experts(model: nn.Module, released: list[AdapterExperts]) -> None:
             put(model, path, experts.release())
 
 
-def adapted_paths(model: nn.Module, adapter_name: str) -> set[str]:
-    """The paths of the layers that have the adapter."""
-    return {path for path, layer in _layers(model).items() if adapter_name in layer.genft_own}
+def layers_with(adapter_name: str, model: nn.Module) -> dict[str, GenFTLayer | ExpertStack]:
+    """The layers that have the adapter, by their paths."""
+    return {path: layer for path, layer in _layers(model).items() if adapter_name in layer.genft_own}
 
 
 def check_base(config: PeftGenFTConfig, model: nn.Module) -> None:
@@ -288,7 +285,7 @@ def check_base(config: PeftGenFTConfig, model: nn.Module) -> None:
 
 
 def _check_blocks(config: PeftGenFTConfig, model: nn.Module, adapter_name: str) -> None:
-    adapted = {end for path in adapted_paths(model, adapter_name) for end in ends(path)}
+    adapted = {end for path in layers_with(adapter_name, model) for end in ends(path)}
     for name in config.fused_blocks or {}:
         if name not in adapted:
             raise ValueError(f"fused_blocks[{name!r}] names no target module: put it into target_modules, too")
@@ -297,21 +294,12 @@ def _check_blocks(config: PeftGenFTConfig, model: nn.Module, adapter_name: str) 
 def _fingerprints(model: nn.Module, adapter_name: str) -> dict[str, Any] | None:
     """The fingerprints of the weights that an adapter is for, by the layers' paths; None if they are not at hand."""
     found = {}
-    for path, layer in _layers(model).items():
-        if adapter_name in layer.genft_own:
-            if layer.stored_weight.device.type == "meta" or is_tensor_subclass(layer.frozen_weight):
-                return None
-            entry = Fingerprint.of(layer.frozen_weight).entry()
-            found[path.removeprefix("_fsdp_wrapped_module.").removeprefix(PEFT_WRAPPER)] = entry
+    for path, layer in layers_with(adapter_name, model).items():
+        if layer.stored_weight.device.type == "meta" or is_tensor_subclass(layer.frozen_weight):
+            return None
+        entry = Fingerprint.of(layer.frozen_weight).entry()
+        found[path.removeprefix("_fsdp_wrapped_module.").removeprefix(PEFT_WRAPPER)] = entry
     return found
-
-
-def _held_twice(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """The paths of modules that have more than one."""
-    paths: dict[nn.Module, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        paths.setdefault(module, []).append(path)
-    return {module: held for module, held in paths.items() if len(held) > 1}
 
 
 def _pass_names(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], names: list[str]) -> Any:

@@ -12,7 +12,7 @@ from peft.utils import load_peft_weights
 
 from ...files.names import PEFT_WRAPPER
 from .config import PeftGenFTConfig
-from .model import adapted_paths, check_base
+from .model import check_base, layers_with
 
 
 @torch.no_grad()
@@ -51,7 +51,7 @@ def swap_adapter(model: Any, directory: str | os.PathLike[str], adapter_name: st
     shapes, given = ({name: tuple(t.shape) for name, t in some.items()} for some in (present, tensors))
     different = {name for name in shapes.keys() | given.keys() if shapes.get(name) != given.get(name)}
     if theirs.trained_on:
-        different |= theirs.trained_on.keys() ^ adapted_paths(frozen, adapter_name)
+        different |= theirs.trained_on.keys() ^ layers_with(adapter_name, frozen).keys()
     if different:
         raise ValueError(f"the adapter in {directory} is of other layers or shapes, first at {min(different)!r}")
     for name, tensor in present.items():
