@@ -77,13 +77,7 @@ def map_leaves(function: Callable[[Any], Any], nested: Any) -> Any:
 
 def in_backward() -> bool:
     """Whether this thread is within a backward pass."""
-    return backward_pass() != -1
-
-
-def backward_pass() -> int:
-    """The number of the backward pass that this thread is within, -1 outside of any."""
-    number: int = _private("torch._C", "_current_graph_task_id")()
-    return number
+    return _private("torch._C", "_current_graph_task_id")() != -1
 
 
 def saved_tensors_are_hooked() -> bool:

@@ -116,8 +116,9 @@ FAULTS = [
         "accumulate: marks are looked at in a pass within a pass",
         "genft_kernels/sharing/accumulate.py",
         "        if self._end() is None:\n            self._heed_zero_grad()\n            end",
-        '        if self._end() is None or _torch_private.backward_pass() != getattr(self, "_last", None):\n'
-        "            self._last = _torch_private.backward_pass()\n            self._heed_zero_grad()\n            end",
+        '        if self._end() is None or torch._C._current_graph_task_id() != getattr(self, "_last", None):\n'
+        "            self._last = torch._C._current_graph_task_id()\n"
+        "            self._heed_zero_grad()\n            end",
         ZERO_GRAD,
     ),
     Fault(
