@@ -199,7 +199,9 @@ def remove_genft(model: nn.Module, *, keep_update: bool = False, dequantize: boo
 def merge(model: nn.Module) -> nn.Module:
     """Merge the update into the weight of every adapted layer (`GenFTLinear.merge`), or of none on failure.
 
-    Until `unmerge`, a transformers model's `tie_weights` leaves these weights alone.
+    In 16 bits W + dW is rounded to nearest, which takes small updates away: of one of a thousandth of W less than half
+    is left in bfloat16. Merge `model.float()`, or serve unmerged; `fidelity_report` shows what is left. Until
+    `unmerge`, a transformers model's `tie_weights` leaves these weights alone.
 
     Raises:
         RuntimeError: the model has no adapter, or a layer is merged already or quantised; the message names it.

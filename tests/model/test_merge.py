@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from genft_kernels import GenFTLinear, apply_genft, disabled, merge, unmerge
+from genft_kernels import GenFTConfig, GenFTLinear, apply_genft, disabled, merge, unmerge
+from tests.helpers.accuracy import gain
 from tests.helpers.model_cases import SAVED, SHARED, adapted, config, every_model
 from tests.helpers.tiny_models import TiedModel, randomise, snapshot, tokens
 
@@ -31,6 +32,22 @@ def test_merge_gives_the_same_outputs_and_unmerge_the_same_bits(make, settings, 
     assert snapshot(model) == before and torch.equal(model(tokens()), expected)
     with pytest.raises(RuntimeError, match="'.+' is not merged"):
         unmerge(model)
+
+
+@pytest.mark.parametrize("dtype, part", [(torch.bfloat16, 1e-3), (torch.float16, 1e-4)], ids=["bfloat16", "float16"])
+def test_merge_in_16_bits_leaves_less_than_half_of_a_small_update_and_in_float32_all(dtype, part):
+    torch.manual_seed(0)
+    layer = GenFTLinear(256, 256, config=GenFTConfig.preset("fast", zero_delta=False), dtype=dtype)
+    with torch.no_grad():
+        size = part * layer.weight.float().norm() / layer.delta_weight().norm()
+        layer.column_specific_up.mul_(size)
+        layer.generator.column_up.mul_(size)
+    weight, delta = layer.weight.double(), layer.delta_weight().double()
+    layer.merge()
+    assert 0 < gain(layer.weight.double(), weight, delta) < 0.5
+    layer.unmerge()
+    layer.float().merge()
+    assert gain(layer.weight.double(), weight, delta) == pytest.approx(1, abs=1e-3)
 
 
 def test_merge_starts_from_the_frozen_weight_each_time():
