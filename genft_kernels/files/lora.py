@@ -82,9 +82,10 @@ def export_lora(
     """Write the adapter of `model` to `directory` as a LoRA adapter in PEFT's format.
 
     Exact where the outer activation is the identity: the update that answers in evaluation, biases included, is a LoRA
-    of rank k (k + 1 with biases), for each adapted block of a fused weight. All layers get one rank, the shorter ones
-    zero rows; `lora_alpha` equals it and `scaling` is folded in, because servers ignore patterns of ranks. Stacked
-    experts are written in PEFT's form for `target_parameters`, exact ones only; PEFT reads it, of servers not all do.
+    of rank k for each adapted block of a fused weight (of a sum 2 k; biases add one, to a sum two). All layers get one
+    rank, the shorter ones zero rows; `lora_alpha` equals it and `scaling` is folded in, because servers ignore patterns
+    of ranks. Stacked experts are written in PEFT's form for `target_parameters`, exact ones only; PEFT reads it, of
+    servers not all do.
 
     Args:
         rank: write this rank, by a truncated singular value decomposition where the update has a higher one.
