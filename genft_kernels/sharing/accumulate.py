@@ -33,9 +33,9 @@ def accumulate(model: nn.Module) -> Iterator[nn.Module]:
 
     The gradients are those of the same passes without it: they add to `.grad`, but only when the context ends, so
     clip, unscale and step after it. `zero_grad` within it drops what came before, as ever, of some parameters or of
-    all. The updates' gradients are summed in float32 or wider. Dropout of the column stage draws one mask for the whole
-    context, that of the row stage a new one in each forward. Until it ends nothing leads from a loss to the adapter's
-    parameters: `backward(inputs=...)` and `autograd.grad` find none of their gradients.
+    all. The updates' gradients are summed in float32 or wider. Of `transform="both"` the first stage's dropout draws
+    one mask for the whole context, all other dropout a new one in each forward. Until it ends nothing leads from a loss
+    to the adapter's parameters: `backward(inputs=...)` and `autograd.grad` find none of their gradients.
 
     Sharded layers, and what `torch.compile` has compiled, generate in every forward as ever. Under
     `DistributedDataParallel` let all but the last micro-batch run under its `no_sync()`, and leave
