@@ -52,8 +52,9 @@ def register_frozen_weight(kind: type | str, *, dense: Callable[[Any], Tensor]) 
     Args:
         kind: the class of the layer or of its `weight`, or the name of one, with or without its module's. Subclasses
             are of the kind, too. What is registered goes before what the package knows, and later before earlier.
-        dense: module -> W [out, in] in a floating-point dtype, anew in each call. It is called up to four times a
-            layer and step; the layer's parameters and buffers, its bias apart, must be all that W depends on.
+        dense: module -> W [out, in] in a floating-point dtype, anew in each call. It is called four times a layer
+            and step, more often for a fused weight (docs/using.md#quantised-bases); the layer's parameters and buffers,
+            its bias apart, must be all that W depends on.
 
     Raises:
         TypeError: `kind` is neither a class nor a name, or `dense` cannot be called.
