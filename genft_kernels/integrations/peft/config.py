@@ -41,7 +41,8 @@ class PeftGenFTConfig(PeftConfig):
             zero_delta, fused_blocks: as in `genft_kernels.GenFTConfig`; None is the preset's, or the default there.
         generator_bias: `GenFTConfig`'s `bias`.
         target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as in PEFT's
-            `LoraConfig`; None targets the query and value projections of the model types that PEFT knows.
+            `LoraConfig`; None targets what PEFT's own table has for the type of the model, as the query and value
+            projections, but of a fused weight all of it, where `apply_genft` takes q and v: `fused_blocks` cuts it.
         init_weights: False draws all units, also those that `zero_delta` would start at zero.
         fan_in_fan_out: ignored, because layers tell by themselves (transformers' `Conv1D`).
         bias: "none", or which biases of the model itself train: "all", or "genft_only", those of adapted layers.
