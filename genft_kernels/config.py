@@ -216,8 +216,8 @@ class GenFTConfig:
         """Settings by name (docs/method.md#settings), with the learning rates that were found good for them.
 
         - "fast", to begin with: the column stage alone. 1e-3 to 4e-3 by `parameter_groups`, a new head 1e-2.
-        - "fast-sum": the column and the row stage side by side, as many parameters as "fast". 2e-3 to 8e-3,
-          more where a base knows little of the task.
+        - "fast-sum": the column and the row stage side by side. 2e-3 to 8e-3, more where a base knows little of the
+          task. Of 12 square layers a shape it trains as many parameters as "fast", else by `for_budget`.
         - "fast-both": both stages and a tanh between them. 1e-3 to 2e-3.
         - "wegeft": the form of WeGeFT, once GIFT (arXiv 2312.00700): all units shared, W as it is. 2e-3 to 8e-3.
         - "glue", "vtab", "llama": the official settings. "glue" 2e-3 to 1e-2; no range is known of "llama", and "vtab"
