@@ -71,9 +71,13 @@ class Share:
             self.key = key
         return factors
 
-    def follow(self, before: Share | None) -> None:
+    def follow(self, before: Share | None, goes_on: bool) -> None:
         """Replace `before`: with its settings, mode and W keep its key, so that who asks as last time finds these."""
-        if before is None or (before._settings, before._training) != (self._settings, self._training):
+        if before is None:
+            return
+        if goes_on and before.asked_in == before.batch.round and not self._training:
+            self.asked_in = self.batch.round  # the same round, which is the first one of this batch
+        if (before._settings, before._training) != (self._settings, self._training):
             return
         if before.own.begins_as(self.own):
             self.key = before.key
@@ -314,8 +318,9 @@ class LayerGroup:
         # A single layer that trains never takes them again.
         shares = self.generate(sources, settings, seeds, values=kept and (len(sources) > 1 or not source.training))
         if kept:
+            goes_on = before is None or before.asked_in != before.batch.round  # else it begins with this layer
             for each, share in shares.items():
-                share.follow(self._shares.get(each))
+                share.follow(self._shares.get(each), goes_on)
                 self._hold(each, share)
             shares[layer].take(source, settings, repeats, key)
         return shares[layer].factors

@@ -152,7 +152,7 @@ FAULTS = [
     Fault(
         "share: follows none",
         "genft_kernels/sharing/cache.py",
-        "                share.follow(self._shares.get(each))\n",
+        "                share.follow(self._shares.get(each), goes_on)\n",
         "",
         SHORT_ROAD,
     ),

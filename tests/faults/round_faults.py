@@ -76,6 +76,20 @@ FAULTS = [
         ROUNDS,
     ),
     Fault(
+        "round: begins anew with a generation in mid-forward",
+        "genft_kernels/sharing/cache.py",
+        "if goes_on and before.asked_in",
+        "if False and before.asked_in",
+        ROUNDS,
+    ),
+    Fault(
+        "round: goes on where the layer that generates has asked in it",
+        "genft_kernels/sharing/cache.py",
+        "goes_on = before is None or before.asked_in != before.batch.round",
+        "goes_on = True",
+        ROUNDS,
+    ),
+    Fault(
         "round: a change with a version alarms a device",
         "genft_kernels/sharing/cache.py",
         "if same and len(shares) == len(self.shares):",

@@ -55,6 +55,47 @@ def test_any_element_counts_in_every_forward_of_the_model(model, change):
     assert generations(model) == 4
 
 
+def bring_back(first, middle):
+    """Have a layer merged and unmerged, so that it holds no factors."""
+    middle.merge()
+    middle.unmerge()
+
+
+def ask_otherwise(first, middle):
+    """Ask two layers in turn, the second one without gradients."""
+    x = torch.randn(3, 8, dtype=torch.float64)
+    with torch.enable_grad():
+        first(x)
+    middle(x)
+
+
+MIDDLE = {  # that has a layer generate in the middle of a forward
+    "version": lambda first, middle: middle.specific_up[5, 0].add_(1),
+    "object": lambda first, middle: setattr(middle, "specific_up", nn.Parameter(middle.specific_up * 2)),
+    "silent": lambda first, middle: middle.specific_up.data[5, 0].add_(1),
+    "merged": bring_back,
+    "settings": ask_otherwise,
+}
+
+
+@pytest.mark.parametrize("change", MIDDLE.values(), ids=MIDDLE)
+def test_any_element_counts_after_a_generation_in_mid_forward(model, change):
+    first, _, middle, *_ = layers(model)
+    change(first, middle)
+    for _ in range(2):
+        model(tokens())
+    for _ in range(2):
+        SILENT["generator"](model)
+        assert sees(model)
+
+
+def test_a_forward_that_begins_with_a_generation_compares_nothing_then(model):
+    with torch.enable_grad():
+        for _ in range(2):
+            model(tokens()).sum().backward()
+    assert all(layer.share.batch.round == 1 for layer in layers(model))
+
+
 @pytest.mark.parametrize("part", ["specific_up", "weight"])
 def test_a_version_counts_in_every_forward_of_the_model(model, part):
     getattr(last(model), part)[5, 0] += 1  # neither a first number nor one of the weight's sample
