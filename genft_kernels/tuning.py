@@ -51,6 +51,7 @@ def tune(model: nn.Module, tokens: int | Iterable[int] = (8192, 128), *, seconds
         model: of `apply_genft`, or one that has `GenFTLinear` layers; those with `backend="auto"` are measured.
         tokens: how many tokens a step has, one number or several; each stands for all down to half of it.
         seconds: to spend in all, `math.inf` without an end; what is left then is not measured, and said to be so.
+            They begin when the gates have run and what a backend compiles on its first use is there.
 
     Returns:
         What was measured, one for each shape.
@@ -68,9 +69,12 @@ def tune(model: nn.Module, tokens: int | Iterable[int] = (8192, 128), *, seconds
     if seconds != math.inf and not (is_finite(seconds) and seconds >= 0):
         raise ValueError(f"seconds must be a number of at least 0, got {shown(seconds)}")
     updates = _one_of_each_shape(model)
-    deadline = time.monotonic() + float(seconds)  # one of numpy may be of float32, whose clock is coarse
     found: dict[torch.device, dict[str, Measured]] = {}
     try:
+        for update in updates:
+            for of_shape in _calls(update, 1).values():  # compiles
+                _names(update.stored_weight.device, of_shape)  # has gates run
+        deadline = time.monotonic() + float(seconds)  # one of numpy may be of float32, whose clock is coarse
         for update in updates:
             device = update.stored_weight.device
             known: dict[str, Measured] = {}
@@ -133,18 +137,23 @@ def _calls(update: GenFTUpdate, tokens: int) -> dict[str, list[choices.Call]]:
 @torch.no_grad()
 def _time(device: torch.device, calls: list[choices.Call]) -> dict[str, float]:
     """Median milliseconds of the calls, one after the other, on each backend that runs here; all take turns."""
-    dtype = calls[0].shape.dtype
-    names = [name for name in backends.OPERATION_BACKENDS if backends.may_choose(name, device, dtype)]
+    names = _names(device, calls)
     cold = torch.empty(_COLD_BYTES[device.type == "cuda"], dtype=torch.uint8, device=device)
     times: dict[str, list[float]] = {name: [] for name in names}
     for name in names:
-        _run(name, calls)  # compiles
+        _run(name, calls)  # compiles for the shape
     begin = time.monotonic()
     while not times[names[0]] or time.monotonic() - begin < SECONDS_A_SHAPE:
         for name in names:
             cold.zero_()
             times[name].append(_milliseconds(device, name, calls))
     return {name: statistics.median(each) for name, each in times.items()}
+
+
+def _names(device: torch.device, calls: list[choices.Call]) -> list[str]:
+    """The backends that run such calls here."""
+    dtype = calls[0].shape.dtype
+    return [name for name in backends.OPERATION_BACKENDS if backends.may_choose(name, device, dtype)]
 
 
 def _run(name: str, calls: list[choices.Call]) -> None:

@@ -8,6 +8,7 @@ OPS = "genft_kernels/ops.py"
 TUNING = "genft_kernels/tuning.py"
 GATE = "genft_kernels/backends/gate.py"
 TESTS = ["tests/backends/test_choices.py"]
+OF_CLOCK = ["tests/backends/test_tuning.py"]
 OUTCOMES = ["tests/backends/test_gate.py", "-k", "tells_verdicts or compiled_before"]
 TESTS_OF_GATE = ["tests/backends/test_gate.py", "-m", "not slow"]
 
@@ -48,7 +49,7 @@ FAULTS = [
         TUNING,
         "with torch.cuda.device(device):",
         "with torch.cuda.device(torch.device('cuda', 0)):",
-        ["tests/backends/test_tuning.py"],
+        OF_CLOCK,
     ),
     Fault(
         "tune: takes sequences alone",
@@ -58,6 +59,14 @@ FAULTS = [
         TESTS,
     ),
     Fault("tune: its seconds have an end", TUNING, "if seconds != math.inf and not", "if not", TESTS),
+    Fault("tune: compiles in its seconds", TUNING, "in _calls(update, 1).values()", "in ()", OF_CLOCK),
+    Fault(
+        "tune: has gates run in its seconds",
+        TUNING,
+        "                _names(update.stored_weight.device, of_shape)  # has gates run\n",
+        "                pass\n",
+        OF_CLOCK,
+    ),
     Fault("tune: keeps the slowest", TUNING, "min(self.milliseconds", "max(self.milliseconds", TESTS),
     Fault("gate: a hang is tried for ever", GATE, "if tries == TRIES:", "if False:", TESTS_OF_GATE),
     Fault("gate: for each process anew", GATE, 'if "rejected" in known:', "if False:", TESTS_OF_GATE),
