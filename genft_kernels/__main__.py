@@ -40,7 +40,7 @@ def main() -> None:
     measure.set_defaults(run=measure_backends)
     measure.add_argument("--gate-only", action="store_true", help="try the kernels, and measure nothing")
     measure.add_argument("--shape", default="768x768", metavar="INxOUT", help="of the layer (default %(default)s)")
-    measure.add_argument("--preset", default="glue", help="the settings, by a preset's name (default %(default)s)")
+    measure.add_argument("--preset", default="fast", help="the settings, by a preset's name (default %(default)s)")
     measure.add_argument("--tokens", type=int, nargs="+", default=[8192, 128], help="of a step (default 8192 128)")
     measure.add_argument("--dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"))
     arguments = parser.parse_args()

@@ -353,7 +353,7 @@ def test_command_measures_a_layer(another, monkeypatch, capsys):
     command = "genft_kernels tune --shape 32x40 --tokens 8 --dtype float32"
     monkeypatch.setattr(sys, "argv", command.split())
     __main__.main()
-    assert str(choices.Shape(True, torch.float32, 32, 40, 27, 8, True)) in capsys.readouterr().out
+    assert str(choices.Shape(False, torch.float32, 32, 40, 19, 8, True)) in capsys.readouterr().out
     assert choices.table(CPU)
 
 
