@@ -68,6 +68,8 @@ def check_linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> Non
     The handle of a quantised weight (genft_kernels/frozen_weight.py) was checked as it was made, and is of any dtype.
     """
     check_type("x", x, torch.Tensor)
+    if x.is_nested:  # of two layouts, one without a shape
+        raise TypeError("x is a nested tensor; only dense (strided) tensors are supported")
     # A FrozenWeight, whose module imports this one.
     handle = not isinstance(weight, torch.Tensor) and hasattr(weight, "dense")
     if not handle:

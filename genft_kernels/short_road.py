@@ -34,7 +34,7 @@ def asked_again(
         return None, None
     modes, transforms, tracing, forward_ad = _torch_private.listeners()
     listened = modes() > 0 or transforms() or tracing() or forward_ad._current_level >= 0
-    if listened or update.blocks.cut != 1 or type(x) is not Tensor or x.is_meta:
+    if listened or update.blocks.cut != 1 or type(x) is not Tensor or x.is_meta or x.is_nested:
         return None, None
     device = x.device
     kind = device.type

@@ -10,6 +10,7 @@ from genft_kernels import GeneratorParameters, GenFTConfig, __version__, referen
 from genft_kernels.functional import factored_linear, genft_linear
 
 CONFIG = GenFTConfig(shared_dim=2, specific_dim=1)
+JAGGED = torch.nested.nested_tensor([torch.randn(2, 6), torch.randn(3, 6)], layout=torch.jagged)
 
 
 def arguments(**changed):
@@ -35,6 +36,7 @@ BAD = {
         TypeError,
         "x has dtype torch.float64 but weight has torch.float32",
     ),
+    "x-nested": (dict(x=JAGGED), TypeError, "x is a nested tensor"),
     "x-integer": (dict(x=torch.ones(4, 6).long()), TypeError, "x has dtype torch.int64"),
     "x-device": (dict(x=torch.randn(4, 6, device="meta")), ValueError, "x is on meta but weight is on cpu"),
     "weight-vector": (dict(weight=torch.randn(6)), ValueError, "weight must be a matrix"),

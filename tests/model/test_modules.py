@@ -125,6 +125,15 @@ def test_wrong_arguments_are_named():
         make_layer()(torch.zeros(2, 8, dtype=torch.float64))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_nested_tensor_is_refused_by_name(layout):
+    layer = make_layer()
+    layer(torch.zeros(2, 9, dtype=torch.float64))  # what asks again takes a road of its own
+    with pytest.raises(TypeError, match="x is a nested tensor"):
+        layer(torch.nested.nested_tensor([torch.zeros(2, 9), torch.zeros(3, 9)], layout=layout, dtype=torch.float64))
+
+
 # --- adapting an existing layer -------------------------------------------------------------------------------------
 
 
