@@ -22,6 +22,7 @@ from .adapted_model import (
     check_enabled,
     check_not_of_peft,
     is_adapted,
+    layer_without_adapter,
     layers_of_an_adapted_model,
     lost_layers,
 )
@@ -101,6 +102,11 @@ def find_plan(model: nn.Module, config: GenFTConfig, full_matches: FullMatch = f
     check_not_wrapped(model)
     if not is_adapted(model):
         check_not_of_peft(model)
+    if (layer := layer_without_adapter(model)) is not None:
+        raise RuntimeError(
+            f"the model has GenFT layers already, such as {layer!r}, made by hand or as part of another adapted model: "
+            "put plain layers in their place first"
+        )
     if is_adapted(model) or any(isinstance(module, (GenFTLinear, GenFTExperts)) for module in model.modules()):
         raise RuntimeError("the model has GenFT layers already: call remove_genft(model) first")
     if hasattr(model, GENERATORS):

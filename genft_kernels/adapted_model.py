@@ -50,10 +50,20 @@ def adapter_state(model: nn.Module) -> AdapterState:
     check_type("model", model, nn.Module)
     if not is_adapted(model):
         check_not_of_peft(model)
+        if (layer := layer_without_adapter(model)) is not None:
+            raise RuntimeError(
+                f"the model has no GenFT adapter of its own, but GenFT layers such as {layer!r}: if it is a part of an "
+                "adapted model, pass the whole; layers made by hand are saved by state_dict, merged by layer.merge()"
+            )
         raise RuntimeError(
             "the model has no GenFT adapter: call apply_genft(model, config), and pass that very model, no wrapper"
         )
     return vars(model)[STATE]
+
+
+def layer_without_adapter(model: nn.Module) -> str | None:
+    """The path of a GenFT layer, if there is one, and no module of the model is what `apply_genft` has adapted."""
+    return None if any(map(is_adapted, model.modules())) else next(iter(adapted_layers(model)), None)
 
 
 def is_enabled(model: nn.Module) -> bool:

@@ -19,6 +19,20 @@ FAULTS = [
         ["tests/model/test_modules.py", "-k", "alone"],
     ),
     Fault(
+        "adapted: layers made by hand are taken for none",
+        "genft_kernels/adapted_model.py",
+        "else next(iter(adapted_layers(model)), None)",
+        "else None",
+        ["tests/model/test_adapt.py", "-k", "told_apart"],
+    ),
+    Fault(
+        "adapted: layers of a wrapped model are taken for made by hand",
+        "genft_kernels/adapted_model.py",
+        "None if any(map(is_adapted, model.modules())) else next",
+        "next",
+        ["tests/model/test_adapt.py", "-k", "told_apart"],
+    ),
+    Fault(
         "explain: backends by name not told",
         "genft_kernels/adapted_model.py",
         "[*named, backends.explain(",

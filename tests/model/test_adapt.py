@@ -272,6 +272,21 @@ def test_trainable_summary_counts_and_says_so():
             function(Wrapper(model))
 
 
+def test_layers_without_an_adapter_are_told_apart():
+    by_hand = nn.Sequential(GenFTLinear(8, 8, config=GenFTConfig(shared_dim=2)))
+    for model, name in ((by_hand, "0"), (adapted().layers, "0.attention.query")):
+        for function in (trainable_summary, merge, unmerge, remove_genft, lambda m: save_adapter(m, "nowhere")):
+            with pytest.raises(
+                RuntimeError, match=f"no GenFT adapter of its own, .*'{name}'.*the whole.*by hand.*merge"
+            ):
+                function(model)
+        with pytest.raises(RuntimeError, match=f"GenFT layers already, such as '{name}', made by hand or"):
+            apply_genft(model, config())
+    for model in (adapted(), Wrapper(adapted())):
+        with pytest.raises(RuntimeError, match=r"GenFT layers already: call remove_genft\(model\) first"):
+            apply_genft(model, config())
+
+
 OFFICIAL = {
     "RoBERTa-base glue": ("glue", 12, 768, ("query", "value"), {}, 149_044),
     "ViT-B/16 vtab": ("vtab", 12, 768, ("qkv",), FUSED, 190_464),
