@@ -14,7 +14,7 @@ from .arguments import check_type
 from .config import GenFTConfig
 from .frozen_weight import FrozenWeight
 from .generator import GenFTGenerator, draw_up, registered, zeroed_names
-from .left_out import watch_optimizers
+from .optimizer_steps import watch_optimizers
 from .parameters import GeneratorParameters, specific_shapes
 from .row_blocks import RowBlocks
 from .sharing.cache import Share

@@ -1,9 +1,9 @@
 """Whether tensors are what they were: the same objects in the same state, with the same values.
 
-Versions tell of changes that go through autograd. Only the values tell of the others: through `.data`, by fused
-optimizers, by views of the memory, by other processes. Thin tensors are compared in full, of W a sample along its
-diagonal (`Snapshot`). On a CPU that is done once a forward of the model, in between a look at the first bytes does
-(`Glance`). On a device the answer would have to be waited for, so it is read a forward later (`Watch`).
+Versions tell of changes that go through autograd. Only the values tell of the others: through `.data`, by views of
+the memory, by other processes. Thin tensors are compared in full, of W a sample along its diagonal (`Snapshot`). On a
+CPU that is done once a forward of the model, in between a look at the first bytes does (`Glance`). On a device the
+answer would have to be waited for, so it is read a forward later (`Watch`).
 """
 
 from __future__ import annotations

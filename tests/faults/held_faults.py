@@ -7,6 +7,7 @@ STALE = ["tests/sharing/test_stale_factors.py"]
 SHORT_ROAD = ["tests/sharing/test_short_road.py"]
 ROUNDS = ["tests/sharing/test_rounds.py"]
 CHANGED = ["tests/sharing/test_changed_modules.py"]
+DEVICES = ["tests/sharing/test_devices.py"]
 
 FAULTS = [
     Fault(
@@ -15,6 +16,34 @@ FAULTS = [
         'attrgetter("_version", "dtype"',
         'attrgetter("dtype"',
         STALE,
+    ),
+    Fault(
+        "optimizer: no version tells of a step",
+        "genft_kernels/optimizer_steps.py",
+        "        increment_version(",
+        "        list(",
+        DEVICES,
+    ),
+    Fault(
+        "optimizer: versions tell of what had no gradient",
+        "genft_kernels/optimizer_steps.py",
+        " if p.grad is not None])",
+        "])",
+        DEVICES,
+    ),
+    Fault(
+        "optimizer: versions of other models' parameters",
+        "genft_kernels/optimizer_steps.py",
+        "if trains:",
+        "if True:",
+        DEVICES,
+    ),
+    Fault(
+        "optimizer: no version tells of a step of layers' own units alone",
+        "genft_kernels/optimizer_steps.py",
+        "            trains = True\n",
+        "",
+        DEVICES,
     ),
     Fault(
         "snapshot: objects not looked at",

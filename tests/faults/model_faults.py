@@ -237,7 +237,7 @@ FAULTS = [
     ),
     Fault(
         "generator: a generator left out of training unnoticed",
-        "genft_kernels/left_out.py",
+        "genft_kernels/optimizer_steps.py",
         "if has_gradients and steps == 2:",
         "if False:",
         CHANGED,
@@ -258,9 +258,9 @@ FAULTS = [
     ),
     Fault(
         "generator: optimizers in turn warned of",
-        "genft_kernels/left_out.py",
-        "            _steps_without[generator] = 0",
-        "            pass",
+        "genft_kernels/optimizer_steps.py",
+        "            _steps_without[generator], trains = 0, True",
+        "            trains = True",
         CHANGED,
     ),
     Fault(
