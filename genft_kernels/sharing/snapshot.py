@@ -218,8 +218,8 @@ class _Elements:
 
 
 def _joined(parts: Sequence[Tensor]) -> list[Tensor]:
-    """Their values in one tensor for each device: two launches for any number of them."""
-    by_device: dict[torch.device, list[Tensor]] = {}
+    """Their bytes, a tensor for each device and dtype: NaN differs from itself, and float8 cannot be compared."""
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for part in parts:
-        by_device.setdefault(part.device, []).append(part.detach().reshape(-1))
-    return [torch.cat(flat) for flat in by_device.values()]
+        alike.setdefault((part.device, part.dtype), []).append(part.detach().reshape(-1))
+    return [torch.cat(flat).view(torch.uint8) for flat in alike.values()]

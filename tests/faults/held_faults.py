@@ -270,6 +270,20 @@ FAULTS = [
         STALE,
     ),
     Fault(
+        "watch: numbers compared, not bytes",
+        "genft_kernels/sharing/snapshot.py",
+        "torch.cat(flat).view(torch.uint8)",
+        "torch.cat(flat)",
+        DEVICES,
+    ),
+    Fault(
+        "watch: dtypes joined",
+        "genft_kernels/sharing/snapshot.py",
+        "(part.device, part.dtype), []",
+        "(part.device, torch.float32), []",
+        DEVICES,
+    ),
+    Fault(
         "watch: the stale factors kept",
         "genft_kernels/sharing/cache.py",
         "            self.generation.factors = None\n            raise",

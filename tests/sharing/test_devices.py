@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from genft_kernels import GenFTConfig, accumulate, apply_genft
+from genft_kernels import GenFTConfig, accumulate, apply_genft, register_frozen_weight
 from genft_kernels.sharing import cache, snapshot
 from tests.helpers.tiny_models import randomise
 
@@ -122,3 +122,46 @@ def test_optimizers_of_other_models_are_left_alone():
     before = other.weight._version
     optimizer_of(Unseen, other).step()
     assert other.weight._version == before
+
+
+# --- bytes ----------------------------------------------------------------------------------------------------------
+
+
+class Float8Linear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.in_features, self.out_features, self.bias = 8, 8, None
+        self.weight = nn.Parameter(torch.randn(8, 8).to(torch.float8_e4m3fn), requires_grad=False)
+
+    def forward(self, x):
+        return x @ self.weight.float().t()
+
+
+def dense(layer):
+    return layer.weight.float()
+
+
+def test_nan_that_stays_is_no_change():
+    model = pair().eval()
+    with torch.no_grad():
+        model[0].specific_up[0, 0] = float("nan")
+        model[1].weight.data.fill_diagonal_(float("nan"))
+        for _ in range(3):
+            model(torch.ones(3, 8))
+        model[1].specific_up.data[0, 0] += 1
+        model(torch.ones(3, 8))
+        with pytest.raises(RuntimeError, match="updates that were out of date"):
+            model(torch.ones(3, 8))
+
+
+def test_codes_in_float8_are_compared():
+    register_frozen_weight(Float8Linear, dense=dense)
+    model = nn.Sequential(Float8Linear(), Float8Linear())
+    apply_genft(model, GenFTConfig(shared_dim=2, specific_dim=1, target_modules=["0", "1"])).eval()
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.ones(3, 8))
+        model[0].base_layer.weight.data.view(torch.uint8)[0, 0] ^= 1
+        model(torch.ones(3, 8))
+        with pytest.raises(RuntimeError, match="updates that were out of date"):
+            model(torch.ones(3, 8))
