@@ -58,7 +58,7 @@ def asked_again(
         factors = accumulation.by_key.get((update, key))
     elif share is not None:
         with group.lock:
-            factors = share.held(update.watched(), generator.tensors(), once=training)
+            factors = share.held(update.watched(), generator.tensors())
     if factors is None:
         return None, key
     if kind == "cpu" and not (autocast or gradients) and update.backend in ("auto", "eager"):

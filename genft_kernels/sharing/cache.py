@@ -35,6 +35,7 @@ class Share:
     def __init__(self, batch: Batch, layer: Layer, source: Source, settings: Settings, start: int) -> None:
         self.batch, self._layer, self._settings = batch, weakref.ref(layer), settings
         self._training = source.training
+        self._once = source.training or settings.captured
         self._blocks = slice(start, start + len(source.blocks))
         self.own = Snapshot(source.own.values(), source.weight, values=batch.values)
         self._glance: Glance | None = None
@@ -59,13 +60,13 @@ class Share:
     def take(self, source: Source, settings: Settings, repeats: bool, key: object) -> list[Factors] | None:
         """The factors for a forward of the layer, or None if they do not hold for it.
 
-        In training a layer takes them once, but for the repetition of a checkpointed region; and none that another mode
-        has made, since in training less is looked at.
+        In training a layer takes them once, but for the repetition of a checkpointed region; so it does as CUDA graphs
+        are captured, where the next forward may be another graph's. And none that another mode has made, since in
+        training less is looked at.
         """
         if self._settings != settings or self._training != source.training:
             return None
-        once = source.training and not repeats
-        factors = self.held(source.watched, source.shared.values(), once=once)
+        factors = self.held(source.watched, source.shared.values(), repeats)
         if factors is not None:
             self._readers.add(threading.get_ident())
             self.key = key
@@ -82,14 +83,14 @@ class Share:
         if before.own.begins_as(self.own):
             self.key = before.key
 
-    def held(self, own: list[Tensor], shared: Collection[Tensor], *, once: bool) -> list[Factors] | None:
+    def held(self, own: list[Tensor], shared: Collection[Tensor], repeats: bool = False) -> list[Factors] | None:
         """The factors under the settings that they were made under, or None if they hold no more.
 
         Args:
             own, shared: W and the layer's own tensors, and the generator's, as they are now.
-            once: this thread may have them only if it has not taken them yet.
+            repeats: this thread may have them although it has taken them, also where a layer takes them once.
         """
-        batch = self.batch
+        batch, once = self.batch, self._once and not repeats
         # What nobody compares is for the thread alone that has made it, and taken it.
         if once and (not batch.values or (reader := threading.get_ident()) in self._readers):
             return None
@@ -132,13 +133,13 @@ class Batch:
     same forward; these have a glance at their own then. Any other one compares in full itself.
     """
 
-    def __init__(self, generation: Generation, sources: Mapping[Layer, Source], values: bool) -> None:
+    def __init__(self, generation: Generation, sources: Mapping[Layer, Source], values: bool, captured: bool) -> None:
         self.generation, self.values, self.round = generation, values, 1
         self.shares: list[weakref.ref[Share]] = []  # of all layers
         first = next(iter(sources.values()))
         self.shared = Snapshot(first.shared.values(), values=values)
         training = all(source.training for source in sources.values())
-        watched = values and not (training or compares_at_once(first.weight.device))
+        watched = values and not (training or captured or compares_at_once(first.weight.device))
         self._together: Together | None = None  # of the layers `_members`, by id
         self._members: list[int] = []
         own = [source.watched for source in sources.values()]
@@ -148,7 +149,7 @@ class Batch:
         """Have values compared: on a device those of all layers, to be read in the next round; raises as `settle`."""
         self.settle(settings)
         last, self.round = self.round, self.round + 1
-        if (len(self.shares) == 1 and self._watch is None) or settings.captured:
+        if len(self.shares) == 1 and self._watch is None:
             return  # a single layer compares itself
         shares = [share for reference in self.shares if (share := reference()) is not None]
         if self._watch is None:
@@ -285,7 +286,7 @@ class LayerGroup:
                 others = torch.arange(1, 1 + sum(counts[1:]), device=seeds[0].device)
                 seed = torch.cat([*seeds, seeds[0] + others])
             recipe = Recipe(list(sources.values()), settings, seed, self._norms.of(sources))
-            batch = Batch(Generation(recipe), sources, values)
+            batch = Batch(Generation(recipe), sources, values, settings.captured)
             starts = (sum(counts[:index]) for index in range(len(counts)))
             shares = {
                 layer: Share(batch, layer, source, settings, start)

@@ -137,13 +137,6 @@ FAULTS = [
         ROUNDS,
     ),
     Fault(
-        "short road: taken twice in training",
-        "genft_kernels/short_road.py",
-        "once=training",
-        "once=False",
-        STALE,
-    ),
-    Fault(
         "merge: factors stay held",
         "genft_kernels/merging.py",
         "            update.generator.group.forget(update)\n",
@@ -293,9 +286,23 @@ FAULTS = [
     Fault(
         "share: taken twice in training",
         "genft_kernels/sharing/cache.py",
-        "once = source.training and not repeats",
-        "once = False",
+        "self._once = source.training or settings.captured",
+        "self._once = settings.captured",
         STALE,
+    ),
+    Fault(
+        "share: taken twice as graphs are captured",
+        "genft_kernels/sharing/cache.py",
+        "self._once = source.training or settings.captured",
+        "self._once = source.training",
+        DEVICES,
+    ),
+    Fault(
+        "watch: copies for comparison in a captured graph",
+        "genft_kernels/sharing/cache.py",
+        "(training or captured or compares_at_once",
+        "(training or compares_at_once",
+        DEVICES,
     ),
     Fault(
         "share: another thread takes what nobody compares",
@@ -307,8 +314,8 @@ FAULTS = [
     Fault(
         "share: not found by a repetition",
         "genft_kernels/sharing/cache.py",
-        "once = source.training and not repeats",
-        "once = source.training",
+        "self._once and not repeats",
+        "self._once",
         GROUPS,
     ),
     Fault(

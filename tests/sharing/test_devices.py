@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from genft_kernels import GenFTConfig, accumulate, apply_genft, register_frozen_weight
 from genft_kernels.sharing import cache, snapshot
+from tests.helpers.adapted_models import generations
 from tests.helpers.tiny_models import randomise
 
 
@@ -165,3 +166,28 @@ def test_codes_in_float8_are_compared():
         model(torch.ones(3, 8))
         with pytest.raises(RuntimeError, match="updates that were out of date"):
             model(torch.ones(3, 8))
+
+
+# --- captured graphs ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def capture(monkeypatch):
+    """All is captured, on the one stream that `torch.cuda.graph` has."""
+    monkeypatch.setattr(cache, "current_stream", lambda device: (1, True))
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("layers", [slice(1), slice(2)], ids=["single", "pair"])
+def test_each_captured_graph_has_a_generation_of_its_own(capture, layers, training):
+    model = pair().train(training)
+    with torch.no_grad():
+        for count in range(1, 4):
+            model[layers](torch.ones(3, 8))
+            assert generations(model) == count
+
+
+def test_nothing_is_kept_for_comparison_in_a_captured_graph(capture, monkeypatch):
+    monkeypatch.setattr(cache, "Watch", None)
+    with torch.no_grad():
+        pair().eval()(torch.ones(3, 8))
