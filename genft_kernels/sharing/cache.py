@@ -187,8 +187,8 @@ class Batch:
             self.generation.factors = None
             raise RuntimeError(
                 "the last forward used updates that were out of date: a parameter or W was changed where no version "
-                "tells (through .data, a view of its memory, another process); change it under torch.no_grad(), or "
-                "call genft_kernels.refresh(model) after the change"
+                "tells (through .data, a view of its memory, a CUDA graph, another process); change it under "
+                "torch.no_grad(), or call genft_kernels.refresh(model) after the change"
             )
 
 
