@@ -181,6 +181,8 @@ def explain(
     """
     check_type("device", device, (torch.device, str, int), optional=True)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", 0)  # as tensors name it, whose backends are asked for
     factored, tiled = (default_for(device, dtype, form) for form in (False, True))
     auto = factored if factored == tiled else f"{factored} for the factored form, {tiled} for the tiled form"
     measured = f"; but for {len(table)} measured shapes" if (table := choices.table(device)) else ""
