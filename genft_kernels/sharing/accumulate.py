@@ -1,8 +1,8 @@
 """`accumulate`: one generation for all micro-batches of an optimizer step.
 
 Within it the layers get leaves that hold the factors' values. The micro-batches' gradients add up in the leaves, and
-when it ends the sums go through the generator in one backward. Until then parameters without a gradient have zeros as a
-mark: what `zero_grad` does to them tells that the sums so far are not wanted.
+when it ends the sums go through the generator in one backward. Until then parameters without a gradient have -0.0 as a
+mark: `zero_grad`, which takes it away or makes it 0.0, tells that the sums so far are not wanted.
 """
 
 from __future__ import annotations
@@ -115,8 +115,7 @@ class Accumulation:
             with torch.enable_grad():
                 shares = group.generate(sources, settings, seeds, values=True)
                 self._held.update({(each, settings): _Held(share, self._arrives) for each, share in shares.items()})
-            for one in sources.values():
-                self._marks.plant(one.thin)
+            self._marks.plant(tensor for one in sources.values() for tensor in one.thin)
             held = self._held[layer, settings]
         given = held.given if gradients else [f._replace(h=f.h.detach(), b=f.b.detach()) for f in held.given]
         self.by_key[layer, key] = given
@@ -165,7 +164,10 @@ def _send_on(held: Mapping[tuple[Layer, Settings], _Held], parameters: Sequence[
 
 
 class _Marks:
-    """Gradients of zeros on parameters that have none, by which to tell whether `zero_grad` was called."""
+    """Gradients whose zeros are all -0.0, by which to tell whether `zero_grad` was called: that leaves 0.0 or None.
+
+    What is scaled by a positive number, as by clipping, or divided between processes, stays -0.0; -0.0 + g is g.
+    """
 
     def __init__(self, look: Callable[[Tensor], None]) -> None:
         self._look = look  # a hook to run before a marked parameter receives
@@ -174,40 +176,48 @@ class _Marks:
 
     def plant(self, parameters: Iterable[Tensor]) -> None:
         """Mark those that train and are not marked yet."""
-        for parameter in parameters:
-            if parameter.requires_grad and parameter not in self._marks:
-                self._mark(parameter)
-                self._hooks.append(parameter.register_hook(self._look))
+        new = dict.fromkeys(each for each in parameters if each.requires_grad and each not in self._marks)
+        self._mark(new)
+        self._hooks += [parameter.register_hook(self._look) for parameter in new]
 
-    def _mark(self, parameter: Tensor) -> None:
-        grad, planted = parameter.grad, parameter.grad is None
-        if grad is None:
-            grad = parameter.grad = torch.zeros_like(parameter)
-        self._marks[parameter] = grad, grad._version, planted
+    @torch.no_grad()
+    def _mark(self, parameters: Iterable[Tensor]) -> None:
+        """All at once, since gradients may be views of one tensor, whose version is that of them all."""
+        marked = {}
+        for parameter in parameters:
+            grad, planted = parameter.grad, parameter.grad is None
+            if grad is None:
+                grad = parameter.grad = torch.full_like(parameter, -0.0)
+            else:
+                grad.masked_fill_(grad == 0, -0.0)
+            marked[parameter] = grad, planted
+        self._marks |= {parameter: (grad, grad._version, planted) for parameter, (grad, planted) in marked.items()}
 
     def note(self) -> None:
         """After a pass, mark what it has changed: zeros that another part of the loss has added are no `zero_grad`.
 
-        All at once, since gradients may be views of one tensor, whose version is that of them all. One that a hook of
-        the user's has taken away is marked anew.
+        One that a hook of the user's has taken away is marked anew.
         """
-        for parameter, (grad, version, _) in self._marks.items():
-            if parameter.grad is not grad or grad._version != version:
-                self._mark(parameter)
+        changed = [
+            parameter
+            for parameter, (grad, version, _) in self._marks.items()
+            if parameter.grad is not grad or grad._version != version
+        ]
+        self._mark(changed)
 
     def cleared(self) -> set[Tensor]:
-        """The parameters whose gradient was taken away, or overwritten by zeros."""
+        """The parameters whose gradient was taken away, or overwritten by 0.0."""
         return {
             parameter
             for parameter, (grad, version, _) in self._marks.items()
-            if parameter.grad is None or (parameter.grad is grad and grad._version != version and not grad.any())
+            if parameter.grad is None or (parameter.grad is grad and grad._version != version and _is_plus_zero(grad))
         }
 
     def renew(self, cleared: set[Tensor]) -> list[Tensor]:
         """Mark those anew, and return the others."""
         for parameter in cleared:
             self._unmark(parameter)
-            self._mark(parameter)
+        self._mark(cleared)
         return [parameter for parameter in self._marks if parameter not in cleared]
 
     def remove(self) -> None:
@@ -223,6 +233,11 @@ class _Marks:
         grad, version, planted = self._marks[parameter]
         if planted and parameter.grad is grad and (grad._version == version or not grad.any()):
             parameter.grad = None
+
+
+def _is_plus_zero(grad: Tensor) -> bool:
+    """Whether all is 0.0 and nothing -0.0."""
+    return not bool((grad.signbit() | (grad != 0)).any())
 
 
 class _Held:

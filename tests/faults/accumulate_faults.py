@@ -87,7 +87,7 @@ FAULTS = [
     Fault(
         "accumulate: zero_grad before a penalty's gradients unnoticed",
         "genft_kernels/sharing/accumulate.py",
-        "                self._hooks.append(parameter.register_hook(self._look))\n",
+        "        self._hooks += [parameter.register_hook(self._look) for parameter in new]\n",
         "",
         ZERO_GRAD,
     ),
@@ -108,8 +108,22 @@ FAULTS = [
     Fault(
         "accumulate: after a pass what was not added to is not marked anew",
         "genft_kernels/sharing/accumulate.py",
-        "            if parameter.grad is not grad or grad._version != version:\n",
-        "            if parameter.grad is not grad or grad.any():\n",
+        "            if parameter.grad is not grad or grad._version != version\n",
+        "            if parameter.grad is not grad or grad.any()\n",
+        ZERO_GRAD,
+    ),
+    Fault(
+        "accumulate: zeros that are scaled are taken for zero_grad",
+        "genft_kernels/sharing/accumulate.py",
+        "(grad.signbit() | (grad != 0))",
+        "(grad != 0)",
+        ZERO_GRAD,
+    ),
+    Fault(
+        "accumulate: zeros that are there are no marks",
+        "genft_kernels/sharing/accumulate.py",
+        "grad.masked_fill_(grad == 0, -0.0)",
+        "pass",
         ZERO_GRAD,
     ),
     Fault(

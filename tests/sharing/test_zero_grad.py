@@ -52,6 +52,7 @@ STEPS = {
     "no penalty": lambda model: model.penalty(0.0).backward(),
     "both": lambda model: (model() + model.penalty(0.5)).backward(),
     "both, no penalty": lambda model: (model("recomputed") + model.penalty(0.0)).backward(),
+    "clip": lambda model: nn.utils.clip_grad_norm_(model.trained(), 1e9),  # which multiplies by one
     "clear": lambda model: model.zero_grad(),
     "zero": lambda model: model.zero_grad(set_to_none=False),
     "clear own": lambda model: model.layers.zero_grad(),
@@ -102,6 +103,13 @@ def test_zeros_that_lie_in_one_tensor_with_others_are_no_zero_grad():
     """Gradients of one generation are views of stacks: what is added to one counts as a change of all."""
     compare(["loss", "no penalty", "loss"], before=["loss", "zero"], transform="column")
     compare(["loss", "penalty", "loss"], before=["loss", "zero"], transform="column", zero_delta=True)
+
+
+@pytest.mark.parametrize("before", [(), ("loss",), ("loss", "zero")], ids=["none", "values", "zeros"])
+@pytest.mark.parametrize("term", [(), ("no penalty",), ("both, no penalty",)], ids=["", "zeros", "zeros within"])
+def test_zeros_that_are_scaled_are_no_zero_grad(term, before):
+    compare(["loss", *term, "clip", "loss"], before)
+    compare(["loss", *term, "clip", "zero", "part"], before, transform="column")
 
 
 def test_zeros_that_came_before_a_pass_within_the_pass_are_no_zero_grad():
