@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -94,9 +96,9 @@ def keep_untied(model: nn.Module, paths: Iterable[str]) -> None:
     """Let `tie_weights` of transformers models, which `resize_token_embeddings` calls, leave these modules alone."""
     let_tie(model)
     for name, module in model.named_modules():
-        ties = callable(getattr(type(module), "tie_weights", None))
-        if ties and any(name in ("", *upwards(path)) for path in paths):
-            module.__dict__["tie_weights"] = _TieTheRest(module, model, tuple(paths))
+        within = tuple(path[len(name) :].lstrip(".") for path in paths if name in ("", *upwards(path)))
+        if within and callable(getattr(type(module), "tie_weights", None)):
+            module.__dict__["tie_weights"] = _TieTheRest(module, within)
 
 
 def let_tie(model: nn.Module) -> None:
@@ -155,15 +157,19 @@ def _has_ties(model: nn.Module) -> bool:
 
 
 class _TieTheRest:
-    """Stands in for a model's `tie_weights`."""
+    """Stands in for a model's `tie_weights`, and holds the model weakly: it goes when it is dropped."""
 
-    def __init__(self, owner: nn.Module, root: nn.Module, paths: tuple[str, ...]) -> None:
-        self.owner, self.root, self.paths = owner, root, paths
+    def __init__(self, owner: nn.Module, paths: tuple[str, ...]) -> None:
+        self._owner, self._paths = weakref.ref(owner), paths
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _TieTheRest, (self._owner(), self._paths)
 
     def __call__(self, *args: object, **options: object) -> object:
-        before = [(module, *named) for module in self.root.modules() for named in module._parameters.items()]
-        trained = {id(each) for path in self.paths for each in self.root.get_submodule(path).parameters()}
-        result = getattr(type(self.owner), "tie_weights")(self.owner, *args, **options)  # noqa: B009
+        owner: Any = self._owner()
+        before = [(module, *named) for module in owner.modules() for named in module._parameters.items()]
+        trained = {id(each) for path in self._paths for each in owner.get_submodule(path).parameters()}
+        result = type(owner).tie_weights(owner, *args, **options)
         for module, name, parameter in before:
             if {id(parameter), id(module._parameters.get(name))} & trained:  # either end of a tie
                 module._parameters[name] = parameter

@@ -147,6 +147,20 @@ FAULTS = [
         ["tests/model/test_saved_modules.py"],
     ),
     Fault(
+        "modules to save: a model that is not tied again holds itself",
+        "genft_kernels/saved_modules.py",
+        "self._owner, self._paths = weakref.ref(owner), paths",
+        "self._owner, self._paths = (lambda: owner), paths",
+        TIED,
+    ),
+    Fault(
+        "modules to save: a part holds the model",
+        "genft_kernels/saved_modules.py",
+        "_TieTheRest(module, within)",
+        "_TieTheRest(model, within)",
+        TIED,
+    ),
+    Fault(
         "merge: a head is tied again",
         "genft_kernels/adapt.py",
         "keep_untied(model, [*state.saved_modules, *layers])",

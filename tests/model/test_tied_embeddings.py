@@ -1,5 +1,9 @@
 """Models of transformers whose head is tied to the embedding: what was trained on an end of the tie stays."""
 
+import gc
+import io
+import weakref
+
 import pytest
 import torch
 
@@ -120,6 +124,31 @@ def test_a_merged_head_is_not_tied_again(again):
     assert torch.allclose(logits(model), expected, atol=1e-6)
     remove_genft(model, keep_update=True)
     assert torch.allclose(logits(model), expected, atol=1e-6)
+
+
+def test_a_merged_model_that_is_dropped_is_freed_at_once():
+    model = merge(adapted())
+    dropped = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert dropped() is None
+    finally:
+        gc.enable()
+
+
+def test_a_saved_part_of_a_merged_model_is_that_part():
+    model = merge(adapted())
+    with torch.no_grad():
+        expected = model.model(ids()).last_hidden_state
+    file = io.BytesIO()
+    torch.save(model.model, file)
+    assert b"LlamaForCausalLM" not in file.getvalue()
+    file.seek(0)
+    part = torch.load(file, weights_only=False)
+    part.tie_weights()
+    with torch.no_grad():
+        assert torch.equal(part(ids()).last_hidden_state, expected)
 
 
 def test_an_unmerged_head_is_tied_as_it_was():
