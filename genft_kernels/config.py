@@ -69,7 +69,8 @@ class GenFTConfig:
             them once, for all of its experts.
         fused_blocks: name suffix -> (number of row blocks in the fused weight, or the rows of each; the blocks to
             adapt), for example `{"qkv": (3, (0, 2))}` or `{"qkv_proj": ((4096, 1024, 1024), (0, 2))}`. The blocks are
-            consecutive; where heads alternate (GPT-NeoX, BLOOM) there are none.
+            consecutive; where heads alternate (GPT-NeoX, BLOOM) there are none. Of several entries that name a layer
+            the longest counts.
 
     Raises:
         ValueError: a value is out of its range; the message names the field.

@@ -14,7 +14,7 @@ from .arguments import about, listing, shown, warn
 from .config import ALL_LINEAR, QUERY_AND_VALUE_NAMES, GenFTConfig
 from .frozen_weight import FrozenWeight, blocks_gradients, is_kind_of_layer, kind_name, without_dense
 from .heads import heads
-from .matching import FullMatch, Names, held_at, upwards
+from .matching import FullMatch, Names, ends, held_at, upwards
 from .row_blocks import RowBlocks
 
 if TYPE_CHECKING:
@@ -37,9 +37,6 @@ READ_UNCALLED = {
     "GraniteMoeHybridMambaLayer": ("out_proj",),
     "MobileBertLMPredictionHead": ("dense", "decoder"),
 }
-
-
-WHOLE = None, RowBlocks()  # no entry of `fused_blocks`
 
 
 class Target(NamedTuple):
@@ -81,7 +78,6 @@ def find_targets(model: nn.Module, config: GenFTConfig, full_matches: FullMatch)
     paths = held_at((name, module) for name, module in modules.items() if name in chosen)
     if not paths:
         raise ValueError(_nothing_matched(model, config, wanted, names))
-    fused = entries_of_blocks(config, names)
     targets = []
     for module, at in paths.items():
         try:
@@ -92,10 +88,9 @@ def find_targets(model: nn.Module, config: GenFTConfig, full_matches: FullMatch)
         except (TypeError, ValueError) as error:
             hint = " (exclude_modules leaves it out)" if config.target_modules == ALL_LINEAR else ""
             raise type(error)(f"target module {at[0]!r}: {error}{hint}") from None
-        _, blocks = fused.get(at[0], WHOLE)
-        targets.append(Target(tuple(at), module, blocks))
-    used = {fused.get(target.name, WHOLE)[0] for target in targets}
-    unused = [entry for entry in config.fused_blocks or {} if entry not in used]
+        targets.append(Target(tuple(at), module, blocks_of(config, at[0])))
+    named = {end for target in targets for end in ends(target.name)}
+    unused = [entry for entry in config.fused_blocks or {} if entry not in named]
     if unused:
         listed = listing((target.name for target in targets), _NAMED)
         raise ValueError(f"fused_blocks[{unused[0]!r}] names no target module; targets are {listed}")
@@ -103,10 +98,10 @@ def find_targets(model: nn.Module, config: GenFTConfig, full_matches: FullMatch)
     return targets
 
 
-def entries_of_blocks(config: GenFTConfig, names: Names) -> dict[str, tuple[str | None, RowBlocks]]:
-    """By the paths that `fused_blocks` names, the entry that does and its blocks; `WHOLE` is of all others."""
+def blocks_of(config: GenFTConfig, path: str) -> RowBlocks:
+    """The blocks of the layer at a path: by the longest of the entries of `fused_blocks` that name it, if any does."""
     fused: Mapping[str, Any] = config.fused_blocks or {}
-    return {name: (entry, blocks) for entry, blocks in fused.items() for name in names.ending_in(entry)}
+    return next((fused[end] for end in ends(path) if end in fused), RowBlocks())
 
 
 def find_modules_to_save(model: nn.Module, config: GenFTConfig, targets: Iterable[Target | ExpertTarget]) -> list[str]:

@@ -27,10 +27,10 @@ from ..checks import SUPPORTED_DTYPES
 from ..config import GenFTConfig
 from ..defaults import settled
 from ..frozen_weight import FrozenWeight
-from ..matching import Names, full_matches_in_time
+from ..matching import full_matches_in_time
 from ..modules import GenFTLinear
 from ..saved_modules import tied_again, unsavable
-from ..targets import WHOLE, entries_of_blocks, weight_of
+from ..targets import blocks_of, weight_of
 from .fingerprint import Fingerprint
 from .foreign_folder import explain_foreign_folder
 from .format import AdapterFile, is_ours, read_adapter_file, write_adapter_file
@@ -238,9 +238,8 @@ def _check_same_config(mine: GenFTConfig, theirs: GenFTConfig, but: Collection[s
 def _check_same_blocks(model: nn.Module, in_file: GenFTConfig) -> None:
     """Raise ValueError where the file adapts other rows of a layer, whatever name and cut say so."""
     layers = {path: layer for path, layer in adapted_layers(model).items() if isinstance(layer, GenFTLinear)}
-    entries = entries_of_blocks(in_file, Names(layers))
     for path, layer in layers.items():
-        mine, (_, theirs) = layer.all_blocks, entries.get(path, WHOLE)
+        mine, theirs = layer.all_blocks, blocks_of(in_file, path)
         with about(f"the file's blocks of {path!r}"):
             rows = theirs.adapted_rows(layer.out_features)
         if rows != mine.adapted_rows(layer.out_features):

@@ -32,11 +32,20 @@ from tests.helpers.peft_models import (  # noqa: E402
     with_second_adapter,
 )
 
+
+def in_sequence():
+    return nn.Sequential(FusedEncoder())
+
+
+LONGEST_LAST = {"qkv": (3, (0, 2)), "0.qkv": (3, (0,))}
+LONGEST_FIRST = dict(reversed(LONGEST_LAST.items()))
 MODELS = {
     "square": (Encoder, {}),
     "modules_to_save": (Encoder, dict(modules_to_save=["classifier"], bias=True)),
     "several-shapes": (GroupedQueryBlock, dict(target_modules=r".*_proj", exclude_modules=["k_proj"])),
     "fused": (FusedEncoder, dict(target_modules=["qkv", "proj"], fused_blocks={"qkv": (3, (0, 2))})),
+    "fused-longest-last": (in_sequence, dict(target_modules=["qkv", "proj"], fused_blocks=LONGEST_LAST)),
+    "fused-longest-first": (in_sequence, dict(target_modules=["qkv", "proj"], fused_blocks=LONGEST_FIRST)),
     "conv1d": (TransposedEncoder, dict(target_modules=["c_attn", "c_proj"], transform="row", bias=True)),
     "shared-only-tiled": (Encoder, dict(specific_dim=0, outer_activation="gelu", weight_ratio="rms")),
 }

@@ -131,6 +131,17 @@ def test_fused_blocks_are_targets_without_being_named_twice():
         apply_genft(FusedEncoder(), config(fused_blocks={"qkv": (5, (0,))}))
 
 
+@pytest.mark.parametrize("order", [list, reversed])
+def test_the_longest_entry_that_names_a_layer_has_its_blocks(order):
+    entries = {"qkv": (3, (0, 2)), "1.qkv": (3, (0,))}
+    blocks = {entry: entries[entry] for entry in order(entries)}
+    model = nn.Sequential(FusedEncoder(), FusedEncoder())
+    first, second = find_targets(model, config(fused_blocks=blocks), full_matches)
+    assert (first.blocks, second.blocks) == ((3, (0, 2)), (3, (0,)))
+    (target,) = find_targets(model, config(fused_blocks=blocks, target_modules=["1.qkv"]), full_matches)
+    assert target.blocks == (3, (0,))
+
+
 def test_modules_to_save_are_found_by_their_ends():
     settings = config(modules_to_save=["classifier", "norm"])
     targets = find_targets(Encoder(), settings, full_matches)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -24,9 +24,8 @@ from ...files.names import PEFT_WRAPPER
 from ...frozen_weight import kind_of
 from ...generator import GenFTGenerator, SharedTensors
 from ...matching import ends, held_at, put
-from ...row_blocks import RowBlocks
 from ...sharing.source import is_tensor_subclass
-from ...targets import check_called, check_gradients_pass, weight_of
+from ...targets import blocks_of, check_called, check_gradients_pass, weight_of
 from ...units import adapter_dtype
 from .config import PREFIX, PeftGenFTConfig
 from .experts import AdapterExperts, ExpertStack
@@ -190,8 +189,10 @@ class PeftGenFTModel(BaseTuner):
             except (TypeError, ValueError) as error:
                 raise type(error)(f"Target module {current_key!r} is not supported. {error}") from None
         native = peft_config.native()
-        blocks = _blocks(native, current_key, layer.out_features)
-        shape = layer.in_features, next(iter((blocks or RowBlocks()).by_rows(layer.out_features)))
+        blocks = blocks_of(native, current_key)
+        with about(repr(current_key)):
+            rows = next(iter(blocks.by_rows(layer.out_features)))
+        shape = layer.in_features, rows
         generator = self._generator(adapter_name, native, shape, layer.frozen_weight.dtype)
         layer.update_layer(adapter_name, generator, blocks)
         if layer is not target:
@@ -304,13 +305,3 @@ def _fingerprints(model: nn.Module, adapter_name: str) -> dict[str, Any] | None:
 
 def _pass_names(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], names: list[str]) -> Any:
     return args, {**kwargs, "adapter_names": names}
-
-
-def _blocks(native: GenFTConfig, path: str, rows: int) -> RowBlocks | None:
-    """The entry of `fused_blocks` for a module, if it has one."""
-    fused = native.fused_blocks or {}
-    entry = cast(RowBlocks | None, next((fused[end] for end in ends(path) if end in fused), None))
-    if entry is not None:
-        with about(repr(path)):
-            entry.rows(rows)
-    return entry
