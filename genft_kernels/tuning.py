@@ -62,7 +62,10 @@ def tune(model: nn.Module, tokens: int | Iterable[int] = (8192, 128), *, seconds
         OSError: what was measured cannot be kept.
     """
     check_type("model", model, nn.Module)
-    counts = [tokens] if is_integer(tokens) or not isinstance(tokens, Iterable) else list(tokens)
+    try:
+        counts: list[Any] = [tokens] if is_integer(tokens) else list(tokens)  # type: ignore[arg-type]
+    except TypeError:  # also an array of no dimension, which has the method
+        counts = [tokens]
     wrong = [count for count in counts if not is_integer(count) or count < 1]
     if wrong or not counts:
         raise ValueError(f"tokens must be positive integers, one or more, got {shown(wrong[0] if wrong else tokens)}")

@@ -353,7 +353,8 @@ def test_tune_says_what_is_wrong(another):
     with pytest.raises(ValueError, match='no GenFT layers with backend="auto"'):
         tune(torch.nn.Linear(3, 3))
     layer = GenFTLinear(12, 20, config=CONFIG)
-    for wrong, named in {"8": "'8'", 8.0: "8.0", None: "None", True: "True", (): r"\(\)", (8, 0): "0"}.items():
+    tokens = {"8": "'8'", 8.0: "8.0", None: "None", True: "True", (): r"\(\)", (8, 0): "0"}
+    for wrong, named in {**tokens, torch.tensor(8): r"tensor\(8\)"}.items():  # which cannot be iterated over
         with pytest.raises(ValueError, match=f"tokens must be positive integers, one or more, got {named}$"):
             tune(layer, wrong)
     for wrong in ("1", None, -1, -math.inf, math.nan):

@@ -55,9 +55,12 @@ FAULTS = [
     Fault(
         "tune: takes sequences alone",
         TUNING,
-        "isinstance(tokens, Iterable)",
-        "isinstance(tokens, (list, tuple))",
+        "if is_integer(tokens) else",
+        "if not isinstance(tokens, (list, tuple)) else",
         TESTS,
+    ),
+    Fault(
+        "tune: an array without a length is no error of ours", TUNING, "except TypeError:", "except KeyError:", TESTS
     ),
     Fault("tune: its seconds have an end", TUNING, "if seconds != math.inf and not", "if not", TESTS),
     Fault("tune: compiles in its seconds", TUNING, "in _calls(update, 1).values()", "in ()", OF_CLOCK),
