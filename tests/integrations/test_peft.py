@@ -135,6 +135,15 @@ def test_accumulate_gives_the_gradients_of_the_same_passes():
         assert parameter.grad is None or torch.allclose(parameter.grad, expected[name], rtol=1e-9, atol=1e-12), name
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_traced_model_answers_alike(gradients):
+    model = peft_model()
+    with torch.set_grad_enabled(gradients):
+        traced = torch.jit.trace(model, (tokens(),))
+        assert torch.allclose(traced(tokens(7)), model(tokens(7)), rtol=1e-12)
+
+
 def test_explain_and_summary_know_the_adapters_of_a_peft_model():
     model = peft_model(modules_to_save=["classifier"])
     assert "8x8: 4 layers on cpu in one generation" in explain(model)

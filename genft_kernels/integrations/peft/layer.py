@@ -238,7 +238,8 @@ class GenFTLayer(AdapterLayer):
         weight = self.frozen_weight
         if is_tensor_subclass(weight) and kind_of(self.base_layer) is not None:
             raise TypeError(f"{kind_name(self.base_layer)} was quantised after its adapter: quantise the model first")
-        if not torch.is_grad_enabled():  # FSDP's say that they train, because others do that it keeps them with
+        # FSDP's say that they train, because others do that it keeps them with.
+        if weight.requires_grad and not torch.is_grad_enabled():
             weight = weight.detach()
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             x = self._cast_input_dtype(x, weight.dtype)
