@@ -37,8 +37,8 @@ def accumulate(model: nn.Module) -> Iterator[nn.Module]:
     one mask for the whole context, all other dropout a new one in each forward. Until it ends nothing leads from a loss
     to the adapter's parameters: `backward(inputs=...)` and `autograd.grad` find none of their gradients.
 
-    Sharded layers, and what `torch.compile` has compiled, generate in every forward as ever. Under
-    `DistributedDataParallel` let all but the last micro-batch run under its `no_sync()`, and leave
+    Layers that are sharded or offloaded, and what `torch.compile` has compiled, generate in every forward as ever.
+    Under `DistributedDataParallel` let all but the last micro-batch run under its `no_sync()`, and leave
     `find_unused_parameters` off.
 
     Args:
@@ -69,6 +69,7 @@ class Accumulation:
         if not self._groups:
             raise ValueError("accumulate(model) needs a model with GenFT layers: call apply_genft(model, config) first")
         self.active = False
+        self.offloaded: set[Layer] = set()  # layers with tensors that are here for a forward only
         self._held: dict[tuple[Layer, Settings], _Held] = {}
         # By layer and the key of `LayerGroup.factors_for`, for who asks again (genft_kernels/short_road.py).
         self.by_key: dict[tuple[Layer, object], list[Factors]] = {}
@@ -79,6 +80,12 @@ class Accumulation:
         """From now on the layers get leaves; RuntimeError if they do so already."""
         if any(group.accumulation is not None for group in self._groups):
             raise RuntimeError("accumulate(model) does not nest: these layers are within one already")
+        self.offloaded = {
+            layer
+            for group in self._groups
+            for layer in group.layers
+            if any(tensor.is_meta for tensor in (*layer.watched(), *layer.generator.tensors()))
+        }
         for group in self._groups:
             group.accumulation = self
         self.active = True
@@ -96,6 +103,7 @@ class Accumulation:
         for group in self._groups:
             if group.accumulation is self:
                 group.accumulation = None
+        self.offloaded.clear()
         self._held.clear()
         self.by_key.clear()
         self._marks.remove()

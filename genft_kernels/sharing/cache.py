@@ -247,6 +247,8 @@ class LayerGroup:
         gradients, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         settings = Settings(backend, dtype, source.dropout, gradients, inference, current_stream(source.weight.device))
         with self.lock:
+            if self.accumulation is not None and layer in self.accumulation.offloaded:
+                source = source._replace(obstacle="its parameters are offloaded")
             if self.accumulation is not None and not inference and source.reason_to_stay_alone() is None:
                 return self.accumulation.factors_for(self, layer, source, settings, seeds, key)
             if settings.dropout > 0 and _may_be_repeated():

@@ -13,6 +13,8 @@ from tests.helpers.tiny_models import Encoder, FusedEncoder, GroupedQueryBlock, 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
+from accelerate import cpu_offload  # noqa: E402  # PEFT needs it
+
 from tests.helpers.peft_models import (  # noqa: E402
     TransposedEncoder,
     base,
@@ -133,6 +135,22 @@ def test_accumulate_gives_the_gradients_of_the_same_passes():
     for name, parameter in model.named_parameters():
         assert (parameter.grad is None) == (name not in expected)
         assert parameter.grad is None or torch.allclose(parameter.grad, expected[name], rtol=1e-9, atol=1e-12), name
+
+
+def test_accumulate_leaves_layers_that_are_offloaded_alone():
+    """Their weights come for a forward and go again."""
+    model = peft_model()
+    model(tokens()).square().sum().backward()
+    expected = {name: 2 * p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    for layer in layers_of(model)[:2]:
+        cpu_offload(layer.base_layer, execution_device="cpu")
+    with accumulate(model):
+        for _ in range(2):
+            model(tokens()).square().sum().backward()
+    assert layers_of(model)[0].base_layer.weight.is_meta
+    for name, gradient in expected.items():
+        assert torch.allclose(model.get_parameter(name).grad, gradient, rtol=1e-9, atol=1e-12), name
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
