@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from genft_kernels import GeneratorParameters, GenFTConfig, GenFTLinear, backends, philox, reference, update
+from genft_kernels.backends import choices
 from genft_kernels.backends.eager import update_tile
 from genft_kernels.functional import factored_linear, genft_linear
 from genft_kernels.sharing import node
@@ -229,6 +230,21 @@ def test_explain_names_every_backend_and_the_choice():
     text = backends.explain("cpu")
     assert text.startswith('backend="auto" on cpu: eager')
     assert all(f"  {name}: " in text for name in (*backends.OPERATION_BACKENDS, "reference"))
+
+
+def test_card_without_a_number_is_explained_as_the_first(monkeypatch):
+    card = torch.device("cuda", 0)
+    monkeypatch.setattr(backends, "_set_aside", {("triton", card): "set aside in this process: row: it broke"})
+    monkeypatch.setattr(choices, "_tables", {card: {"a shape": "eager"}})
+    monkeypatch.setattr(choices, "_load", lambda device: {})
+    monkeypatch.setattr(backends, "unavailable", lambda name, device, dtype: None)
+    monkeypatch.setattr(backends, "rejection", lambda name, device: None)
+    monkeypatch.setattr(backends, "default_for", backends.default_for.__wrapped__)
+    text = backends.explain("cuda")
+    assert text.startswith(
+        'backend="auto" on cuda:0: eager for the factored form, cuda for the tiled form; but for 1 m'
+    )
+    assert "rejected for auto: set aside in this process: row: it broke" in text
 
 
 @pytest.mark.parametrize("on", runnable(torch.float64))

@@ -275,21 +275,6 @@ def test_set_aside_is_explained(monkeypatch):
     )
 
 
-def test_card_without_a_number_is_explained_as_the_first(monkeypatch):
-    card = torch.device("cuda", 0)
-    monkeypatch.setattr(backends, "_set_aside", {("triton", card): "set aside in this process: row: it broke"})
-    monkeypatch.setattr(choices, "_tables", {card: table_of((*TILED, 8, False))})
-    monkeypatch.setattr(choices, "_load", lambda device: {})
-    monkeypatch.setattr(backends, "unavailable", lambda name, device, dtype: None)
-    monkeypatch.setattr(backends, "rejection", lambda name, device: None)
-    monkeypatch.setattr(backends, "default_for", backends.default_for.__wrapped__)
-    text = backends.explain("cuda")
-    assert text.startswith(
-        'backend="auto" on cuda:0: eager for the factored form, cuda for the tiled form; but for 1 m'
-    )
-    assert "rejected for auto: set aside in this process: row: it broke" in text
-
-
 def test_triton_launch_that_fails_names_its_kernel():
     pytest.importorskip("triton")
     from genft_kernels.backends.triton.launch import named

@@ -35,7 +35,13 @@ FAULTS = [
     Fault("choices: off is no word", CHOICES, 'value == "off"', 'value == "none"', TESTS),
     Fault("choices: every rank its own", CHOICES, "_tables[device] = fitting[0] if fitting else {}", "pass", TESTS),
     Fault("auto: a failure ends the run", OPS, "except (backends.LaunchError, BuildError)", "except BuildError", TESTS),
-    Fault("explain: a card without a number", BACKENDS, "and device.index is None:", "and False:", TESTS),
+    Fault(
+        "explain: a card without a number",
+        BACKENDS,
+        "and device.index is None:",
+        "and False:",
+        ["tests/backends/test_backends.py", "-k", "explain"],
+    ),
     Fault("auto: a failure is not remembered", BACKENDS, "_set_aside[name, device] = f", "_ = f", TESTS),
     Fault(
         "tune: draws from the model's random numbers",
