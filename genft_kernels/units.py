@@ -17,7 +17,7 @@ from .generator import GenFTGenerator, draw_up, registered, zeroed_names
 from .optimizer_steps import watch_optimizers
 from .parameters import GeneratorParameters, specific_shapes
 from .row_blocks import RowBlocks
-from .sharing.cache import Share
+from .sharing.share import Share
 from .sharing.source import Source, is_tensor_subclass
 
 

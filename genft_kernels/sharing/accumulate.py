@@ -18,7 +18,8 @@ from torch.utils.hooks import RemovableHandle
 from .. import _torch_private
 from ..arguments import check_type
 from ..update import Factors
-from .cache import LayerGroup, Share, all_groups
+from .cache import LayerGroup, all_groups
+from .share import Share
 from .source import Layer, Settings, Source
 
 
@@ -80,11 +81,11 @@ class Accumulation:
         """From now on the layers get leaves; RuntimeError if they do so already."""
         if any(group.accumulation is not None for group in self._groups):
             raise RuntimeError("accumulate(model) does not nest: these layers are within one already")
+        sources = {layer: layer.source() for group in self._groups for layer in group.layers}
         self.offloaded = {
             layer
-            for group in self._groups
-            for layer in group.layers
-            if any(tensor.is_meta for tensor in (*layer.watched(), *layer.generator.tensors()))
+            for layer, source in sources.items()
+            if any(tensor.is_meta for tensor in (*source.watched, *source.shared.values()))
         }
         for group in self._groups:
             group.accumulation = self

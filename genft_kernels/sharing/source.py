@@ -12,7 +12,7 @@ from ..config import GenFTConfig
 from ..frozen_weight import FrozenWeight
 
 if TYPE_CHECKING:
-    from .cache import Share
+    from .share import Share
 
 
 class Source(NamedTuple):

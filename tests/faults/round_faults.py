@@ -70,14 +70,14 @@ FAULTS = [
     ),
     Fault(
         "round: layers of another forward taken for compared",
-        "genft_kernels/sharing/cache.py",
+        "genft_kernels/sharing/share.py",
         "if share.asked_in == last]",
         "]",
         ROUNDS,
     ),
     Fault(
         "round: begins anew with a generation in mid-forward",
-        "genft_kernels/sharing/cache.py",
+        "genft_kernels/sharing/share.py",
         "if goes_on and before.asked_in",
         "if False and before.asked_in",
         ROUNDS,
@@ -91,14 +91,14 @@ FAULTS = [
     ),
     Fault(
         "round: a change with a version alarms a device",
-        "genft_kernels/sharing/cache.py",
+        "genft_kernels/sharing/share.py",
         "if same and len(shares) == len(self.shares):",
         "if True:",
         ROUNDS,
     ),
     Fault(
         "round: every layer compares for itself",
-        "genft_kernels/sharing/cache.py",
+        "genft_kernels/sharing/share.py",
         "        self._members, self._together = members, Together(snapshots, tensors) if flat else None\n",
         "",
         ROUNDS,

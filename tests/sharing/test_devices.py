@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from genft_kernels import GenFTConfig, accumulate, apply_genft, register_frozen_weight
-from genft_kernels.sharing import cache, snapshot
+from genft_kernels.sharing import cache, share, snapshot
 from tests.helpers.adapted_models import generations
 from tests.helpers.tiny_models import randomise
 
@@ -16,7 +16,7 @@ from tests.helpers.tiny_models import randomise
 @pytest.fixture(autouse=True)
 def device(monkeypatch):
     """Values are compared as on a device."""
-    for module in (cache, snapshot):
+    for module in (share, snapshot):
         monkeypatch.setattr(module, "compares_at_once", lambda device: False)
 
 
@@ -188,6 +188,6 @@ def test_each_captured_graph_has_a_generation_of_its_own(capture, layers, traini
 
 
 def test_nothing_is_kept_for_comparison_in_a_captured_graph(capture, monkeypatch):
-    monkeypatch.setattr(cache, "Watch", None)
+    monkeypatch.setattr(share, "Watch", None)
     with torch.no_grad():
         pair().eval()(torch.ones(3, 8))

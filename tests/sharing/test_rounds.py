@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from genft_kernels import GenFTLinear
-from genft_kernels.sharing import cache, snapshot
+from genft_kernels.sharing import share, snapshot
 from tests.helpers.adapted_models import adapted, generations, train
 from tests.helpers.tiny_models import Encoder, tokens
 
@@ -208,7 +208,7 @@ def test_a_copy_holds_no_share(model):
 
 @pytest.mark.parametrize("part", ["specific_up", "weight"])
 def test_a_device_is_not_alarmed_by_a_change_with_a_version(part, monkeypatch):
-    for module in (cache, snapshot):
+    for module in (share, snapshot):
         monkeypatch.setattr(module, "compares_at_once", lambda device: False)
     model = adapted(partial(Encoder, layers=LAYERS)).eval()
     with torch.no_grad():

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from genft_kernels import GenFTConfig, GenFTLinear, accumulate, apply_genft, refresh
-from genft_kernels.sharing import cache, snapshot
+from genft_kernels.sharing import share, snapshot
 from tests.helpers.adapted_models import adapted, generations, groups, loss_of
 from tests.helpers.tiny_models import Encoder, tokens
 
@@ -99,7 +99,7 @@ def test_training_mode_reuses_nothing_across_two_forwards(change, gradients):
 @pytest.mark.parametrize("at_once", [True, False], ids=["cpu", "device"])
 def test_evaluation_takes_nothing_that_training_made(layers, at_once, monkeypatch):
     """In training less is looked at; a reentrant region's first run leaves factors that a `no_grad` evaluation fits."""
-    for module in (cache, snapshot):
+    for module in (share, snapshot):
         monkeypatch.setattr(module, "compares_at_once", lambda device: at_once)
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(layers)))
     names = list(map(str, range(layers)))
@@ -240,7 +240,7 @@ def test_refresh_is_for_changes_of_a_weight_beside_its_diagonal():
 @pytest.fixture
 def device_model(monkeypatch):
     """A model whose values are compared as on a device."""
-    for module in (cache, snapshot):
+    for module in (share, snapshot):
         monkeypatch.setattr(module, "compares_at_once", lambda device: False)
     with torch.no_grad():
         model = adapted(partial(Encoder, layers=3)).eval()
