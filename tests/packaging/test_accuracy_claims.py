@@ -49,18 +49,19 @@ def test_the_official_preset_on_dialogues():
 
 def test_accuracy_on_texts_with_an_eighth_of_the_parameters():
     fast, shared = ({task: apart(task, SMALL, name) for task in TEXTS} for name in ("fast", "shared"))
-    own, shared_alone = (apart("dialogue", 57_600, name) for name in ("own", "fast"))
+    own, shared_alone, summed = (apart("dialogue", 57_600, name) for name in ("own", "fast", "fast-sum"))
     for words in (
         f"is level on 6 labels, {fast['trec-6']}, has {fast['trec-fine']} on the fine ones and {fast['snippets']} on "
         "snippets.",
         f"have {shared['trec-6']}, {shared['trec-fine']} and {shared['snippets']}.",
         f"On dialogues these have {own} in perplexity; 25 shared units a shape, which is what `for_budget` finds for "
-        f"57,600, {shared_alone}.",
+        f"57,600, {shared_alone}, and `fast-sum`, which has no own units there either, {summed}.",
     ):
         said(words, "docs/using.md")
     assert abs(mean(fast["trec-6"])) < 0.002
     assert units("trec-6", SMALL, "fast") == (0, 1) and units("trec-6", SMALL, "shared") == (12, 0)
     assert units("dialogue", 57_600, "own") == (0, 1) and units("dialogue", 57_600, "fast") == (25, 0)
+    assert units("dialogue", 57_600, "fast-sum")[1] == 0
     said(f"at 1/8 size level and {-mean(fast['trec-fine']):.3f} behind on TREC's")
     said(f"{mean(shared_alone):.1f} in perplexity where no layer gets units of its own")
 
