@@ -188,6 +188,11 @@ def _push(modes: Iterable[object]) -> None:
 # --- process groups -------------------------------------------------------------------------------------------------
 
 
+def data_parallel_under_way() -> Any:
+    """The `DistributedDataParallel` whose forward this is a part of, or None."""
+    return _private("torch.nn.parallel", "DistributedDataParallel._get_active_ddp_module")()
+
+
 def store_of_process_group() -> Any:
     """The store by which the ranks of the default process group met."""
     return _private("torch.distributed.distributed_c10d", "_get_default_store")()

@@ -29,8 +29,8 @@ class AccumulateCallback(TrainerCallback):
     end of the last micro-batch's backward. Each micro-batch must have one backward, as `Trainer.training_step` does.
 
     Raises, when training begins:
-        ValueError: the model has no adapted layers; or under `DistributedDataParallel`
-            `ddp_find_unused_parameters` is on, which takes for unused what receives its gradient late.
+        ValueError: the model has no adapted layers; or under `DistributedDataParallel` `ddp_find_unused_parameters` or
+            `ddp_static_graph` is on, which takes for unused what receives its gradient late.
     """
 
     def __init__(self) -> None:
@@ -86,6 +86,8 @@ def _check_distributed(args: Any) -> None:
     wrapped = args.world_size > 1 and not (args.fsdp or args.deepspeed)
     if wrapped and find_unused:
         raise ValueError("AccumulateCallback needs ddp_find_unused_parameters=False in the TrainingArguments")
+    if wrapped and getattr(args, "ddp_static_graph", None):  # not in every version of transformers
+        raise ValueError("AccumulateCallback does not go with ddp_static_graph=True in the TrainingArguments")
 
 
 class AdapterCheckpoints:

@@ -39,8 +39,8 @@ def accumulate(model: nn.Module) -> Iterator[nn.Module]:
     to the adapter's parameters: `backward(inputs=...)` and `autograd.grad` find none of their gradients.
 
     Layers that are sharded or offloaded, and what `torch.compile` has compiled, generate in every forward as ever.
-    Under `DistributedDataParallel` let all but the last micro-batch run under its `no_sync()`, and leave
-    `find_unused_parameters` off.
+    Under `DistributedDataParallel` let all but the last micro-batch run under its `no_sync()`; its
+    `find_unused_parameters` and `static_graph` have to be off.
 
     Args:
         model: has layers with an adapter; it may be wrapped.
@@ -48,7 +48,8 @@ def accumulate(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         ValueError: no such layer.
         RuntimeError: within another `accumulate` of these layers; a parameter changed within the context; a gradient
-            arrives after its end. An exception within the context leaves no gradient of the update behind.
+            arrives after its end; a forward under a `DistributedDataParallel` that looks for unused parameters. An
+            exception within the context leaves no gradient of the update behind.
     """
     accumulation = Accumulation(model)
     accumulation.start()
@@ -119,6 +120,7 @@ class Accumulation:
         settings = settings._replace(gradients=True)
         held = self._held.get((layer, settings))
         if held is None:
+            _check_data_parallel()
             together = group.together_with(layer, source)
             sources = {each: one for each, one in together.items() if (each, settings) not in self._held}
             with torch.enable_grad():
@@ -157,6 +159,21 @@ class Accumulation:
             for each in self._held.values():
                 for _, leaf in each.pairs():
                     leaf.grad = None
+
+
+def _check_data_parallel() -> None:
+    """Raise where the forward's processes would take for unused what receives its gradients as the context ends.
+
+    The wrapper is asked while it runs, since who accumulates may have the model inside alone.
+    """
+    wrapper = _torch_private.data_parallel_under_way()
+    for option in ("find_unused_parameters", "static_graph"):
+        if getattr(wrapper, option, False):
+            raise RuntimeError(
+                f"accumulate(model) does not go with DistributedDataParallel(..., {option}=True), which looks in a "
+                "backward for the parameters that are used: the adapter's receive their gradients after it. Leave it "
+                "out"
+            )
 
 
 def _send_on(held: Mapping[tuple[Layer, Settings], _Held], parameters: Sequence[Tensor] | None = None) -> None:

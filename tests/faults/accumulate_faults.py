@@ -4,6 +4,7 @@ from tests.faults.planting import Fault
 
 ACCUMULATION = ["tests/sharing/test_accumulation.py"]
 SHORT_ROAD = ["tests/sharing/test_short_road.py"]
+DISTRIBUTED = ["tests/sharing/test_distributed.py"]
 ZERO_GRAD = ["tests/sharing/test_zero_grad.py"]
 
 FAULTS = [
@@ -155,5 +156,19 @@ FAULTS = [
         "        if self._end() is None:\n            self._heed_zero_grad()\n        held",
         "        if True:\n            self._heed_zero_grad()\n        held",
         ZERO_GRAD,
+    ),
+    Fault(
+        "accumulate: a static graph takes the adapter for unused",
+        "genft_kernels/sharing/accumulate.py",
+        'for option in ("find_unused_parameters", "static_graph"):',
+        'for option in ("find_unused_parameters",):',
+        DISTRIBUTED,
+    ),
+    Fault(
+        "accumulate: the Trainer's static graph is not asked for",
+        "genft_kernels/integrations/transformers.py",
+        'if wrapped and getattr(args, "ddp_static_graph", None):',
+        "if False:",
+        ["tests/integrations/test_integrations.py"],
     ),
 ]

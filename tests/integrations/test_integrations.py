@@ -103,3 +103,6 @@ def test_settings_that_cannot_work_are_refused_before_training(tmp_path):
     callback = AccumulateCallback()
     callback.on_train_begin(distributed, None, None, model=make_model())
     callback.on_train_end(distributed, None, None)
+    distributed.ddp_static_graph = True
+    with pytest.raises(ValueError, match="ddp_static_graph=True"):
+        callback.on_train_begin(distributed, None, None, model=make_model())

@@ -90,6 +90,27 @@ def test_data_parallel(tmp_path):
             assert result["generations"] == STEPS * count
 
 
+def refusals(rank: int) -> list[str]:
+    found = []
+    for option in ("static_graph", "find_unused_parameters"):
+        model = make_model()
+        wrapped = DistributedDataParallel(model, **{option: True})
+        for given in (wrapped, model):
+            with pytest.raises(RuntimeError) as raised, accumulate(given):
+                wrapped(BATCHES[0, 0, rank])
+            found.append(str(raised.value))
+        wrapped(BATCHES[0, 0, rank]).square().mean().backward()  # as ever without it
+        assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    return found
+
+
+def test_data_parallel_that_looks_for_unused_parameters_does_not_accumulate(tmp_path):
+    for found in in_two_processes(tmp_path, refusals)[0]:
+        static, unused = found[:2], found[2:]
+        assert all("DistributedDataParallel(..., static_graph=True)" in told for told in static)
+        assert all("DistributedDataParallel(..., find_unused_parameters=True)" in told for told in unused)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("units", [True, False], ids=["units", "root-alone"])
 def test_fully_sharded(tmp_path, units):
