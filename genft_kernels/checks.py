@@ -62,6 +62,16 @@ def check_frozen_weight(weight: torch.Tensor) -> None:
         raise ValueError("weight requires grad, but GenFT keeps it frozen: call weight.requires_grad_(False)")
 
 
+def is_sharded(tensor: object) -> bool:
+    """Whether it is a `DTensor`; nothing of torch's distributed tensors is imported to ask."""
+    return type(tensor).__name__ == "DTensor" and type(tensor).__module__.startswith("torch.distributed")
+
+
+def is_freed(tensor: torch.Tensor) -> bool:
+    """Whether its memory was taken from it, as FSDP2 does with what it has gathered."""
+    return tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
+
+
 def check_linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> None:
     """Raise unless `x [..., in]`, `weight [out, in]` and `bias [out]` make a linear layer with a frozen weight.
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import _torch_private, backends, reference
 from .arguments import check_type
+from .checks import is_freed, is_sharded
 from .config import GenFTConfig
 from .frozen_weight import FrozenWeight
 from .generator import GenFTGenerator, draw_up, registered, zeroed_names
@@ -180,7 +181,25 @@ class GenFTUpdate(nn.Module):
 
     def parameters_of_generator(self) -> GeneratorParameters:
         """The layer's trained tensors on its device, shared and specific units concatenated; differentiable."""
-        return GeneratorParameters.concatenated(self.generator(), self.specific_parameters(), self.stored_weight.device)
+        return GeneratorParameters.concatenated(
+            self.shared_tensors(), self.specific_parameters(), self.stored_weight.device
+        )
+
+    def shared_tensors(self) -> dict[str, Tensor]:
+        """The generator's tensors by name, to be computed with.
+
+        Raises:
+            RuntimeError: they are not there, as FSDP2 leaves those of a unit of its own.
+        """
+        shared = self.generator()
+        if self.generator.sharded and not torch.compiler.is_compiling():
+            sharded = is_sharded(self.stored_weight)
+            if any(not sharded if is_sharded(each) else is_freed(each) for each in shared.values()):
+                raise RuntimeError(
+                    "fully_shard was called on a generator, or on model.genft_generators, whose tensors are not there "
+                    "when a layer asks: leave generators to the root's fully_shard(model)"
+                )
+        return shared
 
     def delta_weight(self) -> Tensor:
         """dW [out, in] without dropout, generated from the frozen W, in float32 or wider; differentiable.

@@ -72,7 +72,7 @@ class ExpertUpdate(MergeableUpdate):
         """The tensors of every block: matrices have a leading dimension E * halves, biases none; differentiable."""
         blocks = self.blocks.count
         own = {name: for_blocks(units, blocks) for name, units in self.specific_parameters().items()}
-        return GeneratorParameters.concatenated(self.generator(), own, self.stored_weight.device, blocks)
+        return GeneratorParameters.concatenated(self.shared_tensors(), own, self.stored_weight.device, blocks)
 
     def delta_weight(self, training: bool = False) -> Tensor:
         """dW as W is stored, generated from the frozen W, in float32 or wider; differentiable.

@@ -23,7 +23,7 @@ from ..adapted_model import (
     set_backend,
 )
 from ..arguments import about, check_type, warn
-from ..checks import SUPPORTED_DTYPES
+from ..checks import SUPPORTED_DTYPES, is_sharded
 from ..config import GenFTConfig
 from ..defaults import settled
 from ..frozen_weight import FrozenWeight
@@ -36,7 +36,7 @@ from .foreign_folder import explain_foreign_folder
 from .format import AdapterFile, is_ours, read_adapter_file, write_adapter_file
 from .names import MODULES_TO_SAVE
 from .peft_file import MODULE_CHOICES, is_of_peft, read_peft_file
-from .sharded import any_sharded, by_one, is_sharded, like, whole
+from .sharded import any_sharded, by_one, like, whole
 
 _DENSE = torch.contiguous_format
 _EXTRA_STATE = "._extra_state"

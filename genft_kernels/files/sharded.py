@@ -12,17 +12,14 @@ from typing import TypeVar
 import torch.distributed
 from torch import Tensor, nn
 
+from ..checks import is_sharded
+
 T = TypeVar("T")
 
 
 def any_sharded(tensors: Iterable[object]) -> bool:
     """Whether one of them is a `DTensor`, of which each process has a part."""
     return any(is_sharded(tensor) for tensor in tensors)
-
-
-def is_sharded(tensor: object) -> bool:
-    """Whether it is a `DTensor`; nothing of torch's distributed tensors is imported to ask."""
-    return type(tensor).__name__ == "DTensor" and type(tensor).__module__.startswith("torch.distributed")
 
 
 def whole(tensor: T) -> T:

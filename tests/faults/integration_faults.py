@@ -323,4 +323,18 @@ FAULTS = [
         "    if False:",
         EXPORTS,
     ),
+    Fault(
+        "sharded: a generator of a unit of its own is asked for what was freed",
+        "genft_kernels/units.py",
+        "if is_sharded(each) else is_freed(each) for",
+        "if is_sharded(each) else False for",
+        [*SHARDED, "-k", "unit_of_its_own"],
+    ),
+    Fault(
+        "sharded: generators in a unit of their own are told in words of torch's",
+        "genft_kernels/units.py",
+        "sharded = is_sharded(self.stored_weight)",
+        "sharded = True",
+        [*SHARDED, "-k", "unit_of_its_own"],
+    ),
 ]

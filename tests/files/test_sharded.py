@@ -156,6 +156,29 @@ def test_fsdp1_is_refused_in_a_sentence(tmp_path):
         assert all("FSDP1" in text and "use fully_shard (FSDP2" in text for text in found)
 
 
+def generators_by_themselves(rank: int) -> dict[str, list]:
+    mesh, refused, answers = init_device_mesh("cpu", (2,)), [], []
+    for reshard in ("each", "all", False):
+        model = make()
+        generators = [model.genft_generators] if reshard == "all" else model.genft_generators.values()
+        for each in generators:
+            fully_shard(each, mesh=mesh, reshard_after_forward=bool(reshard))
+        fully_shard(model, mesh=mesh)
+        if reshard:
+            with pytest.raises(RuntimeError) as raised:
+                model(tokens())
+            refused.append(str(raised.value))
+        else:
+            answers.append(model(tokens()).detach())  # they stay
+    return dict(refused=refused, answers=answers)
+
+
+def test_generator_that_is_a_unit_of_its_own_is_refused_where_it_is_away(tmp_path):
+    for found in in_two_processes(tmp_path, generators_by_themselves)[0]:
+        assert all("leave generators to the root's fully_shard(model)" in told for told in found["refused"])
+        assert torch.allclose(*found["answers"], make()(tokens()), rtol=1e-12)
+
+
 class Reentrant(nn.Module):
     """An encoder whose layers are recomputed by the older kind of checkpointing."""
 
