@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .checks import check_bias, check_frozen_weight
+from .checks import check_bias, check_frozen_weight, is_sharded
 from .frozen_weight import blocks_gradients, is_kind_of_layer, kind_name, kind_of, without_dense
 from .instance_forward import check_instance_forward
 from .sharing.source import is_tensor_subclass
@@ -15,8 +15,11 @@ def check_adaptable(linear: nn.Module) -> None:
 
     Whether a quantised weight can be made dense is not tried yet.
     """
-    if any(type(parameter).__name__ == "DTensor" for parameter in linear.parameters(recurse=False)):
-        raise TypeError("its weight is sharded (FSDP2): call apply_genft or load_adapter before fully_shard")
+    if any(map(is_sharded, linear.parameters(recurse=False))):
+        raise TypeError(
+            "its weight is sharded: under FSDP2 call apply_genft or load_adapter before fully_shard; a layer under "
+            "tensor parallelism (parallelize_module) cannot be adapted"
+        )
     if is_kind_of_layer(linear):
         _check_quantised(linear)
         return

@@ -80,6 +80,12 @@ def check_linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> Non
     check_type("x", x, torch.Tensor)
     if x.is_nested:  # of two layouts, one without a shape
         raise TypeError("x is a nested tensor; only dense (strided) tensors are supported")
+    for name, tensor in (("weight", weight), ("bias", bias), ("x", x)):
+        if is_sharded(tensor):
+            raise TypeError(
+                f"{name} is a DTensor: there is no tensor parallelism (parallelize_module) of adapted layers, and "
+                "under FSDP2 a layer is called within a forward of what fully_shard was called on"
+            )
     # A FrozenWeight, whose module imports this one.
     handle = not isinstance(weight, torch.Tensor) and hasattr(weight, "dense")
     if not handle:

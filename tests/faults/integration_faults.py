@@ -221,7 +221,7 @@ FAULTS = [
     Fault(
         "sharded: adapted after it",
         "genft_kernels/adaptable.py",
-        'if any(type(parameter).__name__ == "DTensor" for parameter in linear.parameters(recurse=False)):',
+        "if any(map(is_sharded, linear.parameters(recurse=False))):",
         "if False:",
         SHARDED,
     ),
@@ -336,5 +336,12 @@ FAULTS = [
         "sharded = is_sharded(self.stored_weight)",
         "sharded = True",
         [*SHARDED, "-k", "unit_of_its_own"],
+    ),
+    Fault(
+        "sharded: tensor parallelism of an adapted layer goes on to the kernels",
+        "genft_kernels/checks.py",
+        "        if is_sharded(tensor):",
+        "        if False:",
+        [*SHARDED, "-k", "tensor_parallelism"],
     ),
 ]

@@ -10,6 +10,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -177,6 +178,33 @@ def test_generator_that_is_a_unit_of_its_own_is_refused_where_it_is_away(tmp_pat
     for found in in_two_processes(tmp_path, generators_by_themselves)[0]:
         assert all("leave generators to the root's fully_shard(model)" in told for told in found["refused"])
         assert torch.allclose(*found["answers"], make()(tokens()), rtol=1e-12)
+
+
+def make_small(settings: dict) -> nn.Module:
+    """Two layers, the first of which is adapted."""
+    config = GenFTConfig(**dict(shared_dim=2, specific_dim=1, transform="column", target_modules=["0"]) | settings)
+    return apply_genft(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), config)
+
+
+def tensor_parallel(rank: int) -> list[str]:
+    mesh, found = init_device_mesh("cpu", (2,)), []
+    for settings in (dict(outer_activation="gelu"), dict(outer_activation="identity"), dict(shared_dim=0)):
+        model = make_small(settings)
+        parallelize_module(model, mesh, {"0": ColwiseParallel()})
+        with pytest.raises(TypeError) as raised:
+            model(torch.ones(3, 8))
+        found.append(str(raised.value))
+    plain = parallelize_module(nn.Sequential(nn.Linear(8, 8)), mesh, {"0": ColwiseParallel()})
+    with pytest.raises(TypeError) as raised:
+        apply_genft(plain, GenFTConfig(target_modules=["0"]))
+    found.append(str(raised.value))
+    return found
+
+
+def test_tensor_parallelism_of_an_adapted_layer_is_refused_in_a_sentence(tmp_path):
+    for *forwards, late in in_two_processes(tmp_path, tensor_parallel)[0]:
+        assert all("weight is a DTensor: there is no tensor parallelism" in told for told in forwards)
+        assert "under tensor parallelism (parallelize_module) cannot be adapted" in late
 
 
 class Reentrant(nn.Module):
