@@ -15,6 +15,7 @@ from .. import backends
 from ..adapt import Plan, adapt_as_planned, find_plan, remove_genft
 from ..adapted_model import (
     GENERATORS,
+    Adapted,
     adapted_layers,
     adapter_state,
     check_enabled,
@@ -55,7 +56,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     Raises:
         TypeError: an argument is of the wrong type, or a module to save has an extra state that is no tensor.
         ValueError: an adapted weight holds NaN or infinity; `directory` holds a saved model of transformers.
-        RuntimeError: the model has no adapter, is offloaded, or is within `disabled`.
+        RuntimeError: the model has no adapter, is offloaded, or is within `disabled`; or a layer's generator is none of
+            `model.genft_generators`, as that of a layer that was copied.
         OSError: the folder cannot be written, or another process has been saving into it for a minute.
     """
     check_type("model", model, nn.Module)
@@ -171,6 +173,7 @@ def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The tensors that train in the generators and the layers of `model`, by its name in a file; no copies."""
     layers = layers_of_an_adapted_model(model)
     check_enabled(model)
+    _check_generators(model, layers)
     owners = {f"{GENERATORS}.{key}": (each, each.tensor_names) for key, each in getattr(model, GENERATORS).items()}
     owners |= {
         f"{path}.{within}".rstrip("."): (update, update.specific_names)
@@ -186,6 +189,17 @@ def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
             )
     _check_resident(tensors)
     return tensors
+
+
+def _check_generators(model: nn.Module, layers: Mapping[str, Adapted]) -> None:
+    """Raise RuntimeError where a layer shares units that a file would not hold."""
+    held = set(getattr(model, GENERATORS).values())
+    for path, layer in layers.items():
+        if any(update.generator not in held for update in layer.updates.values()):
+            raise RuntimeError(
+                f"the adapted layer {path!r} has a generator that is none of model.{GENERATORS}, as a copy of a layer "
+                "has: change the model before apply_genft, or call remove_genft(model), then apply_genft anew"
+            )
 
 
 def _saved_tensors(model: nn.Module) -> dict[str, Tensor]:

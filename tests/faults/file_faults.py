@@ -274,4 +274,11 @@ FAULTS = [
         "pass",
         OFFICIAL,
     ),
+    Fault(
+        "save: a copied layer's generator is left out",
+        "genft_kernels/files/adapter.py",
+        "    _check_generators(model, layers)\n",
+        "",
+        ADAPTER,
+    ),
 ]

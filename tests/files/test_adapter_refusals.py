@@ -1,5 +1,6 @@
 """Adapter files that are damaged or do not fit are refused by name, and the model is untouched."""
 
+import copy
 import hashlib
 import warnings
 
@@ -209,3 +210,18 @@ def test_an_adapter_of_the_vtab_preset_warns_as_its_configuration_does(tmp_path)
     save_adapter(randomise(apply_genft(base(), settings)), tmp_path)
     with pytest.warns(UserWarning, match="can never train"):
         load_adapter(base(), tmp_path)
+
+
+def test_layer_whose_generator_is_not_the_models_is_neither_saved_nor_loaded(folder, tmp_path):
+    model = adapted(**SAVED)
+    model.layers.append(copy.deepcopy(model.layers[0]))
+    told = r"'layers\.\d+\.attention\.query' has a generator that is none of model.genft_generators"
+    with pytest.raises(RuntimeError, match=told):
+        save_adapter(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match=told):
+        load_adapter(model, folder)
+    assert snapshot(model) == before
+    remove_genft(model)
+    save_adapter(apply_genft(model, config(**SAVED)), tmp_path / "new")  # as the message says
