@@ -98,7 +98,8 @@ def _some_inputs(model: Any) -> Any:
     try:
         if name == "pixel_values":
             pixels = (2, config.num_channels, config.image_size, config.image_size)
-            inputs = {name: torch.randn(pixels, generator=torch.Generator().manual_seed(0), dtype=model.dtype)}
+            generator = torch.Generator().manual_seed(0)
+            inputs = {name: torch.randn(pixels, generator=generator, dtype=model.dtype, device="cpu")}
         else:  # one row: several need a token that fills them up
             inputs = {name: value[:1] for name, value in model.dummy_inputs.items()}
         return inputs if isinstance(answer(model, inputs), torch.Tensor) else None

@@ -19,7 +19,7 @@ class MarksMerged(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:
-            destination[prefix + MARK] = torch.tensor(True)
+            destination[prefix + MARK] = torch.tensor(True, device="cpu")
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, *lists: Any) -> None:
         errors = lists[-1]  # the others are the missing and the unexpected keys

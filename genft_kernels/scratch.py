@@ -32,5 +32,5 @@ def scratch(slot: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch
         return torch.empty(shape, dtype=dtype, device=device)
     buffer = _slots.buffers.get(slot)
     if buffer is None or buffer.numel() < size:
-        buffer = _slots.buffers[slot] = torch.empty(size, dtype=torch.uint8)
+        buffer = _slots.buffers[slot] = torch.empty(size, dtype=torch.uint8, device=device)
     return buffer[:size].view(dtype).view(shape)

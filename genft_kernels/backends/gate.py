@@ -115,7 +115,7 @@ def _random(case: Case, dtype: torch.dtype, device: torch.device) -> Callable[..
     generator = torch.Generator().manual_seed(5)
 
     def random(*shape: int, scale: float = 1.0) -> Tensor:
-        numbers = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
+        numbers = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") * scale
         return numbers.to(case.dtype).to(device, dtype)
 
     return random

@@ -31,7 +31,8 @@ class Fingerprint(NamedTuple):
         if isinstance(weight, FrozenWeight):
             with resident(weight.module):
                 return cls.of(weight.dense())._replace(packed=_digest(packed_tensors(weight.module)))
-        indices = torch.linspace(0, weight.numel() - 1, min(_SAMPLES, weight.numel()), dtype=torch.float64).long()
+        count = min(_SAMPLES, weight.numel())
+        indices = torch.linspace(0, weight.numel() - 1, count, dtype=torch.float64, device="cpu").long()
         rows, columns = indices // weight.shape[1], indices % weight.shape[1]
         samples = weight[rows.to(weight.device), columns.to(weight.device)].double().tolist()
         norm = torch.linalg.vector_norm(weight, dtype=torch.float64).item()

@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 
-from genft_kernels import philox
+from genft_kernels import philox, scratch
 from genft_kernels.activations import ACTIVATIONS
-from genft_kernels.backends.eager import cpu_pass
+from genft_kernels.backends.eager import cpu_pass, rounding
 from genft_kernels.backends.eager.fold import Folding
 from genft_kernels.backends.eager.rounding import round_stochastically
 from genft_kernels.backends.eager.sweep import _plain, elementwise_, sweep
@@ -265,6 +265,23 @@ def test_operations_give_the_same_in_plain_pytorch(name, monkeypatch):
     plain = run(genft_linear, data, case.config, backend="eager", training=True, seed=1)
     for key, expected in plain.items():
         assert relative_error(compiled[key], expected) <= 1e-12, key
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["dropout-tall", "tiled-many-tokens", "outer-leaky_relu"])
+@pytest.mark.parametrize("compiler", [pytest.param(True, marks=needs_compiler), False])
+def test_another_default_device_changes_nothing(compiler, name, dtype, monkeypatch):
+    if not compiler:
+        monkeypatch.setattr(cpu_pass, "_compiled", lambda: "no compiler")
+    case = case_of(name)
+    data = make_data(case, dtype)
+    options = dict(backend="eager", training=True, seed=1)
+    expected = run(genft_linear, data, case.config, **options)
+    monkeypatch.setattr(scratch, "_slots", scratch._Slots())  # memory as of a new thread
+    rounding._dither_table.cache_clear()
+    with torch.device("meta"):
+        found = run(genft_linear, data, case.config, **options)
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
 def test_other_devices_compute_by_themselves():

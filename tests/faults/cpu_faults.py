@@ -64,6 +64,15 @@ FAULTS = [
     planted("a transposed weight read as it lies", CALL, "if weight.stride(1) == 1 or", "if True or"),
     planted("stream of the column stage", CALL, "int(update.seed), update.stream", "int(update.seed), 0"),
     planted("sums of a tile in the first one's place", CALL, "left=_rows(sums.left, part)", "left=sums.left"),
+    planted("sums on the default device", CALL, ", device=left.device", ""),
+    planted(
+        "scratch memory on the default device",
+        "genft_kernels/scratch.py",
+        ", dtype=torch.uint8, device=device",
+        ", dtype=torch.uint8",
+    ),
+    planted("dither on the default device", "genft_kernels/backends/eager/rounding.py", '// 4, device="cpu"', "// 4"),
+    planted("the mask's scale on the default device", "genft_kernels/backends/eager/sweep.py", ', device="cpu"', ""),
     planted(
         "old code for new sources",
         CALL,

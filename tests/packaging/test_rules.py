@@ -12,6 +12,11 @@ PACKAGE = ROOT / "genft_kernels"
 LONGEST, WIDEST, MOST_PARAMETERS, MOST_RESULTS = 366, 120, 8, 3000
 # Imports within functions that would close a cycle as a module loads; docs/architecture.md#layers says why.
 LATE = {("config", "budget"), ("modules", "quantised_linear"), ("operation", "flops")}
+# Functions of torch that make a tensor of no other; without a device they ask which one is the default.
+FACTORIES = {
+    "arange", "as_tensor", "asarray", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "ones",
+    "rand", "randint", "randn", "randperm", "scalar_tensor", "tensor", "zeros",
+}  # fmt: skip
 # What has the schema of an operation, which is as wide as the operation is; its backward, formulas and public form.
 SCHEMAS = {"column", "row", "linear", "expert_linear", "factored_linear"}
 SOURCES = [
@@ -75,6 +80,19 @@ def test_kernel_files_allocate_nothing(backend):
     in_torch = {path.name for path in paths if re.search(r"torch\." + allocation.pattern, path.read_text())}
     assert len(paths) > 5 and in_torch == set()
     assert allocation.search((PACKAGE / "backends" / "plan.py").read_text())  # it does
+
+
+def tensors_of_the_default_device(source: str) -> list[int]:
+    """The lines of calls that make a tensor without saying where."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    made = [call for call in calls if ast.unparse(call.func) in {f"torch.{name}" for name in FACTORIES}]
+    return [call.lineno for call in made if not {"device", "out"} & {keyword.arg for keyword in call.keywords}]
+
+
+def test_every_tensor_is_made_on_a_device_that_is_named():
+    found = {name: tensors_of_the_default_device(path.read_text()) for name, path in MODULES.items()}
+    assert {name: lines for name, lines in found.items() if lines} == {}
+    assert tensors_of_the_default_device("torch.zeros(3)\ntorch.ones(3, device=x.device)\nx.new_empty(3)") == [1]
 
 
 def module_name(path: Path) -> str:

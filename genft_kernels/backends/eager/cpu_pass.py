@@ -77,7 +77,8 @@ def sweep(update: Update, others: Others, wanted: Wanted, folding: Folding | Non
     m = next((matrix.shape[1] for matrix in others if matrix is not None), 0)
     in_memory = wanted.gradient and m > _LONGEST_ON_THE_WAY
     shapes = (rows, k), (columns, k), (rows, m), (columns, m)
-    sums = Sums(*(torch.zeros(shape, dtype=wide) if want else None for shape, want in zip(shapes, wanted, strict=True)))
+    wants = zip(shapes, wanted, strict=True)
+    sums = Sums(*(torch.zeros(shape, dtype=wide, device=left.device) if want else None for shape, want in wants))
     for part in update.tiles() if in_memory else [slice(0, rows)]:
         grad = others.product("grad", part) if in_memory else None
         beside = Others() if in_memory and not (wanted.others_left or wanted.others_right) else others

@@ -72,6 +72,6 @@ def _dither_table(bits: int, device: torch.device) -> torch.Tensor:
     Made on the CPU and copied in whole: a kernel would fill it on the current stream, where another could not wait for
     it, or never, where that is being captured in a graph.
     """
-    seed = torch.zeros(1, dtype=torch.int64)
-    table = words(torch.arange(_TABLE_SIZE // 4), seed, ROUNDING_STREAM).reshape(-1) >> (32 - bits)
+    seed = torch.zeros(1, dtype=torch.int64, device="cpu")
+    table = words(torch.arange(_TABLE_SIZE // 4, device="cpu"), seed, ROUNDING_STREAM).reshape(-1) >> (32 - bits)
     return table.to(torch.int32).to(device)

@@ -58,4 +58,4 @@ def _keep_factors(update: Update, rows: slice, dtype: torch.dtype) -> Tensor | N
     assert update.seed is not None
     size = update.right.shape[0], update.left.shape[0]
     keep = philox.keep_mask(update.seed, update.stream, *size, update.dropout, rows)
-    return keep.to(dtype).mul_(torch.tensor(1 / (1 - update.dropout), dtype=dtype))
+    return keep.to(dtype).mul_(torch.tensor(1 / (1 - update.dropout), dtype=dtype, device="cpu"))
