@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from .adapted_model import is_enabled, look_once
 from .arguments import about, listing, warn
@@ -24,13 +26,22 @@ class FirstForward:
         self._waiting = {
             name: layer.register_forward_pre_hook(partial(self._before, name)) for name, layer in layers.items()
         }
-        self._handle = model.register_forward_hook(self)
+        self._handle: RemovableHandle | None = model.register_forward_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what hangs on modules that are gone, taken out of the model say, which torch cannot copy."""
+        waiting = {name: handle for name, handle in self._waiting.items() if handle.hooks_dict_ref() is not None}
+        gone = self._handle is None or self._handle.hooks_dict_ref() is None
+        return {"_waiting": waiting, "_handle": None if gone else self._handle}
 
     def __call__(self, model: nn.Module, args: object, output: object) -> None:
         """The model's forward has run."""
         if torch.compiler.is_compiling() or not is_enabled(model):
             return
-        names = [repr(name) for name in self._waiting]
+        # By their hooks: a layer may have been taken out or replaced, and another one have got its name.
+        present = {id(module._forward_pre_hooks) for module in model.modules()}
+        waiting = list(self._waiting.items())
+        names = [repr(name) for name, handle in waiting if id(handle.hooks_dict_ref()) in present]
         self.stop()
         if names and not _is_compiled(model):
             warn(
@@ -44,7 +55,8 @@ class FirstForward:
         """Watch no more."""
         for name in list(self._waiting):
             self._note(name)
-        self._handle.remove()
+        if self._handle is not None:
+            self._handle.remove()
 
     def _before(self, name: str, layer: nn.Module, args: object) -> None:
         """A hook of one layer."""

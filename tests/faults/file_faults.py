@@ -203,6 +203,20 @@ FAULTS = [
         ["tests/model/test_first_forward.py"],
     ),
     Fault(
+        "adapt: layers that were taken out are missed",
+        "genft_kernels/first_forward.py",
+        " if id(handle.hooks_dict_ref()) in present",
+        "",
+        ["tests/model/test_first_forward.py"],
+    ),
+    Fault(
+        "adapt: hooks of layers that were taken out are copied",
+        "genft_kernels/first_forward.py",
+        " if handle.hooks_dict_ref() is not None}",
+        "}",
+        ["tests/model/test_first_forward.py"],
+    ),
+    Fault(
         "adapt: a forward within disabled is taken for the first",
         "genft_kernels/first_forward.py",
         " or not is_enabled(model)",

@@ -1,6 +1,7 @@
 """Layers whose weight a model reads past the layer: the first forward tells them, and only the first."""
 
 import copy
+import gc
 import pickle
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -136,7 +137,11 @@ def test_nothing_is_left_of_it():
     assert hooks(model) == 0 and snapshot(model) == before
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
 def test_a_copy_is_watched_for_itself(copied):
     model = apply_genft(Reads("attribute"), settings())
     twin = copied(model)
@@ -145,6 +150,29 @@ def test_a_copy_is_watched_for_itself(copied):
     assert hooks(twin) == 0 and hooks(model) > 0
     with pytest.warns(UserWarning, match="not called.*'v'"):
         model(torch.zeros(2, DIM))
+
+
+def two_parts():
+    model = nn.Sequential(*(nn.Sequential(*(nn.Linear(DIM, DIM) for _ in range(3))) for _ in range(2)))
+    return apply_genft(model, settings(target_modules="all-linear"))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_layers_that_are_gone_are_neither_copied_nor_missed(copied):
+    model = two_parts()
+    del model[0][1]  # the third has its name now
+    model[1][2] = nn.Linear(DIM, DIM)
+    gc.collect()
+    for each in (copied(model), model):
+        each(torch.zeros(2, DIM))  # warnings are errors here
+        assert hooks(each) == 0
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_a_part_of_a_model_that_is_gone_can_be_copied(copied):
+    part = two_parts()[0]
+    gc.collect()
+    copied(copied(part))(torch.zeros(2, DIM))
 
 
 def test_a_forward_that_fails_shows_nothing():
