@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, cast
 
 import torch
+from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -26,8 +28,14 @@ from .sharing.cache import all_groups
 if TYPE_CHECKING:
     from .units import GenFTUpdate
 
-# Steps on layers' own units since the last one on their generator. Two optimizers may step in turn, so one is no sign.
-_steps_without: weakref.WeakKeyDictionary[GenFTGenerator, int] = weakref.WeakKeyDictionary()
+# A parameter by the layer that has it, and its name there: what it was before it was replaced. And torch could not swap
+# one that there is a weak reference to.
+_Place = tuple[weakref.ref[nn.Module], str]
+# Since the last step on a generator: the first parameter of layers' own that was stepped, and how often. Optimizers may
+# step in turn, one for each parameter even, so that only a second step on the same one is a sign.
+_steps_without: weakref.WeakKeyDictionary[GenFTGenerator, tuple[_Place, int]] = weakref.WeakKeyDictionary()
+# Where each parameter was found last, by its id: optimizers may be as many as layers, and all of these take long.
+_owners: dict[int, weakref.ref[nn.Module]] = {}
 
 
 @functools.cache
@@ -38,26 +46,60 @@ def watch_optimizers() -> None:
 
 def _after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
     parameters = [parameter for part in optimizer.param_groups for parameter in part["params"]]
-    stepped, trains = set(map(id, parameters)), False
-    for group in all_groups():
-        layers = cast("list[GenFTUpdate]", group.layers)  # nothing else has a group
-        if not layers:
-            continue
-        generator = layers[0].generator
-        shared = list(generator.parameters())
-        if any(id(p) in stepped for p in shared):
-            _steps_without[generator], trains = 0, True
-        elif any(id(p) in stepped for layer in layers for p in layer.specific_parameters().values()):
-            trains = True
-            _warn_of(generator, any(p.requires_grad and p.grad is not None for p in shared))
-    if trains:  # other models' are left alone
+    places = list(map(_place, parameters))
+    if None in places:  # another model's, or new
+        _look_up_owners()
+        places = list(map(_place, parameters))
+    generators: set[GenFTGenerator] = set()
+    own: dict[GenFTGenerator, list[_Place]] = {}
+    for owner, name in filter(None, places):
+        if isinstance(owner, GenFTGenerator):
+            generators.add(owner)
+        else:
+            own.setdefault(cast("GenFTUpdate", owner).generator, []).append((weakref.ref(owner), name))
+    for generator in generators:
+        _steps_without.pop(generator, None)
+    for generator in own.keys() - generators:
+        _step_without(generator, own[generator])
+    if generators or own:  # other models' are left alone
         increment_version([p for p in parameters if p.grad is not None])  # without one it was not stepped
 
 
-def _warn_of(generator: GenFTGenerator, has_gradients: bool) -> None:
-    """At the second step in a row."""
-    steps = _steps_without[generator] = _steps_without.get(generator, 0) + has_gradients
-    if has_gradients and steps == 2:
+def _place(parameter: Tensor) -> tuple[nn.Module, str] | None:
+    """The layer or generator that is known to have it, and still has, and its name there."""
+    known = _owners.get(id(parameter))
+    owner = None if known is None else known()
+    if owner is None:
+        return None
+    return next(((owner, name) for name, each in _tensors(owner) if each is parameter), None)
+
+
+def _tensors(owner: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    if isinstance(owner, GenFTGenerator):
+        return owner.named_parameters()
+    return cast("GenFTUpdate", owner).specific_parameters().items()
+
+
+def _look_up_owners() -> None:
+    """Anew, since parameters may have been replaced."""
+    _owners.clear()
+    for group in all_groups():
+        layers = cast("list[GenFTUpdate]", group.layers)  # nothing else has a group
+        for owner in (*layers, *(layer.generator for layer in layers[:1])):
+            _owners.update((id(tensor), weakref.ref(owner)) for _, tensor in _tensors(owner))
+
+
+def _step_without(generator: GenFTGenerator, stepped: list[_Place]) -> None:
+    """Layers' own units are stepped, and not the generator: a warning at the second step in a row."""
+    if not any(p.requires_grad and p.grad is not None for p in generator.parameters()):
+        return
+    first, steps = _steps_without.get(generator, (stepped[0], 0))
+    if first[0]() is None:  # the layer is gone
+        first = stepped[0]
+    if first not in stepped:
+        return
+    _steps_without[generator] = first, steps + 1
+    if steps + 1 == 2:
         warn(
             f"an optimizer steps the layers' own units of shape {generator.in_features}x{generator.out_features}, but "
             "not the generator that they share, which has gradients, too: it is not a part of what is trained. "

@@ -34,15 +34,22 @@ FAULTS = [
     Fault(
         "optimizer: versions of other models' parameters",
         "genft_kernels/optimizer_steps.py",
-        "if trains:",
+        "if generators or own:",
         "if True:",
         DEVICES,
     ),
     Fault(
         "optimizer: no version tells of a step of layers' own units alone",
         "genft_kernels/optimizer_steps.py",
-        "            trains = True\n",
-        "",
+        "if generators or own:",
+        "if generators:",
+        DEVICES,
+    ),
+    Fault(
+        "optimizer: a parameter that took another's place not found",
+        "genft_kernels/optimizer_steps.py",
+        "    if None in places:",
+        "    if not _owners:",
         DEVICES,
     ),
     Fault(

@@ -238,7 +238,7 @@ FAULTS = [
     Fault(
         "generator: a generator left out of training unnoticed",
         "genft_kernels/optimizer_steps.py",
-        "if has_gradients and steps == 2:",
+        "if steps + 1 == 2:",
         "if False:",
         CHANGED,
     ),
@@ -259,8 +259,22 @@ FAULTS = [
     Fault(
         "generator: optimizers in turn warned of",
         "genft_kernels/optimizer_steps.py",
-        "            _steps_without[generator], trains = 0, True",
-        "            trains = True",
+        "        _steps_without.pop(generator, None)",
+        "        pass",
+        CHANGED,
+    ),
+    Fault(
+        "generator: optimizers of one parameter each warned of",
+        "genft_kernels/optimizer_steps.py",
+        "if first not in stepped:",
+        "if False:",
+        CHANGED,
+    ),
+    Fault(
+        "generator: all layers looked at for each optimizer",
+        "genft_kernels/optimizer_steps.py",
+        "    if None in places:",
+        "    if True:",
         CHANGED,
     ),
     Fault(

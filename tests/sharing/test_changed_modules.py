@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from genft_kernels import (
     explain,
     load_adapter,
     merge,
+    optimizer_steps,
     save_adapter,
 )
 from tests.helpers.adapted_models import adapted, generations, gradients, loss_of, train
@@ -217,6 +219,28 @@ def test_optimizers_that_step_in_turn_and_frozen_generators_are_not_warned_of():
     assert not steps(model, 4, [own])
     layer = GenFTLinear(8, 8, config=GenFTConfig(shared_dim=2), dtype=torch.float64)
     assert not steps(layer, 4, [sgd(layer.parameters())])
+
+
+def one_each(*parts):
+    return [sgd([parameter]) for part in parts for parameter in part.parameters() if parameter.requires_grad]
+
+
+def test_optimizers_of_one_parameter_each_are_told_from_generators_that_are_left_out(monkeypatch):
+    model = adapted_pair(tie_specific=False)
+    looked_up = Mock(wraps=optimizer_steps.all_groups)
+    monkeypatch.setattr(optimizer_steps, "all_groups", looked_up)
+    own, shared = one_each(model[0], model[2]), one_each(model.genft_generators)
+    assert not steps(model, 4, [*own, *shared])
+    assert looked_up.call_count == 1  # no look at all layers for each
+    assert len(steps(model, 4, own)) == 1
+
+
+def test_optimizers_that_step_in_backward_are_not_warned_of():
+    model = adapted_pair()
+    for optimizer in one_each(model):
+        (parameter,) = optimizer.param_groups[0]["params"]
+        parameter.register_post_accumulate_grad_hook(lambda _, optimizer=optimizer: optimizer.step())
+    assert not steps(model, 4, [])
 
 
 def load_warnings(net, state, **options):

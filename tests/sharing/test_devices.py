@@ -125,6 +125,17 @@ def test_optimizers_of_other_models_are_left_alone():
     assert other.weight._version == before
 
 
+def test_steps_on_a_parameter_that_took_anothers_place_are_told():
+    model = pair()
+    model.genft_generators.requires_grad_(False)
+    for _ in range(2):
+        loss_of(model).backward()
+        before = model[0].specific_up._version
+        Unseen([model[0].specific_up]).step()
+        assert model[0].specific_up._version > before
+        model[0].specific_up = nn.Parameter(model[0].specific_up.detach().clone())
+
+
 # --- bytes ----------------------------------------------------------------------------------------------------------
 
 
