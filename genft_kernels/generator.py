@@ -108,7 +108,7 @@ class GenFTGenerator(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        if any(prefix + name in state_dict for name in self.tensor_names):
+        if any(key.startswith(prefix) for key in state_dict):  # of one pruned or parametrized under other names
             self.left_out_of_load = False
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -252,8 +252,15 @@ FAULTS = [
     Fault(
         "generator: one that is loaded later warned of",
         "genft_kernels/generator.py",
-        "in state_dict for name in self.tensor_names):",
-        "in () for name in self.tensor_names):",
+        "if any(key.startswith(prefix) for key in state_dict):",
+        "if False:",
+        CHANGED,
+    ),
+    Fault(
+        "generator: one that is loaded under other names warned of",
+        "genft_kernels/generator.py",
+        "any(key.startswith(prefix) for key in state_dict)",
+        "any(prefix + name in state_dict for name in self.tensor_names)",
         CHANGED,
     ),
     Fault(

@@ -278,6 +278,21 @@ def test_generator_that_is_loaded_with_the_part_is_not_warned_of(generators_firs
     assert not load_warnings(whole(), plain, strict=False)
 
 
+@pytest.mark.parametrize("changed", ["pruned", "parametrized"])
+def test_generator_that_is_loaded_under_other_names_is_not_warned_of(changed):
+    def whole():
+        model = adapted_pair()
+        generator = model.genft_generators["8x8"]
+        for name in generator.tensor_names:
+            if changed == "pruned":
+                prune.l1_unstructured(generator, name, 0.5)
+            else:
+                parametrizations.weight_norm(generator, name)
+        return model
+
+    assert not load_warnings(whole(), whole().state_dict())
+
+
 def test_generator_that_has_nothing_to_load_is_not_warned_of():
     part, other = (Around(adapted(shared_dim=0, zero_delta=False).layers[0].attention.query) for _ in range(2))
     assert not load_warnings(part, other.state_dict())
