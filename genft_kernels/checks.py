@@ -55,8 +55,9 @@ def check_frozen_weight(weight: torch.Tensor) -> None:
         raise TypeError(f"weight has layout {weight.layout}; only dense (strided) weights are supported")
     if weight.requires_grad and not weight.is_leaf:
         raise ValueError(
-            "weight requires grad and is a view of something else, as FullyShardedDataParallel (FSDP1) makes them, "
-            "which GenFT does not run under: use fully_shard (FSDP2) or DistributedDataParallel"
+            "weight requires grad, since it is computed from something that trains: freeze that, as weight_norm's "
+            "weight_g and weight_v. Of FullyShardedDataParallel (FSDP1), which GenFT does not run under, it is a view: "
+            "use fully_shard (FSDP2) or DistributedDataParallel"
         )
     if weight.requires_grad:
         raise ValueError("weight requires grad, but GenFT keeps it frozen: call weight.requires_grad_(False)")

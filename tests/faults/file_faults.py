@@ -258,6 +258,13 @@ FAULTS = [
         "(lambda *ignored: None)(linear.bias,",
         BAD_INPUT,
     ),
+    Fault(
+        "bad input: a weight that is computed is told to be frozen itself",
+        "genft_kernels/checks.py",
+        "if weight.requires_grad and not weight.is_leaf:",
+        "if False:",
+        ["tests/method/test_checks.py"],
+    ),
     Fault("bad input: nested tensors", "genft_kernels/checks.py", "if x.is_nested:", "if False:", NESTED),
     Fault("bad input: nested tensors asked for a shape", "genft_kernels/short_road.py", " or x.is_nested", "", NESTED),
     Fault(

@@ -41,6 +41,11 @@ BAD = {
     "x-device": (dict(x=torch.randn(4, 6, device="meta")), ValueError, "x is on meta but weight is on cpu"),
     "weight-vector": (dict(weight=torch.randn(6)), ValueError, "weight must be a matrix"),
     "weight-trains": (dict(weight=torch.randn(5, 6, requires_grad=True)), ValueError, "weight requires grad"),
+    "weight-computed": (
+        dict(weight=2 * torch.randn(5, 6, requires_grad=True)),
+        ValueError,
+        "computed from something that trains: freeze that, as weight_norm's",
+    ),
     "weight-quantised": (
         dict(weight=torch.ones(5, 6).to(torch.int8)),
         TypeError,

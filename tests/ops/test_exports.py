@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from genft_kernels import GenFTConfig, apply_genft, merge
+from genft_kernels import GenFTConfig, GenFTLinear, apply_genft, merge
 from tests.helpers.adapted_models import adapted
 from tests.helpers.tiny_models import randomise, tokens
 
@@ -31,6 +31,20 @@ def test_traced_model_generates_from_what_its_parameters_are_then(settings, grad
             randomise(model.genft_generators, scale)
             assert torch.allclose(traced(tokens()), model(tokens()), rtol=1e-12)
         assert torch.allclose(traced(tokens(7)), model(tokens(7)), rtol=1e-12)  # another batch
+
+
+class AdaptedAreLeaves(torch.fx.Tracer):
+    def is_leaf_module(self, module, name):
+        return isinstance(module, GenFTLinear) or super().is_leaf_module(module, name)
+
+
+def test_symbolic_tracing_wants_a_merged_model_or_leaves():
+    config = GenFTConfig(shared_dim=2, target_modules="all-linear")
+    model = apply_genft(nn.Sequential(nn.Linear(8, 8)), config).eval()
+    x = torch.randn(3, 8)
+    expected = model(x)
+    assert torch.equal(torch.fx.GraphModule(model, AdaptedAreLeaves().trace(model))(x), expected)
+    assert torch.allclose(torch.fx.symbolic_trace(merge(model))(x), expected, atol=1e-5)
 
 
 def test_dropout_is_not_traced_in_training():
