@@ -86,7 +86,7 @@ FAULTS = [
     Fault(
         "state dict: no mark of merged layers",
         "genft_kernels/merging.py",
-        "destination[prefix + MARK] = torch.tensor(True)",
+        'destination[prefix + MARK] = torch.tensor(True, device="cpu")',
         "pass",
         ["tests/model/test_merged_state.py"],
     ),
