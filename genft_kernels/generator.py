@@ -97,6 +97,10 @@ class GenFTGenerator(nn.Module):
             return self().values()
         return registered(self, self.tensor_names)
 
+    def stored(self) -> dict[str, torch.Tensor]:
+        """The parameters by name, those among them that others are computed from: what optimizers step."""
+        return dict(self.named_parameters())
+
     def _warn_of_load(self) -> None:
         """Once, that layers' own units were loaded without these."""
         self.left_out_of_load = False

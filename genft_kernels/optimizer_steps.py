@@ -76,7 +76,7 @@ def _place(parameter: Tensor) -> tuple[nn.Module, str] | None:
 
 def _tensors(owner: nn.Module) -> Iterable[tuple[str, Tensor]]:
     if isinstance(owner, GenFTGenerator):
-        return owner.named_parameters()
+        return owner.stored().items()
     return cast("GenFTUpdate", owner).specific_parameters().items()
 
 

@@ -223,3 +223,19 @@ def test_a_new_layer_is_in_the_mode_of_the_one_it_replaces():
     model = peft.get_peft_model(base().eval(), peft_config(dropout=0.5, init_weights=False))
     assert not any(module.training for layer in layers_of(model) for module in layer.modules())
     assert torch.equal(model(tokens()), model(tokens()))
+
+
+class Unseen(torch.optim.Optimizer):
+    """Its kernels write where no version tells."""
+
+    def step(self):
+        pass
+
+
+def test_versions_tell_of_steps_on_shared_units_alone():
+    model = peft_model(specific_dim=0)
+    model(tokens()).sum().backward()
+    shared = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    before = [parameter._version for parameter in shared]
+    Unseen(shared, {}).step()
+    assert len(shared) == 4 and all(p._version > version for p, version in zip(shared, before, strict=True))

@@ -50,6 +50,9 @@ class StoredGenerator(GenFTGenerator):
     def tensors(self) -> list[Tensor]:
         return registered(self.container, self._stored)
 
+    def stored(self) -> dict[str, Tensor]:
+        return dict(zip(self.tensor_names, self.tensors(), strict=True))
+
     @property
     def sharded(self) -> bool:  # type: ignore[override]  # of what the container holds now
         return not PLAIN.issuperset(map(type, self.tensors()))
