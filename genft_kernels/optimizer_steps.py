@@ -35,7 +35,7 @@ _Place = tuple[weakref.ref[nn.Module], str]
 # step in turn, one for each parameter even, so that only a second step on the same one is a sign.
 _steps_without: weakref.WeakKeyDictionary[GenFTGenerator, tuple[_Place, int]] = weakref.WeakKeyDictionary()
 # Where each parameter was found last, by its id: optimizers may be as many as layers, and all of these take long.
-_owners: dict[int, weakref.ref[nn.Module]] = {}
+_owners: dict[int, _Place] = {}
 
 
 @functools.cache
@@ -68,10 +68,13 @@ def _after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> 
 def _place(parameter: Tensor) -> tuple[nn.Module, str] | None:
     """The layer or generator that is known to have it, and still has, and its name there."""
     known = _owners.get(id(parameter))
-    owner = None if known is None else known()
-    if owner is None:
+    owner = None if known is None else known[0]()
+    if known is None or owner is None:
         return None
-    return next(((owner, name) for name, each in _tensors(owner) if each is parameter), None)
+    name = known[1]
+    if owner._parameters.get(name) is parameter or dict(_tensors(owner)).get(name) is parameter:  # the first is quick
+        return owner, name
+    return None
 
 
 def _tensors(owner: nn.Module) -> Iterable[tuple[str, Tensor]]:
@@ -86,7 +89,7 @@ def _look_up_owners() -> None:
     for group in all_groups():
         layers = cast("list[GenFTUpdate]", group.layers)  # nothing else has a group
         for owner in (*layers, *(layer.generator for layer in layers[:1])):
-            _owners.update((id(tensor), weakref.ref(owner)) for _, tensor in _tensors(owner))
+            _owners.update((id(tensor), (weakref.ref(owner), name)) for name, tensor in _tensors(owner))
 
 
 def _step_without(generator: GenFTGenerator, stepped: list[_Place]) -> None:
