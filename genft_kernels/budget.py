@@ -33,6 +33,6 @@ def within_budget(model: nn.Module, parameters: int, config: GenFTConfig) -> Gen
     shared, specific = total(2, 0) - smallest, total(1, 1) - smallest
     left = parameters - (smallest - shared)
     r = config.specific_dim * left // (config.specific_dim * specific + config.shared_dim * shared)
-    if config.specific_dim and left >= specific:
-        r = max(r, 1)
+    if config.transform != "both" and config.specific_dim and left >= specific:
+        r = max(r, 1)  # two stages keep their proportion: "vtab" trains its shared units alone
     return replaced(config, shared_dim=(left - r * specific) // shared, specific_dim=r)

@@ -237,8 +237,9 @@ class GenFTConfig:
 
         Generators and layers are counted, `modules_to_save` are not. Specific units are those that fit if shared ones
         keep the preset's proportion to them: 12 to 7 in "fast", which is 73,728 parameters for q and v of 6 blocks of
-        width 384; but at least one for each layer where that can be paid for, since shared units alone are behind on
-        texts (docs/using.md#choosing-settings). Shared ones take the rest, being paid once for all layers of a shape.
+        width 384; but of other forms than "both" at least one for each layer where that can be paid for, since shared
+        units alone are behind on texts (docs/using.md#choosing-settings). Shared ones take the rest, being paid once
+        for all layers of a shape.
 
         Args:
             model: as for `apply_genft`, which is not called.

@@ -53,6 +53,20 @@ FAULTS = [
         BUDGET,
     ),
     Fault(
+        "budget: shared units before one of each layer's own",
+        "genft_kernels/budget.py",
+        "r = max(r, 1)",
+        "pass",
+        BUDGET,
+    ),
+    Fault(
+        "budget: pays for own units alone where they never train",
+        "genft_kernels/budget.py",
+        'config.transform != "both" and ',
+        "",
+        BUDGET,
+    ),
+    Fault(
         "budget: every preset in the proportion of fast",
         "genft_kernels/budget.py",
         "r = config.specific_dim * left // (config.specific_dim * specific + config.shared_dim * shared)",

@@ -63,17 +63,30 @@ def test_the_total_is_within_one_shared_unit_of_the_budget(model, settings):
         s, r = chosen.shared_dim, chosen.specific_dim
         assert trained(shared_dim=s, specific_dim=r) <= parameters < trained(shared_dim=s + 1, specific_dim=r)
         assert 7 * s >= 12 * r - 7 or r == 1
-        assert r or parameters < trained(shared_dim=0, specific_dim=1)
+        two_stages = settings.get("transform") == "both"
+        assert r or two_stages or parameters < trained(shared_dim=0, specific_dim=1)
         assert parameters < trained(shared_dim=-(-12 * (r + 1) // 7), specific_dim=r + 1)
 
 
 @pytest.mark.parametrize(
     "preset, parameters, units",
-    [("wegeft", 19 * 768, (19, 0)), ("fast-both", 36_864, (12, 2)), ("fast", 36_864, (12, 3))],
+    [
+        ("wegeft", 19 * 768, (19, 0)),
+        ("fast-both", 36_864, (12, 2)),
+        ("fast", 36_864, (12, 3)),
+        ("fast-both", 12 * 768, (6, 0)),
+        ("fast-sum", 24 * 768, (0, 1)),
+    ],
 )
 def test_a_preset_keeps_its_proportion_and_settings(preset, parameters, units):
     config = GenFTConfig.for_budget(stack(12, 384), parameters, preset, **EVERY)
     assert config == GenFTConfig.preset(preset, shared_dim=units[0], specific_dim=units[1], **EVERY)
+
+
+@pytest.mark.filterwarnings("ignore:.*specific units can never train")
+def test_a_preset_that_trains_shared_units_alone_has_some():
+    config = GenFTConfig.for_budget(stack(12, 384), 12 * 768, "vtab", **EVERY)
+    assert (config.shared_dim, config.specific_dim) == (6, 0)
 
 
 def test_modules_to_save_are_not_counted():
